@@ -1,0 +1,71 @@
+"""evaluate: loss, perplexity, bits per byte and accuracy of a run, on a split or on a text."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import jax
+
+from craft_jax import outputs, runs, runtime, sharding
+from craft_jax.commands import report
+from craft_jax.data import pipeline, text
+from craft_jax.data.base import Dataset
+from craft_jax.errors import OK, DataError
+from craft_jax.precision import Policy
+from craft_jax.runs import Run
+from craft_jax.sharding import ParallelConfig
+from craft_jax.training import language
+from craft_jax.training.evaluation import Evaluator
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates the newest checkpoint of a run, or the one that `--run` names."""
+    workdir = Path(args.workdir).expanduser().absolute()
+    opened = runs.open(args.run or "latest", workdir=workdir, overrides=args.overrides)
+    runtime.setup_logging()
+    split = Path(args.text).name if args.text else args.split
+    data = _data(opened, args, workdir)
+    mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
+    evaluator = Evaluator(opened.model_def, Policy.named(opened.config.training.precision), mesh)
+    sums = evaluator(opened.params, data)
+    metrics = language.trainer_for(opened.config.model_class).evaluation_metrics(sums, data)
+    result = {"split": split, **metrics, "step": opened.step, "run": opened.paths.name}
+
+    word = report.model_word(opened.config)
+    file = outputs.evaluation_file(workdir, word, data.name)
+    outputs.write_json(file, result)
+    with runtime.log_to(outputs.eval_log(workdir, word)):
+        for name, value in result.items():
+            shown = f"{value:.6f}" if isinstance(value, float) else value
+            logger.info("%-14s %s", name, shown)
+        logger.info("%-14s %s", "written to", file)
+    print(json.dumps(result), flush=True)
+    return OK
+
+
+def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
+    data = opened.config.data
+    if args.text:
+        dataset = text.from_text(
+            text.read_text(Path(args.text)),
+            opened.need_tokenizer(),
+            seq_len=data.seq_len,
+            batch_size=data.batch_size,
+        )
+        dataset.name = "".join(c if c.isalnum() else "_" for c in Path(args.text).stem)
+        return dataset
+    datasets = pipeline.open_datasets(
+        data, workdir=workdir, seed=opened.config.training.seed, tokenizer=opened.tokenizer
+    )
+    if datasets.train.fingerprint != opened.meta["data_fingerprint"]:
+        logger.warning(
+            "the data is not what this run was trained on: its text or split has changed"
+        )
+    if args.split == "train":
+        return text.one_pass(datasets.train)
+    if datasets.val is None:
+        raise DataError("data.val_fraction=0: the run has no validation split; use --split=train")
+    return datasets.val

@@ -1,0 +1,129 @@
+"""What the commands say: the header and the ending of a training run, tables, names and versions."""
+
+import importlib.metadata
+import logging
+import platform
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from craft_jax import runtime
+from craft_jax.config import ExperimentConfig
+from craft_jax.data.pipeline import Datasets
+from craft_jax.models.base import ModelDef
+from craft_jax.outputs import RunPaths
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+
+
+def model_word(config: ExperimentConfig) -> str:
+    """Returns the model's name as a word for file names."""
+    return config.model.name.rpartition(":")[2].lower()
+
+
+def size_word(num_params: int) -> str:
+    """Returns a number of parameters in millions: `0.8m`, `124m`."""
+    millions = num_params / 1e6
+    return f"{millions:.1f}m" if millions < 10 else f"{millions:.0f}m"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what a run's numbers depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _PACKAGES
+    }
+
+
+def header(
+    config: ExperimentConfig,
+    model_def: ModelDef,
+    datasets: Datasets,
+    mesh: jax.sharding.Mesh,
+    paths: RunPaths,
+) -> None:
+    """Says what is about to be trained, on what, and where it goes."""
+    say = logger.info
+    parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+    split = f", split as {' x '.join(parts)}" if parts else ""
+    say("devices    %s%s", runtime.devices_in_words(), split)
+    say("precision  %s products, float32 parameters", config.training.precision)
+    say("config")
+    for section, values in config.to_json().items():
+        words = " ".join(f"{k}={_short(v)}" for k, v in values.items() if v not in (None, []))
+        say("  %-9s %s", section, words)
+    say("parameters")
+    for row in parameter_table(model_def):
+        say("  %s", row)
+    tokens = config.data.batch_size * config.data.seq_len
+    say(
+        "batch      %s sequences of %s tokens: %s tokens per step; an epoch is %s steps",
+        f"{config.data.batch_size:,}",
+        f"{config.data.seq_len:,}",
+        f"{tokens:,}",
+        f"{len(datasets.train):,}",
+    )
+    say("run        %s", paths.folder)
+    say("log        %s", paths.log)
+
+
+def parameter_table(model_def: ModelDef) -> list[str]:
+    """Returns rows of module, number of parameters, and bytes, and the totals."""
+    groups: dict[str, list[int]] = {}
+    for path, leaf in model_def.shapes.items():
+        name = ".".join(re.sub(r"\.\d+(?=\.)", ".*", path).split(".")[:3])
+        name = name if path.count(".") > 1 else path.split(".")[0]
+        sums = groups.setdefault(name, [0, 0])
+        sums[0] += leaf.size
+        sums[1] += leaf.size * leaf.dtype.itemsize
+    groups["total"] = [sum(column) for column in zip(*groups.values(), strict=True)]
+    width = max(map(len, groups))
+    return [
+        f"{name:<{width}}  {count:>13,}  {num_bytes / 1e6:>9,.2f} MB"
+        for name, (count, num_bytes) in groups.items()
+    ]
+
+
+def sample(step: int, text: str, file: Path) -> None:
+    """Shows a sample and adds it to the run's file of samples."""
+    logger.info("sample at step %d\n%s", step, _indented(text))
+    with file.open("a", encoding="utf-8", newline="") as out:
+        out.write(f"=== step {step} ===\n{text}\n\n")
+
+
+def ending(
+    metrics: Mapping[str, Any],
+    paths: RunPaths,
+    picture: Path,
+    command: Callable[..., str],
+) -> None:
+    """Says how it went, what was written, and what to do next."""
+    shown = [("training loss", metrics["loss"]), ("validation loss", metrics.get("val_loss"))]
+    shown.append(("bits per byte", metrics.get("val_bits_per_byte")))
+    words = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
+    logger.info("finished: %s", words)
+    for name, path in (
+        ("checkpoints", paths.checkpoints),
+        ("log", paths.log),
+        ("metrics", paths.metrics),
+        ("tensorboard", paths.events),
+        ("samples", paths.samples),
+        ("picture", picture),
+    ):
+        logger.info("  %-11s %s", name, path)
+    logger.info("next")
+    logger.info("  evaluate    %s", command(paths, command="evaluate"))
+    logger.info("  sample      %s", command(paths, "--prompt=def ", command="generate"))
+    logger.info("  resume      %s", command(paths, "--config.training.num_steps=MORE"))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  | {line}" for line in text.splitlines())
+
+
+def _short(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,302 @@
+"""train: from a config to a trained run. This page shows the whole way the data goes.
+
+config -> runtime -> data -> model -> training -> outputs
+"""
+
+import argparse
+import logging
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from craft_jax import config as configs
+from craft_jax import (
+    optim,
+    outputs,
+    plugins,
+    runs,
+    runtime,
+    sharding,
+)
+from craft_jax.checkpointing import CheckpointStore
+from craft_jax.commands import report, visualize
+from craft_jax.config import ExperimentConfig
+from craft_jax.data import pipeline
+from craft_jax.data.pipeline import Datasets
+from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.errors import OK, ConfigError, UsageError
+from craft_jax.generation import SamplingConfig
+from craft_jax.models import base
+from craft_jax.models.base import GenerativeModel, ModelDef
+from craft_jax.outputs import RunPaths
+from craft_jax.precision import Policy
+from craft_jax.training import language
+from craft_jax.training import state as states
+from craft_jax.training.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EvaluationCallback,
+    SampleCallback,
+)
+from craft_jax.training.loggers import ConsoleLogger, JsonLinesLogger, TensorBoardLogger
+from craft_jax.training.state import TrainState
+from craft_jax.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_LAST_SAMPLE_FACTOR = 4
+_SAMPLING = SamplingConfig(temperature=0.8)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains a new run, or continues the one that `--run` names."""
+    workdir = Path(args.workdir).expanduser().absolute()
+    found = _existing(args.run, workdir)
+    config = _choose_config(args, found)
+    mesh = sharding.make_mesh(config.parallel, jax.devices())
+    sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
+    runtime.setup_logging()
+
+    store = CheckpointStore(found.checkpoints, config.training.keep_checkpoints) if found else None
+    step = store.latest() if store else None
+    tokenizer_file = store.tokenizer_file(step) if store and step is not None else None
+    if found and step is not None and step >= config.training.num_steps:
+        logger.info(
+            "run %s is finished: %d of %d steps\n  to train on: %s",
+            found.name,
+            step,
+            config.training.num_steps,
+            _command(found, f"--config.training.num_steps={2 * step}"),
+        )
+        return OK
+    datasets = pipeline.open_datasets(
+        config.data,
+        workdir=workdir,
+        seed=config.training.seed,
+        tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file else None,
+    )
+    model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
+    model_def = base.define(config.model_class, model_config)
+    paths = found or outputs.create_run(
+        workdir,
+        name=args.run,
+        model=report.model_word(config),
+        size=report.size_word(model_def.num_params),
+        precision=config.training.precision,
+    )
+    with runs.lock(paths), runtime.log_to(paths.log), runtime.stop_signals() as stop_signal:
+        if not found:
+            outputs.write_json(paths.config, config.to_json())
+        store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
+        trainer = _assemble(config, model_def, datasets, mesh, paths, store, stop_signal)
+        report.header(config, model_def, datasets, mesh, paths)
+        if found:
+            for change in configs.changes(runs.saved_config(paths), config)[0]:
+                logger.info("changed: %s from %s to %s", change.field, change.saved, change.now)
+            logger.info("continuing %s at step %d", paths.name, int(trainer.state.step))
+        start = time.monotonic()
+        result = trainer.fit()
+        if result.step < config.training.num_steps:
+            logger.info(
+                "stopped at step %d of %d by %s; everything is saved\n  to continue: %s",
+                result.step,
+                config.training.num_steps,
+                result.stopped,
+                _command(paths),
+            )
+            return stop_signal.exit_code or OK
+        logger.info("trained to step %d in %.0f s", result.step, time.monotonic() - start)
+        _finish(config, model_def, datasets, trainer, paths, result.metrics)
+    return OK
+
+
+def _existing(name: str | None, workdir: Path) -> RunPaths | None:
+    if name is None or not runs.exists(name, workdir):
+        return None
+    folder, step = runs.locate(name, workdir)
+    if step is not None:
+        raise UsageError(
+            f"--run={name} is a checkpoint; training continues from the newest: --run={folder.name}"
+        )
+    return outputs.open_run(folder)
+
+
+def _choose_config(args: argparse.Namespace, found: RunPaths | None) -> ExperimentConfig:
+    """The config of the command line, which a run that exists must agree with."""
+    if found is None:
+        if args.config is None:
+            raise UsageError("a new run needs a config: --config=configs/gpt.py")
+        if args.run is not None:
+            outputs.check_name(args.run)
+        return configs.load(args.config, args.overrides)
+    saved = runs.saved_config(found)
+    config = configs.load(args.config, args.overrides, saved)
+    _, refused = configs.changes(saved, config)
+    if refused:
+        raise ConfigError(
+            [
+                f"{c.field}={c.now} differs from {c.saved}, with which run {found.name} began; "
+                "leave it, or start another --run"
+                for c in refused
+            ]
+        )
+    return config
+
+
+def _assemble(
+    config: ExperimentConfig,
+    model_def: ModelDef,
+    datasets: Datasets,
+    mesh: jax.sharding.Mesh,
+    paths: RunPaths,
+    store: CheckpointStore,
+    stop_signal: runtime.StopSignal,
+) -> Trainer:
+    """Joins the pieces into a trainer that stands where the run's newest checkpoint does."""
+    optimizer = optim.make_optimizer(config.optim)
+    policy = Policy.named(config.training.precision)
+    abstract = states.abstract_state(model_def, optimizer, mesh)
+    tokenizer = datasets.train.tokenizer
+
+    def save(state: TrainState, meta: dict) -> None:
+        meta |= {
+            "vocab_size": datasets.train.vocab_size,
+            "data_fingerprint": datasets.train.fingerprint,
+            "versions": report.versions(),
+        }
+        store.save(
+            int(state.step),
+            state,
+            meta=meta,
+            config=config.to_json(),
+            tokenizer=tokenizer.json if tokenizer else None,
+        )
+
+    def restore() -> tuple[TrainState, dict] | None:
+        step = store.latest()
+        if step is None:
+            return None
+        meta = store.meta(step)
+        if meta["data_fingerprint"] != datasets.train.fingerprint:
+            raise ConfigError(
+                f"the data of run {paths.name} has changed since step {step}: its text, tokenizer or "
+                "split is another one; bring the old text back, or start another --run"
+            )
+        return store.restore_state(step, abstract), meta
+
+    restored = restore()
+    if restored is None:
+        state = states.init_state(
+            config.model_class,
+            model_def.config,
+            optimizer,
+            seed=config.training.seed,
+            mesh=mesh,
+        )
+    else:
+        state = restored[0]
+    trainer_class = language.trainer_for(config.model_class)
+    trainer = trainer_class(
+        model_def,
+        state=state,
+        train_data=datasets.train,
+        val_data=datasets.val,
+        optimizer=optimizer,
+        schedule=optim.make_schedule(config.optim, config.training.num_steps),
+        policy=policy,
+        mesh=mesh,
+        config=config.training,
+        callbacks=_callbacks(config, model_def, policy, tokenizer, paths, trainer_class.unit),
+        save=save,
+        restore=restore,
+        stop_signal=stop_signal,
+    )
+    if restored is not None:
+        trainer.load_meta(restored[1])
+    return trainer
+
+
+def _callbacks(
+    config: ExperimentConfig,
+    model_def: ModelDef,
+    policy: Policy,
+    tokenizer: Tokenizer | None,
+    paths: RunPaths,
+    unit: str,
+) -> list[Callback]:
+    """The callbacks in the order in which they are called; the user's own come last."""
+    training = config.training
+    callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
+    if tokenizer and training.sample_every and issubclass(config.model_class, GenerativeModel):
+        sampler = _Sampler(config, model_def, policy, tokenizer)
+
+        def show(step: int, text: str) -> None:
+            report.sample(step, text, paths.samples)
+
+        callbacks.append(
+            SampleCallback(
+                training.sample_every,
+                lambda state: sampler(state, training.sample_tokens),
+                show,
+            )
+        )
+    callbacks += [
+        CheckpointCallback(training.checkpoint_every),
+        ConsoleLogger(training.log_every, unit),
+        JsonLinesLogger(paths.metrics, training.log_every),
+        TensorBoardLogger(paths.events, training.log_every),
+    ]
+    for reference in training.callbacks:
+        callbacks.append(plugins.load(reference, "training.callbacks", Callback)())
+    return callbacks
+
+
+class _Sampler:
+    """Text from a state that is being trained."""
+
+    def __init__(
+        self, config: ExperimentConfig, model_def: ModelDef, policy: Policy, tokenizer: Tokenizer
+    ):
+        self._generator = runs.make_generator(config, model_def, tokenizer)
+        self._policy, self._tokenizer = policy, tokenizer
+
+    def __call__(self, state: TrainState, num_tokens: int) -> str:
+        params = jax.device_put(dict(state.params), jax.local_devices()[0])
+        new = self._generator.generate(
+            self._policy.cast(params),
+            [runs.prompt_ids(self._tokenizer, "")],
+            max_new_tokens=num_tokens,
+            config=_SAMPLING,
+            seed=int(state.step),
+        )
+        return self._tokenizer.decode(new[0])
+
+
+def _finish(
+    config: ExperimentConfig,
+    model_def: ModelDef,
+    datasets: Datasets,
+    trainer: Trainer,
+    paths: RunPaths,
+    metrics: dict[str, Any],
+) -> None:
+    """Leaves behind a longer sample and a picture, and says where everything is."""
+    tokenizer = datasets.train.tokenizer
+    if tokenizer and issubclass(config.model_class, GenerativeModel):
+        sampler = _Sampler(config, model_def, Policy.named(config.training.precision), tokenizer)
+        num_tokens = _LAST_SAMPLE_FACTOR * config.training.sample_tokens
+        report.sample(int(trainer.state.step), sampler(trainer.state, num_tokens), paths.samples)
+    picture = visualize.draw_runs([paths])
+    report.ending(metrics, paths, picture, _command)
+
+
+def _command(paths: RunPaths, *more: str, command: str = "") -> str:
+    """Returns the shell command that does something with this run, from the current folder."""
+    words = ["python", "-m", "craft_jax.main", *([command] if command else [])]
+    words.append(f"--run={paths.name}")
+    if paths.workdir != (Path.cwd() / "outputs"):
+        words.append(f"--workdir={paths.workdir}")
+    return shlex.join([*words, *more])

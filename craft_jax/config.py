@@ -1,0 +1,452 @@
+"""From a config file and overrides to typed dataclasses, and every mistake on the way.
+
+`ConfigDict` ends here: a file in `configs/` returns one, and what leaves this module is an
+`ExperimentConfig`. Its sections are dataclasses that stand beside the code that reads them; their
+defaults hold for whatever a file leaves out. All mistakes are collected, from the file, from the
+command line, and between fields, and raised as one `ConfigError`.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ml_collections import ConfigDict
+
+from craft_jax import plugins, schema
+from craft_jax.data.pipeline import DataConfig, is_tokenizer_path
+from craft_jax.errors import ConfigError
+from craft_jax.models.base import Model
+from craft_jax.models.gpt import GPT
+from craft_jax.optim import OptimConfig
+from craft_jax.schema import Contradiction
+from craft_jax.sharding import ParallelConfig
+from craft_jax.training.trainer import TrainingConfig
+
+MODELS: dict[str, type[Model]] = {"gpt": GPT}
+
+# What users of other frameworks type, for "did you mean".
+_ALIASES = {
+    "n_layer": "num_layers",
+    "n_layers": "num_layers",
+    "n_head": "num_heads",
+    "n_heads": "num_heads",
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+    "block_size": "max_seq_len",
+    "context_length": "max_seq_len",
+    "lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "max_iters": "num_steps",
+    "max_steps": "num_steps",
+    "warmup_iters": "warmup_steps",
+    "lr_decay_iters": "decay_steps",
+    "grad_clip": "clip_norm",
+    "eval_interval": "eval_every",
+    "log_interval": "log_every",
+    "dtype": "precision",
+    "gradient_accumulation_steps": "accumulate",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One training run, complete.
+
+    Attributes:
+      model: the `Config` of the class that `model.name` names.
+      data, optim, training, parallel: the other sections.
+    """
+
+    model: Any
+    data: DataConfig
+    optim: OptimConfig
+    training: TrainingConfig
+    parallel: ParallelConfig
+
+    @property
+    def model_class(self) -> type[Model]:
+        """The class that `model.name` names."""
+        return model_class(self.model.name)
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yields what is wrong between sections."""
+        data, optim, training = self.data, self.optim, self.training
+        longest = getattr(self.model, "max_seq_len", None)
+        if longest is not None and data.seq_len > longest:
+            yield Contradiction(
+                ("data.seq_len", "model.max_seq_len"),
+                f"data.seq_len={data.seq_len} is longer than model.max_seq_len={longest}; "
+                f"use data.seq_len={longest} or more positions",
+            )
+        if data.batch_size % training.accumulate:
+            yield Contradiction(
+                ("data.batch_size", "training.accumulate"),
+                f"training.accumulate={training.accumulate} does not divide "
+                f"data.batch_size={data.batch_size}; the batch is split into so many parts",
+            )
+        if optim.decay_steps is None and (optim.warmup_steps or 0) > training.num_steps:
+            yield Contradiction(
+                ("optim.warmup_steps", "training.num_steps"),
+                f"optim.warmup_steps={optim.warmup_steps} is more than "
+                f"training.num_steps={training.num_steps}; warm up in fewer steps",
+            )
+        vocab = getattr(self.model, "vocab_size", None)
+        if vocab is not None and data.tokenizer == "bpe" and data.vocab_size > vocab:
+            yield Contradiction(
+                ("data.vocab_size", "model.vocab_size"),
+                f"data.vocab_size={data.vocab_size} is more than model.vocab_size={vocab}; "
+                "leave model.vocab_size out, or make it at least as large",
+            )
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Returns the config as plain JSON, section by section."""
+        return {
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            for name, values in dataclasses.asdict(self).items()
+        }
+
+
+def model_class(name: str) -> type[Model]:
+    """Returns the class that `model.name` names.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if plugins.is_reference(name):
+        return plugins.load(name, "model.name", Model)
+    choices = ", ".join(MODELS)
+    raise ConfigError(
+        f"model.name={name!r} is not one of {choices}, nor a class as path/file.py:Class"
+    )
+
+
+class Override(NamedTuple):
+    """A `--config.section.field=value` of the command line.
+
+    Attributes:
+      field: `section.field`.
+      text: what stands behind the equals sign.
+    """
+
+    field: str
+    text: str
+
+
+# Reading.
+
+
+def load(
+    file: str | None, overrides: Sequence[Override] = (), saved: Mapping | None = None
+) -> ExperimentConfig:
+    """Builds the config of a run.
+
+    Args:
+      file: `path.py` or `path.py:preset`; None to start from `saved`.
+      overrides: laid over it, in order.
+      saved: the JSON of an earlier config.
+
+    Raises:
+      ConfigError: one line for each mistake.
+    """
+    values, origin = (read_file(file), file) if file is not None else (saved, "the saved config")
+    return from_values(values or {}, overrides, origin=origin)
+
+
+def read_file(reference: str) -> dict[str, Any]:
+    """Runs `get_config` of a config file and returns its values as a dict.
+
+    Args:
+      reference: `path.py`, or `path.py:preset`; the preset is the argument of `get_config`.
+
+    Raises:
+      ConfigError: the file is missing, fails, or returns something else.
+    """
+    path, _, preset = reference.partition(":")
+    here = f"--config={reference}"
+    if not Path(path).is_file():
+        raise ConfigError(f"{here}: no such file; the current folder is {Path.cwd()}")
+    spec = importlib.util.spec_from_file_location("craft_jax_config", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{here}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(f"{here}: the file has no function get_config()")
+        config = module.get_config(preset) if preset else module.get_config()
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{here}: {error.filename} line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if Path(f.filename) == Path(path)), "?")
+        raise ConfigError(f"{here}: line {line}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = before
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{here}: get_config() returned {type(config).__name__}, not ConfigDict")
+    return config.to_dict()
+
+
+def from_values(
+    values: Mapping[str, Any], overrides: Sequence[Override] = (), origin: str | None = None
+) -> ExperimentConfig:
+    """Builds a config from a dict of sections, and overrides on top.
+
+    Raises:
+      ConfigError: one line for each mistake.
+    """
+    found = _Mistakes()
+    flat = dict(_flatten(values, found, origin or "the config"))
+    cli = {override.field: override.text for override in overrides}
+    name = cli.get("model.name", flat.get("model.name", "gpt"))
+    try:
+        model = model_class(name)
+    except ConfigError as error:
+        found.add("model.name", *error.problems)
+        model = GPT
+    classes = {
+        field.name: model.Config if field.name == "model" else field.type
+        for field in dataclasses.fields(ExperimentConfig)
+    }
+    chosen: dict[str, dict[str, Any]] = {section: {} for section in classes}
+    for source, assignments, read in (
+        (origin, flat.items(), coerce),
+        ("--config", cli.items(), parse),
+    ):
+        for field, raw in assignments:
+            _assign(chosen, classes, field, raw, read, found, source)
+    sections = {s: cls(**chosen[s]) for s, cls in classes.items()}
+    if plugins.is_reference(sections["model"].name):
+        absolute = plugins.absolute(sections["model"].name)
+        sections["model"] = dataclasses.replace(sections["model"], name=absolute)
+    sections["data"], sections["training"] = _absolute(sections["data"], sections["training"])
+    for section, value in sections.items():
+        for field, problem in schema.out_of_bounds(value, section):
+            found.add(field, problem)
+    for value in sections.values():
+        found.add("", *schema.contradictions(value, found.fields))
+    config = ExperimentConfig(**sections)
+    found.add("", *schema.contradictions(config, found.fields))
+    if found.lines:
+        raise ConfigError(found.lines)
+    return config
+
+
+class _Mistakes:
+    """Collects problems, and which fields they are about."""
+
+    def __init__(self) -> None:
+        self.fields: set[str] = set()
+        self.lines: list[str] = []
+
+    def add(self, field: str, *problems: str) -> None:
+        if problems and field:
+            self.fields.add(field)
+        self.lines += problems
+
+
+def _flatten(values: Mapping[str, Any], found: _Mistakes, origin: str) -> Iterator[tuple[str, Any]]:
+    for section, content in values.items():
+        if isinstance(content, Mapping):
+            yield from ((f"{section}.{name}", value) for name, value in content.items())
+        elif section in {f.name for f in dataclasses.fields(ExperimentConfig)}:
+            found.add(section, f"{origin}: {section}={content!r} must be a section with fields")
+        else:
+            yield section, content
+
+
+def _assign(
+    chosen: dict[str, dict[str, Any]],
+    classes: Mapping[str, type],
+    field: str,
+    raw: Any,
+    read: Callable[[Any, Any], Any],
+    found: _Mistakes,
+    source: str | None,
+) -> None:
+    """Puts one value where it belongs, or notes why it cannot be."""
+    section, _, name = field.partition(".")
+    types_ = _types(classes[section]) if section in classes else {}
+    if name not in types_:
+        found.add(field, f"{source}: {_unknown(field, classes)}")
+        return
+    try:
+        chosen[section][name] = read(raw, types_[name])
+    except ValueError as error:
+        found.add(field, f"{field}={raw!r} {error} (in {source})")
+
+
+def _unknown(field: str, classes: Mapping[str, type]) -> str:
+    section, _, name = field.partition(".")
+    known = {s: list(_types(cls)) for s, cls in classes.items()}
+    everywhere = {n: f"{s}.{n}" for s, names in known.items() for n in names}
+    if section not in known:
+        close = difflib.get_close_matches(section, known, n=1)
+        if close and name:
+            hint = f"did you mean `{close[0]}.{name}`?"
+        elif (alias := _ALIASES.get(section, section)) in everywhere:
+            hint = f"did you mean `{everywhere[alias]}`?"
+        else:
+            hint = f"the sections are {', '.join(known)}"
+        return f"{field} is no field; {hint}"
+    own = known[section]
+    alias = _ALIASES.get(name, name)
+    if alias in own:
+        hint = f"did you mean `{alias}`?"
+    elif close := difflib.get_close_matches(name, own, n=1, cutoff=0.6):
+        hint = f"did you mean `{close[0]}`?"
+    elif alias in everywhere:
+        hint = f"did you mean `{everywhere[alias]}`?"
+    else:
+        hint = f"{section} has {', '.join(own)}"
+    return f"{field} is no field; {hint}"
+
+
+def _absolute(data: DataConfig, training: TrainingConfig) -> tuple[DataConfig, TrainingConfig]:
+    """Makes paths absolute, so that a run can be continued from another folder."""
+    changes: dict[str, Any] = {}
+    if data.path:
+        changes["path"] = str(Path(data.path).expanduser().absolute())
+    if is_tokenizer_path(data.tokenizer) and Path(data.tokenizer).expanduser().exists():
+        changes["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
+    if data.dataset:
+        changes["dataset"] = plugins.absolute(data.dataset)
+    callbacks = tuple(map(plugins.absolute, training.callbacks))
+    return (
+        dataclasses.replace(data, **changes),
+        dataclasses.replace(training, callbacks=callbacks),
+    )
+
+
+# Types.
+
+
+def _types(cls: type) -> dict[str, Any]:
+    """Returns the type of each field of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """Returns a Python value as the type of a field; integers serve as floats.
+
+    Raises:
+      ValueError: it is of another type; the message completes `field=value ...`.
+    """
+    options = _options(kind)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ValueError(f"is not {_in_words(kind)}")
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+            choices = typing.get_args(option)
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"is not one of {', '.join(choices)}{hint}")
+        if typing.get_origin(option) is tuple:
+            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+                return tuple(value)
+        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif (option is int and isinstance(value, int) and not isinstance(value, bool)) or (
+            option in (bool, str) and isinstance(value, option)
+        ):
+            return value
+    raise ValueError(f"is not {_in_words(kind)}")
+
+
+def parse(text: str, kind: Any) -> Any:
+    """Returns the text of a command-line override as the type of a field.
+
+    `none` (or nothing) stands for None, commas separate the entries of a list.
+
+    Raises:
+      ValueError: it cannot be read so; the message completes `field=value ...`.
+    """
+    options = _options(kind)
+    lowered = text.strip().lower()
+    if type(None) in options and lowered in ("none", "null", ""):
+        return None
+    for option in options:
+        try:
+            if typing.get_origin(option) is tuple:
+                return tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+            if option is bool and lowered in _BOOLEANS:
+                return _BOOLEANS[lowered]
+            if option is int:
+                return int(text)
+            if option is float:
+                return float(text)
+            if option is str:
+                return text
+        except ValueError:
+            continue
+    return coerce(text, kind)
+
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _options(kind: Any) -> tuple:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _in_words(kind: Any) -> str:
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "none",
+    }
+    return " or ".join(words.get(option, "a list of texts") for option in _options(kind))
+
+
+# Comparing.
+
+
+class Change(NamedTuple):
+    """A field that differs from a saved config."""
+
+    field: str
+    saved: Any
+    now: Any
+
+
+def changes(
+    saved: Mapping[str, Any], config: ExperimentConfig
+) -> tuple[list[Change], list[Change]]:
+    """Compares a config with the saved one of its run.
+
+    Returns:
+      The changes that a run may take on when it continues, and those that it may not.
+    """
+    now = config.to_json()
+    allowed, refused = [], []
+    for section, values in now.items():
+        for name, value in values.items():
+            before = saved.get(section, {}).get(name, value)
+            if before != value:
+                change = Change(f"{section}.{name}", before, value)
+                (allowed if _may_change(change.field) else refused).append(change)
+    return allowed, refused
+
+
+def _may_change(field: str) -> bool:
+    """Whether a run may continue with another value of this field."""
+    return field == "training.num_steps" or field.endswith("_every")

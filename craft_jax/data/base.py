@@ -1,0 +1,44 @@
+"""What the trainer needs of data: batches by number."""
+
+import abc
+
+import numpy as np
+
+from craft_jax.data.tokenizers import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+class Dataset(abc.ABC):
+    """The batches of one split.
+
+    A dataset of your own is a class with this interface, built as `YourDataset(config, split,
+    seed)` from the `data` section of the config, `"train"` or `"val"`, and `training.seed`.
+
+    Attributes:
+      vocab_size: one more than the largest token id, for models of tokens.
+      tokenizer: turns ids into text, or None if there is no text.
+      num_bytes: UTF-8 bytes of the text behind one pass, for bits per byte; None if unknown.
+      fingerprint: identifies the content; a run only resumes on data with the same one.
+      name: a word for file names.
+    """
+
+    vocab_size: int
+    tokenizer: Tokenizer | None = None
+    num_bytes: int | None = None
+    fingerprint: str = ""
+    name: str = "data"
+
+    @abc.abstractmethod
+    def batch(self, step: int) -> Batch:
+        """Returns batch `step` (from 0), a pure function of the seed and `step`.
+
+        Every array has the batch as its first axis. Language models read `tokens` and `targets`,
+        int32 (B, T), and, where some targets do not count, `weights`, float32 (B, T).
+
+        A training set answers any step; a validation set those below `len(self)`.
+        """
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of batches in one pass."""

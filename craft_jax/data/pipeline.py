@@ -1,0 +1,109 @@
+"""From the `data` section of a config to datasets: the one page that joins the rooms of `data/`.
+
+`prepare` turns a source into a token cache; `open_datasets` gives the training and validation
+batches, from that cache or from a dataset class of the user's own.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from craft_jax import plugins
+from craft_jax.data import cache, sources, text
+from craft_jax.data.base import Dataset
+from craft_jax.data.cache import TokenCache
+from craft_jax.data.tokenizers import KINDS, Tokenizer
+from craft_jax.errors import ConfigError
+from craft_jax.schema import Contradiction, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how it is cut into batches."""
+
+    source: Literal["auto", "stdlib", "files"] = setting(
+        "auto", "where text comes from; auto is files when data.path is set, else stdlib"
+    )
+    path: str | None = setting(None, "a file, a folder or a glob pattern of text")
+    text_field: str = setting("text", "the field that holds the text in .jsonl lines")
+    tokenizer: str = setting("bpe", "char, byte, bpe, or the path of a tokenizer.json")
+    vocab_size: int = setting(
+        1024, "tokens in the vocabulary that bpe trains; others ignore it", minimum=257
+    )
+    val_fraction: float = setting(
+        0.1, "the part of the text, at its end, that validates", minimum=0, below=1
+    )
+    seq_len: int = setting(128, "tokens in a training window", minimum=1)
+    batch_size: int = setting(16, "windows per optimizer step, over all devices", minimum=1)
+    dataset: str | None = setting(
+        None, "a dataset class of your own, path/file.py:Class; replaces the text pipeline"
+    )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        if self.source == "files" and not self.path:
+            yield Contradiction(
+                ("data.source", "data.path"), "data.source=files needs data.path; name your text"
+            )
+        if self.source == "stdlib" and self.path:
+            yield Contradiction(
+                ("data.source", "data.path"),
+                f"data.source=stdlib contradicts data.path={self.path}; leave one of them out",
+            )
+
+
+class Datasets(NamedTuple):
+    """The two splits; `val` is None where nothing is held out."""
+
+    train: Dataset
+    val: Dataset | None
+
+
+def prepare(config: DataConfig, workdir: Path, tokenizer: Tokenizer | None = None) -> TokenCache:
+    """Tokenizes the text of a config, or finds it tokenized already.
+
+    Args:
+      config: what to read.
+      workdir: the cache goes into `{workdir}/data/`.
+      tokenizer: takes the place of the config's, to continue a run with its own.
+
+    Raises:
+      DataError, StorageError: see `cache.build`.
+    """
+    source = sources.open_source(config.source, config.path, config.text_field)
+    build = {"vocab_size": config.vocab_size, "val_fraction": config.val_fraction}
+    found = cache.build(source, tokenizer=config.tokenizer, folder=workdir / "data", **build)
+    if tokenizer is None or found.tokenizer.digest == tokenizer.digest:
+        return found
+    return cache.build(source, tokenizer=tokenizer, folder=workdir / "data", **build)
+
+
+def open_datasets(
+    config: DataConfig, *, workdir: Path, seed: int, tokenizer: Tokenizer | None = None
+) -> Datasets:
+    """Returns the batches of both splits.
+
+    Raises:
+      ConfigError: `data.dataset` names a class that cannot be used.
+      DataError, StorageError: see `prepare`; also a split shorter than one window.
+    """
+    if config.dataset:
+        cls = plugins.load(config.dataset, "data.dataset", Dataset)
+        try:
+            splits = [cls(config, split, seed) for split in ("train", "val")]
+        except TypeError as error:
+            raise ConfigError(
+                f"data.dataset={config.dataset} is built as Class(config, split, seed): {error}"
+            ) from error
+        return Datasets(*splits)
+    tokens = prepare(config, workdir, tokenizer)
+    options = {"seq_len": config.seq_len, "batch_size": config.batch_size, "seed": seed}
+    train = text.from_cache(tokens, "train", **options)
+    if config.val_fraction == 0:
+        return Datasets(train, None)
+    return Datasets(train, text.from_cache(tokens, "val", **options))
+
+
+def is_tokenizer_path(tokenizer: str) -> bool:
+    """Whether `data.tokenizer` names a file rather than a kind."""
+    return tokenizer not in KINDS

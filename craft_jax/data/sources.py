@@ -1,0 +1,271 @@
+"""Where text comes from: the standard library's source, or the user's files, as documents.
+
+A source is read as a stream: a document yields its text in pieces of bounded size, so memory does
+not grow with the corpus, nor with the length of a line. What flows out are `Document`s; what is
+unreadable raises `DataError` with the file, the place in it and the remedy.
+"""
+
+import codecs
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from craft_jax.errors import DataError
+
+PIECE_CHARS = 1 << 16
+_BLOCK_BYTES = 1 << 20
+_TEXT_SUFFIXES = {
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".json", ".yaml", ".yml",
+    ".toml", ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt", ".go",
+    ".rs", ".js", ".ts", ".jsx", ".tsx", ".css", ".rb", ".php", ".swift", ".scala", ".hs", ".ml", ".lua",
+    ".r", ".jl", ".sh", ".sql", ".jsonl",
+}  # fmt: skip
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text of a source.
+
+    Attributes:
+      path: the file that it stands in.
+      line: the line of a `.jsonl` file, from 1; None where the whole file is the document.
+      text: the text of that line; None where it is to be read from the file.
+    """
+
+    path: Path
+    line: int | None = None
+    text: str | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """Yields the text in order, in pieces of about `PIECE_CHARS` characters.
+
+        Pieces end after a newline where there is one, else after a space, else anywhere.
+
+        Raises:
+          DataError: the file is not UTF-8 text.
+        """
+        chunks = [self.text] if self.text is not None else _decoded(self.path)
+        rest = ""
+        for chunk in chunks:
+            rest += chunk
+            start = 0
+            while len(rest) - start > PIECE_CHARS:
+                stop = _cut(rest, start)
+                yield rest[start:stop]
+                start = stop
+            rest = rest[start:]
+        if rest:
+            yield rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """An ordered collection of documents.
+
+    Attributes:
+      name: what to call it in file names and tables.
+      origin: the config value it came from, for error messages.
+      root: names in the digest are relative to this folder.
+      paths: the files, sorted by name.
+      text_field: the field with the text in `.jsonl` lines.
+    """
+
+    name: str
+    origin: str
+    root: Path
+    paths: tuple[Path, ...]
+    text_field: str
+
+    def documents(self) -> Iterator[Document]:
+        """Yields every document, files in sorted order."""
+        for path in self.paths:
+            if ".jsonl" in path.suffixes:
+                yield from _jsonl_documents(path, self.text_field)
+            else:
+                yield Document(path=path)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of all names and bytes, hexadecimal.
+
+        Raises:
+          DataError: a file cannot be read.
+        """
+        digest = hashlib.sha256(self.text_field.encode())
+        for path in self.paths:
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0".encode("utf-8", "replace"))
+            with _open_plain(path) as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def open_source(kind: str, path: str | None, text_field: str = "text") -> Source:
+    """Finds the files of a source.
+
+    Args:
+      kind: `stdlib`, `files`, or `auto` (files when `path` is given, else stdlib).
+      path: a file, a folder or a glob pattern; needed for `files`.
+      text_field: the field with the text in `.jsonl` lines.
+
+    Raises:
+      DataError: nothing there, or nothing that is text.
+    """
+    if kind == "stdlib" or (kind == "auto" and not path):
+        root = Path(sysconfig.get_path("stdlib")).resolve()
+        found = [p for p in root.rglob("*.py") if not _NOT_STDLIB & {*p.relative_to(root).parts}]
+        paths = tuple(sorted(p for p in found if p.is_file()))
+        if not paths:
+            raise DataError(
+                f"data.source=stdlib: {root} holds no Python source; name your text with data.path"
+            )
+        return Source(
+            name="stdlib",
+            origin="data.source=stdlib",
+            root=root,
+            paths=paths,
+            text_field=text_field,
+        )
+    assert path is not None
+    origin = f"data.path={path}"
+    target = Path(path).expanduser()
+    root, paths = _find_files(target, origin)
+    return Source(name=_plain(target), origin=origin, root=root, paths=paths, text_field=text_field)
+
+
+def _find_files(target: Path, origin: str) -> tuple[Path, tuple[Path, ...]]:
+    if target.is_dir():
+        paths = sorted(p for p in _walk(target) if _is_text_name(p) and p.is_file())
+        if not paths:
+            raise DataError(
+                f"{origin}: the folder holds no text file (.txt, .md, .py, .jsonl, ..., or one of "
+                "these with .gz); name a file or a glob to read another kind"
+            )
+        return target, tuple(paths)
+    if target.exists():
+        if not target.is_file():
+            raise DataError(f"{origin}: neither a file nor a folder; name one that holds text")
+        return target.parent, (target,)
+    paths = sorted(p for p in map(Path, glob.glob(str(target), recursive=True)) if p.is_file())
+    if not paths:
+        what = "no file matches" if glob.has_magic(str(target)) else "no such file or folder"
+        hint = f"; the current folder is {Path.cwd()}" if not target.is_absolute() else ""
+        raise DataError(f"{origin}: {what}{hint}")
+    parents = {str(p.parent) for p in paths}
+    return Path(os.path.commonpath(parents)), tuple(paths)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yields every file below a folder that stands in no hidden folder."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "__pycache__"]
+        yield from (Path(folder) / name for name in names)
+
+
+def _is_text_name(path: Path) -> bool:
+    name = path.name.lower().removesuffix(".gz")
+    return not name.startswith(".") and Path(name).suffix in _TEXT_SUFFIXES
+
+
+def _plain(target: Path) -> str:
+    """Turns a path into a word for file names: letters, digits and underscores."""
+    word = "".join(c if c.isalnum() else "_" for c in target.name.split(".")[0]).strip("_")
+    return word or "text"
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {path}: {error.strerror}") from error
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yields the bytes of a file, unpacked if its name ends in .gz."""
+    with _open_plain(path) as plain:
+        file = gzip.GzipFile(fileobj=plain) if path.suffix == ".gz" else plain
+        try:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise DataError(f"data.path: {path} is not a whole gzip file: {error}") from error
+        except OSError as error:
+            raise DataError(f"data.path: cannot read {path}: {error}") from error
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    for block in _blocks(path):
+        yield _decode(decoder, block, path, offset)
+        offset += len(block)
+    yield _decode(decoder, b"", path, offset, final=True)
+
+
+def _decode(
+    decoder: codecs.IncrementalDecoder, block: bytes, path: Path, offset: int, final: bool = False
+) -> str:
+    pending = len(decoder.getstate()[0])
+    try:
+        text = decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        place = offset - pending + error.start
+        what = "looks like a binary file" if b"\0" in block else "is not UTF-8 text"
+        raise DataError(
+            f"data.path: {path} {what}: byte 0x{error.object[error.start]:02x} at offset {place}; "
+            "convert it to UTF-8 (iconv -f ... -t utf-8) or leave it out"
+        ) from None
+    if "\0" in text:
+        place = offset + block.index(b"\0")
+        raise DataError(
+            f"data.path: {path} looks like a binary file: NUL byte at offset {place}; leave it out"
+        )
+    return text
+
+
+def _jsonl_documents(path: Path, text_field: str) -> Iterator[Document]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"data.path: {path} line {number} is not JSON: {error.msg}; mend or remove it"
+            ) from None
+        text = record.get(text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"data.path: {path} line {number} has no text in the field {text_field!r} (it has: "
+                f"{have}); set data.text_field"
+            )
+        yield Document(path=path, line=number, text=text)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    rest = io.StringIO()
+    for chunk in _decoded(path):
+        *whole, tail = chunk.split("\n")
+        for line in whole:
+            rest.write(line)
+            yield rest.getvalue()
+            rest = io.StringIO()
+        rest.write(tail)
+    yield rest.getvalue()
+
+
+def _cut(text: str, start: int) -> int:
+    stop = start + PIECE_CHARS
+    for separator in "\n", " ":
+        place = text.rfind(separator, start, stop)
+        if place >= start:
+            return place + 1
+    return stop

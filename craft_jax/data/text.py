@@ -1,0 +1,177 @@
+"""Windows of a token stream, as training and validation batches.
+
+A window of `seq_len` tokens has as its targets the same tokens one place later. Shapes: B windows
+of a batch, T tokens of a window.
+"""
+
+import functools
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from craft_jax.data.base import Batch, Dataset
+from craft_jax.data.cache import TokenCache
+from craft_jax.data.sources import open_source
+from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.errors import DataError
+
+
+class TrainingWindows(Dataset):
+    """Shuffled windows, epoch after epoch, without end.
+
+    Each epoch lays the windows side by side from an offset of its own, and visits them in an order
+    of its own. At most `2 * seq_len` tokens at the two ends of the stream stay unvisited in an
+    epoch. Window n, and so every batch, is a pure function of (seed, n).
+
+    Args:
+      tokens_N: the ids, any integer dtype (N,).
+      seq_len: T.
+      batch_size: B.
+      seed: of the order.
+
+    Raises:
+      DataError: fewer than `seq_len + 1` tokens.
+    """
+
+    def __init__(self, tokens_N: np.ndarray, *, seq_len: int, batch_size: int, seed: int):
+        self.tokens_N, self.seq_len, self.batch_size = tokens_N, seq_len, batch_size
+        self._seed = seed
+        _need_a_window(len(tokens_N), seq_len, "training")
+        # With fewer than two windows' tokens there is no room for an offset.
+        self._offsets = seq_len if len(tokens_N) >= 2 * seq_len else 1
+        self._windows = (len(tokens_N) - self._offsets) // seq_len
+        self._order = grain.MapDataset.range(self._windows).seed(seed).shuffle().repeat()
+
+    def __len__(self) -> int:
+        return max(1, self._windows // self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        first = step * self.batch_size
+        starts = [self._start(n) for n in range(first, first + self.batch_size)]
+        return _cut_windows(self.tokens_N, starts, self.seq_len)
+
+    def _start(self, n: int) -> int:
+        offset = _epoch_offset(self._seed, n // self._windows, self._offsets)
+        return offset + int(self._order[n]) * self.seq_len
+
+
+class ValidationWindows(Dataset):
+    """All of a stream, once, in windows that do not overlap.
+
+    Every token but the first is predicted exactly once. The last batch is filled up with windows
+    whose `weights` are 0, as is the last window after the end of the stream.
+
+    Args:
+      tokens_N: the ids, any integer dtype (N,).
+      seq_len: T.
+      batch_size: B.
+
+    Raises:
+      DataError: fewer than `seq_len + 1` tokens.
+    """
+
+    def __init__(self, tokens_N: np.ndarray, *, seq_len: int, batch_size: int):
+        _need_a_window(len(tokens_N), seq_len, "validation")
+        self.tokens_N, self.seq_len, self.batch_size = tokens_N, seq_len, batch_size
+        self._windows = -(-(len(tokens_N) - 1) // seq_len)
+
+    def __len__(self) -> int:
+        return -(-self._windows // self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        shape_BT = (self.batch_size, self.seq_len)
+        span = self.batch_size * self.seq_len
+        piece = self.tokens_N[step * span : (step + 1) * span + 1].astype(np.int32)
+        padded = np.zeros(span + 1, np.int32)
+        padded[: len(piece)] = piece
+        weights = np.arange(span) < len(piece) - 1
+        return {
+            "tokens": padded[:-1].reshape(shape_BT),
+            "targets": padded[1:].reshape(shape_BT),
+            "weights": weights.astype(np.float32).reshape(shape_BT),
+        }
+
+
+def from_cache(
+    cache: TokenCache, split: str, *, seq_len: int, batch_size: int, seed: int
+) -> Dataset:
+    """Returns the windows of one split of a token cache.
+
+    Raises:
+      DataError: the split is shorter than one window.
+    """
+    tokens_N = cache.tokens(split)
+    if split == "train":
+        dataset = TrainingWindows(tokens_N, seq_len=seq_len, batch_size=batch_size, seed=seed)
+    else:
+        dataset = ValidationWindows(tokens_N, seq_len=seq_len, batch_size=batch_size)
+    return _described(
+        dataset,
+        tokenizer=cache.tokenizer,
+        num_bytes=cache.num_bytes(split),
+        fingerprint=cache.digest,
+        name=cache.manifest["source"]["name"],
+    )
+
+
+def from_text(text: str, tokenizer: Tokenizer, *, seq_len: int, batch_size: int) -> Dataset:
+    """Returns validation windows of a text.
+
+    Raises:
+      UsageError: a character tokenizer does not know some of its characters.
+      DataError: the text has fewer than two tokens.
+    """
+    tokens_N = tokenizer.encode(text)
+    if len(tokens_N) < 2:
+        raise DataError(f"the text has {len(tokens_N)} tokens; a loss needs at least 2")
+    # A text may be shorter than a window: then the window is cut to the text.
+    seq_len = min(seq_len, len(tokens_N) - 1)
+    dataset = ValidationWindows(tokens_N, seq_len=seq_len, batch_size=batch_size)
+    return _described(dataset, tokenizer=tokenizer, num_bytes=len(text.encode()))
+
+
+def one_pass(dataset: Dataset) -> Dataset:
+    """Returns a training set as a validation set: all of its text once, in order."""
+    if not isinstance(dataset, TrainingWindows):
+        return dataset
+    windows = ValidationWindows(
+        dataset.tokens_N, seq_len=dataset.seq_len, batch_size=dataset.batch_size
+    )
+    return _described(
+        windows, tokenizer=dataset.tokenizer, num_bytes=dataset.num_bytes, name=dataset.name
+    )
+
+
+def _described(dataset: Dataset, *, tokenizer: Tokenizer, **attributes: object) -> Dataset:
+    dataset.tokenizer, dataset.vocab_size = tokenizer, tokenizer.vocab_size
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def _need_a_window(num_tokens: int, seq_len: int, split: str) -> None:
+    if num_tokens < seq_len + 1:
+        raise DataError(
+            f"data.seq_len={seq_len} needs at least {seq_len + 1} tokens, but the {split} split "
+            f"has {num_tokens}; use a shorter data.seq_len, more text, or another data.val_fraction"
+        )
+
+
+def _cut_windows(tokens_N: np.ndarray, starts: list[int], seq_len: int) -> Batch:
+    windows = np.stack([tokens_N[s : s + seq_len + 1] for s in starts]).astype(np.int32)
+    return {"tokens": windows[:, :-1].copy(), "targets": windows[:, 1:].copy()}
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_offset(seed: int, epoch: int, offsets: int) -> int:
+    return int(np.random.default_rng([seed, epoch]).integers(offsets))
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file whole, newlines as they are.
+
+    Raises:
+      DataError: it is missing or not text.
+    """
+    return "".join(p for d in open_source("files", str(path)).documents() for p in d.pieces())

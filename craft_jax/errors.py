@@ -1,0 +1,74 @@
+"""Every error that a user can cause or meet, each with the exit code it ends a command with.
+
+An error message names the value, the place and the remedy on one line. `main` prints it without a
+traceback and exits with `exit_code`; library callers catch the class.
+"""
+
+from collections.abc import Sequence
+
+OK = 0
+USAGE = 2
+BAD_DATA = 65
+RUN_IN_USE = 69
+FAILED_CHECK = 70
+OUTPUT_EXISTS = 73
+STORAGE = 74
+PREEMPTED = 75
+BAD_CONFIG = 78
+INTERRUPTED = 130
+
+
+class CraftError(Exception):
+    """Base of all errors that are answers to a user rather than defects of the program."""
+
+    exit_code = 1
+
+
+class UsageError(CraftError):
+    """The command line itself is wrong."""
+
+    exit_code = USAGE
+
+
+class ConfigError(CraftError):
+    """One or more config values are wrong, or at odds with each other or with a saved run.
+
+    Attributes:
+      problems: one line per mistake.
+    """
+
+    exit_code = BAD_CONFIG
+
+    def __init__(self, problems: Sequence[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(f"config error: {problem}" for problem in self.problems))
+
+
+class DataError(CraftError):
+    """Input data is missing, unreadable, corrupt, or disagrees with itself."""
+
+    exit_code = BAD_DATA
+
+
+class RunInUseError(CraftError):
+    """Another process trains in this run folder."""
+
+    exit_code = RUN_IN_USE
+
+
+class DivergedError(CraftError):
+    """Training produced non-finite numbers that skipping updates did not cure."""
+
+    exit_code = FAILED_CHECK
+
+
+class OutputError(CraftError):
+    """An output exists already, or its place cannot be created."""
+
+    exit_code = OUTPUT_EXISTS
+
+
+class StorageError(CraftError):
+    """Reading or writing failed: the disk is full, or no checkpoint loads."""
+
+    exit_code = STORAGE

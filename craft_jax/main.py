@@ -1,0 +1,178 @@
+"""The command line: `python -m craft_jax.main [command] --config=FILE[:preset] [flags]`.
+
+It is short and imports little, because `--help` should be quick and worker processes import it
+again: a command is a module of `craft_jax.commands` and is imported by name when it is called.
+Errors that are answers to the user end here, as one message and an exit code.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from craft_jax.errors import INTERRUPTED, STORAGE, CraftError, UsageError
+
+
+class _Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": _Command("train", "train a new run, or continue one (the default)"),
+    "evaluate": _Command("evaluate", "loss, perplexity, bits per byte, accuracy of a run"),
+    "generate": _Command("generate", "text from a run"),
+    "prepare": _Command("prepare", "tokenize the text of a config ahead of training"),
+    "visualize": _Command("visualize", "draw the curves of one or several runs"),
+    "runs": _Command("list_runs", "list the runs"),
+}
+
+_EXAMPLES = """\
+examples:
+  python -m craft_jax.main --config=configs/gpt.py
+  python -m craft_jax.main --config=configs/gpt.py:small --config.data.path=my_texts/
+  python -m craft_jax.main --run=latest                        # continue
+  python -m craft_jax.main evaluate --run=latest
+  python -m craft_jax.main generate --run=latest --prompt="def " --max_new_tokens=200
+  python -m craft_jax.main visualize --run=one --run=another
+  python -m craft_jax.main prepare --config=configs/gpt.py
+  python -m craft_jax.main runs
+
+Any field of the config can be set with --config.SECTION.FIELD=VALUE; docs/configuration.md lists
+them. Each command has a --help of its own.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        args = _parse([word for word in words if word != "--debug"])
+        command = importlib.import_module(f"craft_jax.commands.{COMMANDS[args.command].module}")
+        code = command.run(args)
+        sys.stdout.flush()
+        return code
+    except CraftError as error:
+        if debug:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"cannot read or write: {error}", file=sys.stderr)
+        return STORAGE
+
+
+class _Override(NamedTuple):
+    """See `craft_jax.config.Override`, which is not imported here."""
+
+    field: str
+    text: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n(python -m craft_jax.main --help)")
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    overrides, rest = _take_overrides(words)
+    if rest and not rest[0].startswith("-"):
+        command, *rest = rest
+        if command not in COMMANDS:
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+            raise UsageError(f"{command!r} is no command; {hint}")
+    elif rest and rest[0] in ("-h", "--help"):
+        _overview().print_help()
+        raise SystemExit(0)
+    else:
+        command = "train"
+    args = _parser(command).parse_args(rest)
+    args.command, args.overrides = command, overrides
+    return args
+
+
+def _take_overrides(words: Sequence[str]) -> tuple[list[_Override], list[str]]:
+    """Separates `--config.a.b=value` (or `--config.a.b value`, or a bare flag) from the rest."""
+    overrides, rest = [], []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        field, equals, text = word.removeprefix("--config.").partition("=")
+        if not equals:
+            has_value = waiting and not waiting[0].startswith("--")
+            text = waiting.pop(0) if has_value else "true"
+        overrides.append(_Override(field, text))
+    return overrides, rest
+
+
+def _overview() -> argparse.ArgumentParser:
+    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    return argparse.ArgumentParser(
+        prog="python -m craft_jax.main",
+        usage="python -m craft_jax.main [command] --config=FILE[:preset] "
+        "[--config.a.b=VALUE ...] [--workdir=outputs] [--run=NAME|PATH|latest] [flags]",
+        description=f"commands:\n{rows}",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"python -m craft_jax.main {command}",
+        description=COMMANDS[command].summary,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", default="outputs", help="where everything is written (default: outputs)")
+    add("--debug", action="store_true", help="show tracebacks")
+    if command == "visualize":
+        add("--run", action="append", help="name, path or latest; repeat it to compare runs")
+        return parser
+    if command == "runs":
+        return parser
+    add("--run", help="name or path of a run, or latest")
+    if command in ("train", "prepare"):
+        add("--config", help="a config file, and its preset behind a colon")
+    if command == "evaluate":
+        add("--split", choices=("val", "train"), default="val", help="what to evaluate on")
+        add("--text", help="a text file to evaluate on instead")
+    if command == "generate":
+        _add_sampling(parser)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", action="append", help="text to continue; repeat it for several")
+    add("--prompt_file", help="a file with a prompt in each line; - for standard input")
+    add("--max_new_tokens", type=int, default=200, help="tokens per sample (default: 200)")
+    add("--num_samples", type=int, default=1, help="samples of each prompt (default: 1)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    add("--top_k", type=int, help="only the k likeliest tokens")
+    add("--top_p", type=float, default=1.0, help="only the likeliest with this probability")
+    add("--min_p", type=float, default=0.0, help="none below this part of the likeliest's")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition")
+    add("--seed", type=int, default=0, help="of the randomness (default: 0)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

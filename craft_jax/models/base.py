@@ -1,0 +1,180 @@
+"""The interfaces of models, and the passage between a module and its parameters.
+
+A model's state is its parameters: randomness is a `key` argument, a cache is a value that is
+returned. Everything outside `models/` handles parameters as one flat dict of arrays whose keys are
+attribute paths (`blocks.0.attn.query.kernel`). Classes with subclasses here are abstract; the
+models themselves are final.
+
+Shape letters: B batch, T query time, S key time, D model width, V vocabulary.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import jax
+from flax import nnx
+
+from craft_jax import losses
+from craft_jax.losses import LossSums
+
+Params = dict[str, jax.Array]
+Cache = Any
+
+
+class Model(nnx.Module):
+    """What the trainer trains: parameters and a loss over a batch.
+
+    Attributes:
+      Config: the frozen dataclass that `__init__` takes; its fields are the config's `model`
+        section, `name` among them.
+      config: the one that this model was built from.
+    """
+
+    Config: type
+
+    @abc.abstractmethod
+    def __init__(self, config: Any, *, rngs: nnx.Rngs): ...
+
+    @abc.abstractmethod
+    def loss(
+        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None, remat: bool = False
+    ) -> LossSums:
+        """Returns the summed loss of a batch.
+
+        Args:
+          batch: arrays with the batch as their first axis.
+          key: randomness of dropout; None is deterministic.
+          remat: recompute activations in the backward pass instead of keeping them.
+        """
+
+
+class GenerativeModel(Model):
+    """A model that continues a sequence step by step with a cache."""
+
+    @abc.abstractmethod
+    def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
+        """Returns an empty cache for `batch_size` rows of up to `max_len` positions."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, tokens_BT: jax.Array, cache: Cache | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns predictions for each position, and the cache with these positions added."""
+
+
+class LanguageModel(GenerativeModel):
+    """A model of token sequences: hidden states, and a head that turns them into logits.
+
+    The two are apart because a prompt needs the logits of its last position only.
+    """
+
+    @abc.abstractmethod
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        *,
+        key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns the final hidden states x_BTD and the cache with these tokens added.
+
+        Args:
+          tokens_BT: int32 ids in [0, vocab_size).
+          cache: holds the tokens before these; None if there are none.
+          key: randomness of dropout; None is deterministic.
+          remat: recompute activations in the backward pass.
+        """
+
+    @abc.abstractmethod
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns logits_BTV of hidden states, in at least float32."""
+
+    def __call__(
+        self, tokens_BT: jax.Array, cache: Cache | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns logits_BTV, in at least float32, and the cache with these tokens added."""
+        x_BTD, cache = self.hidden(tokens_BT, cache, key=key)
+        return self.logits(x_BTD), cache
+
+    def loss(
+        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None, remat: bool = False
+    ) -> LossSums:
+        """Returns the summed cross-entropy of `targets` (B, T) given `tokens` (B, T)."""
+        x_BTD, _ = self.hidden(batch["tokens"], key=key, remat=remat)
+        return losses.cross_entropy(self.logits(x_BTD), batch["targets"], batch.get("weights"))
+
+
+M = TypeVar("M", bound=Model)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef(Generic[M]):
+    """A model without its parameters: what `split` leaves, and `merge` completes.
+
+    Attributes:
+      config: what the model was built from.
+      graphdef, abstract_state: its structure, and its parameters without arrays.
+    """
+
+    config: Any
+    graphdef: Any
+    abstract_state: Any
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter, by path."""
+        return {
+            _name(path): jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype)
+            for path, leaf in nnx.to_flat_state(self.abstract_state)
+        }
+
+    def merge(self, params: Mapping[str, jax.Array]) -> M:
+        """Returns the model with these parameters.
+
+        Raises:
+          KeyError: a parameter is missing.
+        """
+        flat = [
+            (path, leaf.replace(params[_name(path)]))
+            for path, leaf in nnx.to_flat_state(self.abstract_state)
+        ]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+    @property
+    def num_params(self) -> int:
+        """The number of parameters."""
+        return sum(leaf.size for leaf in self.shapes.values())
+
+
+def define(cls: type[M], config: Any) -> ModelDef[M]:
+    """Returns the definition of `cls(config)` without making any array.
+
+    Raises:
+      TypeError: the model holds state that is not a parameter.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+    for path, leaf in nnx.to_flat_state(state):
+        if not isinstance(leaf, nnx.Param):
+            raise TypeError(
+                f"{cls.__name__}.{_name(path)} is a {type(leaf).__name__}; a model's state is its "
+                "parameters: pass keys as arguments and return caches"
+            )
+    return ModelDef(config, graphdef, state)
+
+
+def init_params(cls: type[M], config: Any, key: jax.Array) -> Params:
+    """Returns freshly drawn parameters of `cls(config)`, by path. A pure function: jit it."""
+    return split(cls(config, rngs=nnx.Rngs(params=key)))
+
+
+def split(model: Model) -> Params:
+    """Returns the parameters of a model, by path."""
+    state = nnx.state(model, nnx.Param)
+    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,304 @@
+"""Opens a run: from a name or a path to its config, tokenizer, model and parameters.
+
+import craft_jax.runs as runs
+run = runs.open("outputs/models/my-run")
+print(run.generate("def "))
+"""
+
+import builtins
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from craft_jax import config as configs
+from craft_jax import outputs
+from craft_jax.checkpointing import CheckpointStore
+from craft_jax.config import ExperimentConfig, Override
+from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError, UsageError
+from craft_jax.generation import Generator, SamplingConfig
+from craft_jax.models import base
+from craft_jax.models.base import GenerativeModel, ModelDef, Params
+from craft_jax.outputs import RunPaths
+from craft_jax.precision import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checkpoint of a run, opened. Arrays are read when they are first needed.
+
+    Attributes:
+      paths: the run's files.
+      step: of the checkpoint.
+      config: the config that it was trained with, and overrides on top.
+    """
+
+    paths: RunPaths
+    step: int
+    config: ExperimentConfig
+
+    @property
+    def store(self) -> CheckpointStore:
+        """All checkpoints of the run."""
+        return CheckpointStore(self.paths.checkpoints)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that travels in the checkpoint, or None."""
+        file = self.store.tokenizer_file(self.step)
+        return Tokenizer.load(file) if file else None
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer.
+
+        Raises:
+          UsageError: the run has none.
+        """
+        if self.tokenizer is None:
+            raise UsageError(f"run {self.paths.name} has no tokenizer, so it can read no text")
+        return self.tokenizer
+
+    @functools.cached_property
+    def meta(self) -> dict:
+        """What the checkpoint keeps beside the arrays."""
+        return self.store.meta(self.step)
+
+    @functools.cached_property
+    def model_def(self) -> ModelDef:
+        """The model without its parameters."""
+        model = with_vocab_size(self.config.model, self.meta["vocab_size"])
+        return base.define(self.config.model_class, model)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters, as they were trained."""
+        return self.store.restore_params(self.step, self.model_def.shapes)
+
+    @property
+    def model(self) -> base.Model:
+        """The model as a module, with its parameters."""
+        return self.model_def.merge(self.params)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """What continues prompts; its compiled functions stay between calls.
+
+        Raises:
+          UsageError: the model is not generative.
+        """
+        return make_generator(self.config, self.model_def, self.tokenizer)
+
+    @functools.cached_property
+    def compute_params(self) -> Params:
+        """The parameters in the dtype that computes."""
+        return Policy.named(self.config.training.precision).cast(self.params)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        max_new_tokens: int = 200,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Any:
+        """Returns the prompt and its continuation; a list of them for a list of prompts.
+
+        Args:
+          prompt: text; empty for a new document.
+          max_new_tokens: how much is added.
+          seed: of the randomness.
+          **sampling: see `SamplingConfig`.
+
+        Raises:
+          UsageError: an impossible value, or a prompt that the model cannot take.
+        """
+        tokenizer = self.need_tokenizer()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ids = [prompt_ids(tokenizer, p) for p in prompts]
+        made = self.generator.generate(
+            self.compute_params,
+            ids,
+            max_new_tokens=max_new_tokens,
+            config=SamplingConfig(**sampling),
+            seed=seed,
+        )
+        texts = [p + tokenizer.decode(new) for p, new in zip(prompts, made, strict=True)]
+        return texts[0] if isinstance(prompt, str) else texts
+
+
+def make_generator(
+    config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer | None
+) -> Generator:
+    """Returns what samples from a model.
+
+    Raises:
+      UsageError: the model is not generative.
+    """
+    if not issubclass(config.model_class, GenerativeModel):
+        raise UsageError(f"model.name={config.model.name} is not a model that generates")
+    model = model_def.config
+    return Generator(
+        model_def,
+        max_len=model.max_seq_len,
+        vocab_size=tokenizer.vocab_size if tokenizer else model.vocab_size,
+        end_id=tokenizer.end_id if tokenizer else None,
+    )
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the ids of a prompt; an empty one is the start of a document.
+
+    Raises:
+      UsageError: characters that the tokenizer does not know.
+    """
+    if prompt:
+        return tokenizer.encode(prompt, "the prompt").tolist()
+    if tokenizer.end_id is not None:
+        return [tokenizer.end_id]
+    return [0] if tokenizer.unknown_characters("\n") else tokenizer.encode("\n").tolist()
+
+
+def with_vocab_size(model: Any, vocab_size: int) -> Any:
+    """Returns a model config whose vocabulary is at least that of the data.
+
+    Raises:
+      ConfigError: it is set, and smaller.
+    """
+    wanted = getattr(model, "vocab_size", vocab_size)
+    if wanted is None:
+        return dataclasses.replace(model, vocab_size=vocab_size)
+    if wanted < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={wanted} is less than the {vocab_size} tokens of the data; leave it "
+            "out, or make it at least as large"
+        )
+    return model
+
+
+# Finding.
+
+
+def open(
+    run: str | Path, *, workdir: str | Path = "outputs", overrides: Sequence[Override] = ()
+) -> Run:
+    """Opens the newest checkpoint of a run, or the one whose folder is given.
+
+    Args:
+      run: a name, `latest`, the path of a run, or the path of one of its checkpoints.
+      workdir: where runs are looked up by name.
+      overrides: laid over the saved config; not on what makes the model.
+
+    Raises:
+      DataError: there is no such run.
+      StorageError: it has no checkpoint that can be read.
+      ConfigError: an override is wrong, or not possible for a trained model.
+    """
+    folder, step = locate(str(run), Path(workdir))
+    paths = outputs.open_run(folder)
+    store = CheckpointStore(paths.checkpoints)
+    if step is None:
+        step = store.latest()
+    if step is None or step not in store.steps():
+        what = "no checkpoint yet" if step is None else f"no checkpoint of step {step}"
+        raise StorageError(f"run {paths.name} has {what}; train it with --run={paths.name}")
+    saved = store.config(step)
+    config = configs.load(None, overrides, saved)
+    refused = [
+        f"{change.field}={change.now} cannot replace {change.saved}, which the run was trained with"
+        for part in configs.changes(saved, config)
+        for change in part
+        if change.field.startswith("model.") or change.field == "data.tokenizer"
+    ]
+    if refused:
+        raise ConfigError(refused)
+    return Run(paths, step, config)
+
+
+def locate(run: str, workdir: Path) -> tuple[Path, int | None]:
+    """Returns the folder of a run that exists, and the step if a checkpoint was named.
+
+    Raises:
+      DataError: there is none; names those that are.
+    """
+    if run == "latest":
+        existing = outputs.all_runs(workdir)
+        if not existing:
+            raise DataError(f"--run=latest: there is no run below {workdir / 'models'}; train one")
+        return existing[-1].absolute(), None
+    for place in (workdir / "models" / run, Path(run).expanduser()):
+        path = place.absolute()
+        if (path / "run.json").is_file():
+            return path, None
+        if path.name.isdecimal() and (path.parent.parent / "run.json").is_file():
+            return path.parent.parent, int(path.name)
+    names = [folder.name for folder in outputs.all_runs(workdir)[-5:]]
+    have = f"the newest are {', '.join(names)}" if names else "there are none"
+    raise DataError(f"--run={run}: no such run below {workdir / 'models'}; {have}")
+
+
+def exists(run: str, workdir: Path) -> bool:
+    """Whether `--run` names a run that exists; a new name may be created.
+
+    Raises:
+      DataError: `latest` where there is none, or a path that is missing.
+    """
+    try:
+        locate(run, workdir)
+    except DataError:
+        if run == "latest" or os.sep in run:
+            raise
+        return False
+    return True
+
+
+def saved_config(paths: RunPaths) -> dict:
+    """Returns the config that a run began with.
+
+    Raises:
+      StorageError: it cannot be read.
+    """
+    try:
+        return json.loads(paths.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{paths.config} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def lock(paths: RunPaths) -> Iterator[None]:
+    """Keeps other processes from training in this run while the context lasts.
+
+    Raises:
+      RunInUseError: one does.
+    """
+    file = paths.folder / ".lock"
+    with builtins.open(file, "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise RunInUseError(
+                f"run {paths.name} is in use by {holder}; wait for it, or use another --run"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        yield
+
+
+def is_locked(paths: RunPaths) -> bool:
+    """Whether a process trains in this run now."""
+    try:
+        with builtins.open(paths.folder / ".lock", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

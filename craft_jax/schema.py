@@ -1,0 +1,87 @@
+"""What a config dataclass is made of: settings with a help text and bounds, and their check.
+
+Every section of a config (`GPTConfig`, `OptimConfig`, ...) is a frozen, keyword-only dataclass that
+stands beside the code that reads it. `setting` declares a field. A section whose fields can exclude
+each other has a method `contradictions()` that yields one `Contradiction` for each case.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+
+class Contradiction(NamedTuple):
+    """Values that are possible alone but not together.
+
+    Attributes:
+      fields: the full names of the fields involved, such as `model.num_heads`.
+      message: one line with values and remedy.
+    """
+
+    fields: tuple[str, ...]
+    message: str
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declares a field of a config dataclass.
+
+    Args:
+      default: the default value.
+      help: one line for docs/configuration.md, with the unit where there is one.
+      minimum, maximum: inclusive bounds.
+      above, below: exclusive bounds.
+    """
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    metadata = {"help": help} | {k: v for k, v in bounds.items() if v is not None}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def out_of_bounds(section: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yields (full field name, one-line problem) for each impossible value of one section."""
+    for field in dataclasses.fields(section):
+        full_name, value = f"{name}.{field.name}", getattr(section, field.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            yield full_name, f"{full_name}={value} is not finite; the default is {field.default}"
+        elif demands := _broken_bounds(value, field.metadata):
+            words = " and ".join(demands)
+            yield full_name, f"{full_name}={value} must be {words}; the default is {field.default}"
+
+
+def _broken_bounds(value: float, bounds: Any) -> list[str]:
+    rules = [
+        ("minimum", "at least", value.__ge__),
+        ("maximum", "at most", value.__le__),
+        ("above", "greater than", value.__gt__),
+        ("below", "less than", value.__lt__),
+    ]
+    return [
+        f"{words} {bounds[rule]:g}"
+        for rule, words, holds in rules
+        if rule in bounds and holds(type(value)(bounds[rule])) is not True
+    ]
+
+
+def contradictions(section: Any, known_bad: Collection[str] = ()) -> list[str]:
+    """Returns the messages of a section's contradictions, without those that involve `known_bad`.
+
+    A contradiction is only worth naming when each value that takes part in it is possible.
+    """
+    found = section.contradictions() if hasattr(section, "contradictions") else ()
+    return [c.message for c in found if not set(c.fields) & set(known_bad)]
+
+
+def problems(section: Any, name: str) -> list[str]:
+    """Returns one line per mistake in one section; empty if it is usable."""
+    bad = dict(out_of_bounds(section, name))
+    return [*bad.values(), *contradictions(section, bad)]

@@ -1,0 +1,124 @@
+"""Which device holds what: rules from parameter paths to mesh axes, and the sharding of batches.
+
+Mesh axes: `data` splits the batch, `fsdp` splits batch and parameters, `tensor` splits the hidden
+dimensions of a layer. Models know nothing of this.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from craft_jax.errors import ConfigError
+from craft_jax.schema import Contradiction, setting
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+# The first pattern found in a path decides; what none matches is replicated.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embedding$", PartitionSpec("fsdp", None)),
+    (r"(query|key|value|up)\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(out|down)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(query|key|value|up)\.bias$", PartitionSpec("tensor")),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the devices share the work; the sizes multiply to the number of devices."""
+
+    mode: Literal["jit"] = setting("jit", "jit: one program over a mesh of devices")
+    data: int = setting(-1, "devices that split the batch; -1 for all that remain", minimum=-1)
+    fsdp: int = setting(1, "devices that split batch and parameters; -1 for all", minimum=-1)
+    tensor: int = setting(1, "devices that split each layer; -1 for all", minimum=-1)
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        for axis in AXES:
+            if getattr(self, axis) == 0:
+                name = f"parallel.{axis}"
+                yield Contradiction((name,), f"{name}=0 is no number of devices; use 1, or -1")
+        open_axes = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(open_axes) > 1:
+            names = tuple(f"parallel.{axis}" for axis in open_axes)
+            yield Contradiction(
+                names, f"{' and '.join(names)} are both -1; at most one axis can take the rest"
+            )
+
+
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Arranges devices on the axes `data`, `fsdp` and `tensor`.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        named = ", ".join(f"parallel.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise ConfigError(
+            f"{named} do not multiply to the {len(devices)} devices here; set one of them to -1"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Checks that each device gets an equal part of each micro-batch.
+
+    Raises:
+      ConfigError: it does not; names the nearest batch sizes that do.
+    """
+    parts = accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        down, up = batch_size // parts * parts, -(-batch_size // parts) * parts
+        near = f"{down} or {up}" if down else f"{up}"
+        raise ConfigError(
+            f"data.batch_size={batch_size} is not divisible by {parts} (training.accumulate="
+            f"{accumulate} times {parts // accumulate} devices that split the batch); try {near}"
+        )
+
+
+def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns the sharding of each parameter path, for leaves that have a `shape`.
+
+    An axis that does not divide its dimension is left out of the spec.
+    """
+    return {path: NamedSharding(mesh, _spec(path, s.shape, mesh)) for path, s in shapes.items()}
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    for pattern, spec in RULES:
+        if re.search(pattern, path) and len(spec) == len(shape):
+            return PartitionSpec(
+                *(
+                    a if a and n % mesh.shape[a] == 0 else None
+                    for a, n in zip(spec, shape, strict=True)
+                )
+            )
+    return PartitionSpec()
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns shardings for a tree that holds parameters, or moments like them, by path.
+
+    A leaf below a dict key that is a parameter path is sharded as that parameter; others, such as
+    counters, are replicated.
+    """
+
+    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
+        keys = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, _spec(keys[-1], leaf.shape, mesh) if keys else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a batch on the devices, its first axis split over `data` and `fsdp`."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.device_put(array, sharding) for name, array in batch.items()}

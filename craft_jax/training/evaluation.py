@@ -1,0 +1,48 @@
+"""One pass over a split: what the trainer does now and then, and the evaluate command once."""
+
+import jax
+from jax.sharding import Mesh
+
+from craft_jax import sharding
+from craft_jax.data.base import Dataset
+from craft_jax.data.loading import prefetch
+from craft_jax.losses import LossSums
+from craft_jax.models.base import ModelDef, Params
+from craft_jax.precision import Policy
+from craft_jax.training.step import make_eval_step
+
+
+class Evaluator:
+    """Adds the losses of a split up; compiled once.
+
+    Args:
+      model_def: the model.
+      policy: the dtype that computes.
+      mesh: the devices.
+    """
+
+    def __init__(self, model_def: ModelDef, policy: Policy, mesh: Mesh):
+        self._eval_step, self._mesh = jax.jit(make_eval_step(model_def, policy)), mesh
+
+    def __call__(self, params: Params, data: Dataset) -> dict[str, float]:
+        """Returns the sums of `LossSums` over all batches.
+
+        Batches are added in float64 and in order, so equal parameters give equal results.
+        """
+        total = dict.fromkeys(LossSums._fields, 0.0)
+
+        def add(sums: LossSums) -> None:
+            for name, value in sums._asdict().items():
+                total[name] += float(value)
+
+        waiting: LossSums | None = None
+        for batch in prefetch(
+            lambda i: sharding.put_batch(data.batch(i), self._mesh), 0, len(data)
+        ):
+            sums = self._eval_step(params, batch)
+            if waiting is not None:  # The batch before, while this one runs.
+                add(waiting)
+            waiting = sums
+        if waiting is not None:
+            add(waiting)
+        return total

@@ -1,0 +1,29 @@
+"""Training language models: what is about tokens, and nothing else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from craft_jax import metrics
+from craft_jax.data.base import Dataset
+from craft_jax.models.base import LanguageModel, Model
+from craft_jax.training.trainer import Trainer
+
+
+class LanguageModelTrainer(Trainer):
+    """A trainer that counts tokens, and knows perplexity and bits per byte."""
+
+    unit = "tokens"
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> int:
+        return batch["tokens"].size
+
+    @staticmethod
+    def evaluation_metrics(sums: Mapping[str, float], data: Dataset) -> dict[str, Any]:
+        return metrics.from_sums(**sums, num_bytes=data.num_bytes)
+
+
+def trainer_for(model_class: type[Model]) -> type[Trainer]:
+    """Returns the trainer class that fits a model class."""
+    return LanguageModelTrainer if issubclass(model_class, LanguageModel) else Trainer

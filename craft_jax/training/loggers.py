@@ -1,0 +1,196 @@
+"""Loggers: callbacks that write down the numbers of a run.
+
+To the terminal and the text log, to JSON lines, and to TensorBoard events.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import IO
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from craft_jax import outputs, runtime
+from craft_jax.training.callbacks import Callback, StepRecord
+
+logger = logging.getLogger(__name__)
+
+
+class _Logger(Callback):
+    """Holds a step until it is known whether an evaluation adds to it, then writes it once."""
+
+    def __init__(self, every: int):
+        self._every = max(1, every)
+        self._held: StepRecord | None = None
+
+    def write(self, record: StepRecord) -> None:
+        """Writes one step; to be overridden."""
+        raise NotImplementedError
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self._flush()
+        if record.step % self._every == 0 or record.is_last or record.metrics.get("skipped"):
+            self._held = record
+
+    def on_evaluate_end(self, record: StepRecord) -> None:
+        self._held = record
+
+    def on_save(self, record: StepRecord) -> None:
+        self._flush()
+
+    def on_train_end(self, record: StepRecord) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            self.write(held)
+
+
+class ConsoleLogger(Callback):
+    """A live progress line on a terminal, plain lines elsewhere and in the text log.
+
+    Args:
+      every: steps between plain lines.
+      unit: what throughput counts, such as `tokens`.
+    """
+
+    def __init__(self, every: int, unit: str):
+        self._every, self._unit = max(1, every), unit
+        self._first_step = 0
+
+    def on_train_begin(self, record: StepRecord) -> None:
+        self._first_step = record.step
+
+    def on_step_end(self, record: StepRecord) -> None:
+        if record.metrics.get("skipped"):
+            logger.warning(
+                "step %d: loss %s, gradient norm %s: update skipped",
+                record.step,
+                record.metrics["loss"],
+                record.metrics["grad_norm"],
+            )
+        line = self._line(record)
+        runtime.progress(line)
+        if record.step % self._every == 0 or record.is_last:
+            logger.info("%s", line, extra=runtime.PLAIN_ONLY)
+
+    def on_evaluate_end(self, record: StepRecord) -> None:
+        values = {k: v for k, v in record.metrics.items() if k.startswith("val_")}
+        shown = "  ".join(f"{_words(k)} {v:.4f}" for k, v in values.items() if v is not None)
+        logger.info("step %d  %s", record.step, shown)
+
+    def on_train_end(self, record: StepRecord) -> None:
+        runtime.progress("")
+
+    def _line(self, record: StepRecord) -> str:
+        metrics, done = record.metrics, record.step - self._first_step
+        left = record.elapsed / max(1, done) * (record.num_steps - record.step)
+        rate = metrics.get(f"{self._unit}_per_second", 0.0)
+        return (
+            f"step {record.step}/{record.num_steps}  loss {metrics['loss']:.4f}  "
+            f"lr {metrics['learning_rate']:.2e}  {rate:,.0f} {self._unit}/s  "
+            f"{_clock(record.elapsed)} elapsed, {_clock(left)} left"
+        )
+
+
+class JsonLinesLogger(_Logger):
+    """One flat JSON object for each logged step.
+
+    Args:
+      path: the file; continued if it exists, after dropping steps that are to be done again.
+      every: steps between lines.
+    """
+
+    def __init__(self, path: Path, every: int):
+        super().__init__(every)
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def on_train_begin(self, record: StepRecord) -> None:
+        kept = [line for line in read_json_lines(self._path) if line["step"] <= record.step]
+        outputs.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, record: StepRecord) -> None:
+        assert self._file is not None
+        line = {"step": record.step, **record.metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def on_train_end(self, record: StepRecord) -> None:
+        super().on_train_end(record)
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoardLogger(_Logger):
+    """TensorBoard events, written with its own record format and without TensorFlow or torch.
+
+    Args:
+      folder: where the event file goes.
+      every: steps between events.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        super().__init__(every)
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+
+    def on_train_begin(self, record: StepRecord) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # A name of its own for each life of a run; TensorBoard reads them in this order.
+        name = f"events.out.tfevents.{time.time_ns()}.craft_jax"
+        self._file = (self._folder / name).open("wb")
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # Tells TensorBoard to forget the steps that are done again.
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=record.step + 1, session_log=start))
+
+    def write(self, record: StepRecord) -> None:
+        values = [
+            Summary.Value(tag=_tag(name), simple_value=value)
+            for name, value in record.metrics.items()
+            if value is not None
+        ]
+        summary = Summary(value=values)
+        self._write(Event(wall_time=time.time(), step=record.step, summary=summary))
+
+    def on_train_end(self, record: StepRecord) -> None:
+        super().on_train_end(record)
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        assert self._file is not None
+        RecordWriter(self._file).write(event.SerializeToString())
+        self._file.flush()
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Reads the whole lines of a metrics file; a line cut off by a crash is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+    return lines
+
+
+def _tag(name: str) -> str:
+    return f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}"
+
+
+def _words(name: str) -> str:
+    return name.replace("val_", "validation ", 1).replace("_", " ")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

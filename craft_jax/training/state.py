@@ -1,0 +1,71 @@
+"""What a run is at one moment: a frozen value that a train step maps to the next."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from craft_jax import sharding
+from craft_jax.models import base
+from craft_jax.models.base import ModelDef, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Parameters, optimizer state and counters.
+
+    Attributes:
+      step: updates made so far, int32 scalar.
+      params: parameters by path.
+      opt_state: the optimizer's state.
+      lr_scale: factor on the schedule's learning rate, float32 scalar.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    lr_scale: jax.Array
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def from_params(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        lr_scale=jnp.ones((), jnp.float32),
+    )
+
+
+def abstract_state(
+    model_def: ModelDef, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Returns shapes, dtypes and shardings of a state, without arrays."""
+    state = jax.eval_shape(lambda p: from_params(p, optimizer), model_def.shapes)
+    shardings = sharding.tree_shardings(state, mesh)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        shardings,
+    )
+
+
+def init_state(
+    cls: type, config: Any, optimizer: optax.GradientTransformation, *, seed: int, mesh: Mesh
+) -> TrainState:
+    """Draws fresh parameters, each on the devices where it belongs from the start."""
+
+    def init(key: jax.Array) -> TrainState:
+        return from_params(base.init_params(cls, config, key), optimizer)
+
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(init, out_shardings=shardings)(key)

@@ -1,0 +1,328 @@
+"""The trainer: the host side of training. The device side is `training/step.py`.
+
+It hands batches to the train step, reads each step's numbers while the next step runs, tells the
+callbacks, and carries out what they ask for.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from craft_jax import sharding
+from craft_jax.data.base import Dataset
+from craft_jax.data.loading import prefetch
+from craft_jax.errors import DivergedError
+from craft_jax.models.base import ModelDef
+from craft_jax.optim import Schedule
+from craft_jax.precision import Policy
+from craft_jax.runtime import StopSignal
+from craft_jax.schema import setting
+from craft_jax.training import step as steps
+from craft_jax.training.callbacks import (
+    Callback,
+    Evaluate,
+    Request,
+    RollBack,
+    Save,
+    ScaleLearningRate,
+    StepRecord,
+    Stop,
+)
+from craft_jax.training.evaluation import Evaluator
+from craft_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train, what to do on the way, and in which numbers."""
+
+    num_steps: int = setting(1000, "optimizer steps", minimum=1)
+    eval_every: int = setting(250, "steps between evaluations; 0 for only the last", minimum=0)
+    checkpoint_every: int = setting(
+        250, "steps between checkpoints; 0 for only the last and the best", minimum=0
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints that stay, beside the best", minimum=1)
+    log_every: int = setting(10, "steps between logged lines", minimum=1)
+    sample_every: int = setting(250, "steps between samples; 0 for none", minimum=0)
+    sample_tokens: int = setting(100, "tokens in a sample; the last one is longer", minimum=1)
+    accumulate: int = setting(1, "micro-batches that a batch is computed in", minimum=1)
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "the dtype of products and activations; parameters stay float32"
+    )
+    remat: bool = setting(False, "recompute activations in the backward pass to save memory")
+    seed: int = setting(0, "of parameters, dropout and data order", minimum=0, maximum=2**32 - 1)
+    max_bad_steps: int = setting(20, "skipped updates in a row that end the run", minimum=1)
+    callbacks: tuple[str, ...] = setting((), "callback classes of your own, path/file.py:Class")
+
+
+class _Pending(NamedTuple):
+    """A step that the device may still be working on."""
+
+    step: int
+    numbers: steps.Metrics
+    items: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a call of `fit` ended.
+
+    Attributes:
+      step: updates made in the whole run.
+      metrics: of the last step, with those of the last evaluation.
+      stopped: why it ended early; None if it ran to the end.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    stopped: str | None = None
+
+
+class Trainer:
+    """Trains any `Model` on batches.
+
+    Args:
+      model_def: the model.
+      state: where to begin; the trainer owns it from here on.
+      train_data, val_data: batches by number; no evaluation where `val_data` is None.
+      optimizer, schedule, policy: what the train step is made of.
+      mesh: the devices.
+      config: how long, and in which parts.
+      callbacks: called in this order.
+      save: writes a checkpoint of (state, meta); None keeps nothing.
+      restore: returns the newest checkpoint's (state, meta); None where there is none.
+      stop_signal: polled after every step.
+    """
+
+    unit = "examples"
+
+    def __init__(
+        self,
+        model_def: ModelDef,
+        *,
+        state: TrainState,
+        train_data: Dataset,
+        val_data: Dataset | None,
+        optimizer: optax.GradientTransformation,
+        schedule: Schedule,
+        policy: Policy,
+        mesh: Mesh,
+        config: TrainingConfig,
+        callbacks: Iterable[Callback] = (),
+        save: Callable[[TrainState, dict], None] | None = None,
+        restore: Callable[[], tuple[TrainState, dict] | None] = lambda: None,
+        stop_signal: StopSignal | None = None,
+    ):
+        self.state = state
+        self.config = config
+        self._train_data, self._val_data, self._mesh = train_data, val_data, mesh
+        self._callbacks = list(callbacks)
+        self._save, self._restore = save, restore
+        self._signal = stop_signal or StopSignal()
+        train_step = steps.make_train_step(
+            model_def,
+            optimizer,
+            schedule,
+            policy,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            remat=config.remat,
+        )
+        self._train_step = jax.jit(train_step, donate_argnums=0)
+        self._evaluator = Evaluator(model_def, policy, mesh)
+        self._stop: Stop | None = None
+        self._roll_back: RollBack | None = None
+        self._save_asked = self._evaluation_asked = False
+        self._bad_steps = 0
+        self._last_validation: dict[str, float] = {}
+
+    # What subclasses for other kinds of data add to.
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> int:
+        """Returns how many `unit`s a batch holds, for the throughput."""
+        return len(next(iter(batch.values())))
+
+    @staticmethod
+    def evaluation_metrics(sums: Mapping[str, float], data: Dataset) -> dict[str, Any]:
+        """Returns the metrics that follow from the sums over a split."""
+        return {"loss": sums["loss"] / sums["weight"]}
+
+    # Public methods.
+
+    def fit(self) -> FitResult:
+        """Trains until `num_steps`, a `Stop`, or a signal, and calls the callbacks.
+
+        A run that ends early saves its state first.
+
+        Raises:
+          DivergedError: `max_bad_steps` updates in a row were skipped.
+        """
+        self._began = time.monotonic()
+        record = self._record(int(self.state.step), {})
+        for callback in self._callbacks:
+            callback.on_train_begin(record)
+        try:
+            while not record.is_last and not self._stop:
+                record = self._run_from(record.step)
+                if self._roll_back:
+                    record = self._go_back(record)
+        finally:
+            for callback in self._callbacks:
+                callback.on_train_end(record)
+        return FitResult(
+            step=record.step,
+            metrics={**self._last_validation, **record.metrics},
+            stopped=self._stop.reason if self._stop else None,
+        )
+
+    def evaluate(self, data: Dataset | None = None) -> dict[str, Any]:
+        """Returns the metrics of one pass over `data`, or over the validation split."""
+        data = data or self._val_data
+        assert data is not None, "nothing to evaluate: there is no validation split"
+        return self.evaluation_metrics(self._evaluator(self.state.params, data), data)
+
+    def load_meta(self, meta: Mapping) -> None:
+        """Takes over what a checkpoint kept beside the state."""
+        self._bad_steps = meta.get("bad_steps", 0)
+        for callback in self._callbacks:
+            if state := meta.get("callbacks", {}).get(type(callback).__name__):
+                callback.load_state_dict(state)
+
+    def _meta(self, record: StepRecord) -> dict:
+        states = {type(c).__name__: c.state_dict() for c in self._callbacks}
+        return {
+            "metrics": dict(record.metrics),
+            "callbacks": {name: state for name, state in states.items() if state},
+            "bad_steps": self._bad_steps,
+        }
+
+    # The loop.
+
+    def _run_from(self, first: int) -> StepRecord:
+        """Trains from a step to the end, a stop or a roll-back; returns the last record."""
+        num_steps = self.config.num_steps
+        pending: _Pending | None = None
+        record = self._record(first, {})
+        self._start_window()
+        batches = prefetch(self._loader(self._train_data), first, num_steps)
+        for step, (batch, items) in enumerate(batches, start=first + 1):
+            self.state, numbers = self._train_step(self.state, batch)
+            if pending:  # The numbers of the step before, while this one runs.
+                record = self._announce(pending)
+            pending = _Pending(step, numbers, items)
+            wanting = [c for c in self._callbacks if c.wants_state(step, step == num_steps)]
+            if wanting or step == num_steps or self._interrupted():
+                record = self._sync(self._announce(pending), wanting)
+                pending = None
+            if self._stop or self._roll_back:
+                break
+        return record
+
+    def _interrupted(self) -> bool:
+        """Whether someone asks for the state now: a signal, or a callback's request."""
+        if self._signal.exit_code is not None and not self._stop:
+            self._stop = Stop("a signal")
+        return bool(self._stop or self._roll_back or self._save_asked or self._evaluation_asked)
+
+    def _announce(self, pending: _Pending) -> StepRecord:
+        """Waits for a step's numbers and tells the callbacks."""
+        values = {name: float(value) for name, value in pending.numbers.items()}
+        values["skipped"] = int(values["skipped"])
+        self._window_items += pending.items
+        seconds = time.monotonic() - self._window_start
+        values[f"{self.unit}_per_second"] = self._window_items / seconds
+        if pending.step % self.config.log_every == 0 or self._window_items == pending.items:
+            self._start_window()
+        record = self._record(pending.step, values)
+        for callback in self._callbacks:
+            self._take(callback.on_step_end(record))
+        self._bad_steps = self._bad_steps + 1 if values["skipped"] else 0
+        if self._bad_steps >= self.config.max_bad_steps:
+            raise DivergedError(
+                f"training diverged: the loss or gradient of the last {self._bad_steps} steps, up "
+                f"to step {record.step}, was not finite and their updates were skipped; lower "
+                "optim.learning_rate or optim.clip_norm, or warm up longer"
+            )
+        return record
+
+    def _sync(self, record: StepRecord, wanting: Iterable[Callback]) -> StepRecord:
+        """Does what needs the state of this step: `on_sync`, evaluation, saving."""
+        self._save_asked |= bool(self._stop)
+        with_state = dataclasses.replace(record, state=self.state)
+        for callback in wanting:
+            self._take(callback.on_sync(with_state))
+            if self._evaluation_asked and self._val_data is not None:
+                record = self._evaluate(record)
+                with_state = dataclasses.replace(record, state=self.state)
+            self._evaluation_asked = False
+        if self._save_asked and self._save is not None:
+            for callback in self._callbacks:
+                callback.on_save(record)
+            self._save(self.state, self._meta(record))
+        self._save_asked = False
+        self._start_window()
+        return record
+
+    def _evaluate(self, record: StepRecord) -> StepRecord:
+        self._evaluation_asked = False
+        self._last_validation = {f"val_{name}": value for name, value in self.evaluate().items()}
+        record = dataclasses.replace(record, metrics={**record.metrics, **self._last_validation})
+        for callback in self._callbacks:
+            self._take(callback.on_evaluate_end(record))
+        return record
+
+    def _take(self, request: Request | None) -> None:
+        """Carries out a request, or notes it for the next moment at which that is possible."""
+        match request:
+            case None:
+                pass
+            case Evaluate():
+                self._evaluation_asked = True
+            case Save():
+                self._save_asked = True
+            case Stop():
+                self._stop = request
+            case RollBack():
+                self._roll_back = request
+            case ScaleLearningRate(factor, reason):
+                logger.info("learning rate scaled by %g: %s", factor, reason or "a callback")
+                self.state = self.state.replace(lr_scale=self.state.lr_scale * factor)
+            case _:
+                raise TypeError(f"a callback answered {request!r}, which is no Request")
+
+    def _go_back(self, record: StepRecord) -> StepRecord:
+        assert self._roll_back is not None
+        reason, self._roll_back = self._roll_back.reason, None
+        restored = self._restore()
+        if restored is None:
+            raise DivergedError(f"asked to roll back ({reason}), but there is no checkpoint yet")
+        self.state, meta = restored
+        self.load_meta(meta)
+        back = self._record(int(self.state.step), {})
+        logger.info("rolled back from step %d to step %d: %s", record.step, back.step, reason)
+        return back
+
+    def _loader(self, data: Dataset) -> Callable[[int], tuple[dict[str, jax.Array], int]]:
+        def load(step: int) -> tuple[dict[str, jax.Array], int]:
+            batch = data.batch(step)
+            return sharding.put_batch(batch, self._mesh), self.count(batch)
+
+        return load
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> StepRecord:
+        elapsed = time.monotonic() - self._began
+        return StepRecord(
+            step=step, num_steps=self.config.num_steps, metrics=metrics, elapsed=elapsed
+        )
+
+    def _start_window(self) -> None:
+        self._window_start, self._window_items = time.monotonic(), 0
