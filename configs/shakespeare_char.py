@@ -24,7 +24,7 @@ def get_config(preset: str = "gpu") -> ConfigDict:
         raise ValueError(f"preset {preset!r} is not one of {', '.join(_PRESETS)}")
     config = ConfigDict()
     config.model = ConfigDict({"name": "gpt", "bias": False})
-    config.data = ConfigDict({"source": "auto", "tokenizer": "char", "val_fraction": 0.1})
+    config.data = ConfigDict({"source": "files", "tokenizer": "char", "val_fraction": 0.1})
     config.optim = ConfigDict(
         {
             "name": "adamw",

@@ -150,9 +150,10 @@ class CheckpointStore:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise StorageError(f"checkpoint {path} does not load: {reason}") from error
         wrong = [
-            f"{name} is {restored[name].shape} {restored[name].dtype}, not {want.shape} {want.dtype}"
+            f"{name} is {got.shape} {got.dtype}, not {want.shape} {want.dtype}"
             for name, want in abstract.items()
-            if (restored[name].shape, restored[name].dtype) != (want.shape, want.dtype)
+            for got in [restored[name]]
+            if (got.shape, got.dtype) != (want.shape, want.dtype)
         ]
         if wrong:
             raise StorageError(f"checkpoint {path} is of another model: {'; '.join(wrong[:5])}")
@@ -192,7 +193,7 @@ def _name(path: tuple) -> str:
 
 
 def digest(state: Any) -> str:
-    """Returns the SHA-256 over every leaf's path, dtype, shape and bytes: equal means equal bits."""
+    """Returns the SHA-256 over each leaf's path, dtype, shape and bytes: equal is bit-equal."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)

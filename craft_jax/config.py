@@ -9,6 +9,7 @@ command line, and between fields, and raised as one `ConfigError`.
 import dataclasses
 import difflib
 import importlib.util
+import os
 import sys
 import traceback
 import types
@@ -172,7 +173,7 @@ def read_file(reference: str) -> dict[str, Any]:
     """
     path, _, preset = reference.partition(":")
     here = f"--config={reference}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{here}: no such file; the current folder is {Path.cwd()}")
     spec = importlib.util.spec_from_file_location("craft_jax_config", path)
     if spec is None or spec.loader is None:
@@ -235,10 +236,11 @@ def from_values(
     for section, value in sections.items():
         for field, problem in schema.out_of_bounds(value, section):
             found.add(field, problem)
-    for value in sections.values():
-        found.add("", *schema.contradictions(value, found.fields))
-    config = ExperimentConfig(**sections)
-    found.add("", *schema.contradictions(config, found.fields))
+    config = ExperimentConfig(
+        **{s: schema.repaired(value, s, found.fields) for s, value in sections.items()}
+    )
+    for part in (*(getattr(config, section) for section in sections), config):
+        found.add("", *schema.contradictions(part, found.fields))
     if found.lines:
         raise ConfigError(found.lines)
     return config
@@ -319,7 +321,7 @@ def _absolute(data: DataConfig, training: TrainingConfig) -> tuple[DataConfig, T
     changes: dict[str, Any] = {}
     if data.path:
         changes["path"] = str(Path(data.path).expanduser().absolute())
-    if is_tokenizer_path(data.tokenizer) and Path(data.tokenizer).expanduser().exists():
+    if is_tokenizer_path(data.tokenizer):
         changes["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
     if data.dataset:
         changes["dataset"] = plugins.absolute(data.dataset)

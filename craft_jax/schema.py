@@ -72,6 +72,12 @@ def _broken_bounds(value: float, bounds: Any) -> list[str]:
     ]
 
 
+def repaired(section: Any, name: str, known_bad: Collection[str]) -> Any:
+    """Returns a section whose bad fields have their defaults, so that the others can be checked."""
+    fields = [f for f in dataclasses.fields(section) if f"{name}.{f.name}" in known_bad]
+    return dataclasses.replace(section, **{field.name: field.default for field in fields})
+
+
 def contradictions(section: Any, known_bad: Collection[str] = ()) -> list[str]:
     """Returns the messages of a section's contradictions, without those that involve `known_bad`.
 
@@ -84,4 +90,4 @@ def contradictions(section: Any, known_bad: Collection[str] = ()) -> list[str]:
 def problems(section: Any, name: str) -> list[str]:
     """Returns one line per mistake in one section; empty if it is usable."""
     bad = dict(out_of_bounds(section, name))
-    return [*bad.values(), *contradictions(section, bad)]
+    return [*bad.values(), *contradictions(repaired(section, name, bad), bad)]

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > context:
             raise UsageError(
-                f"the prompt {_short(prompt)!r} has {len(row)} tokens, but the context of this model "
-                f"is {context} (model.max_seq_len); shorten it"
+                f"the prompt {_short(prompt)!r} has {len(row)} tokens, but the context of this "
+                f"model is {context} (model.max_seq_len); shorten it"
             )
     sampling.check(tokenizer.vocab_size)
     _say(f"run {opened.paths.name}, step {opened.step}")

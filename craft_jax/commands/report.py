@@ -1,4 +1,4 @@
-"""What the commands say: the header and the ending of a training run, tables, names and versions."""
+"""What the commands say: header and ending of a training run, tables, names, versions."""
 
 import importlib.metadata
 import logging

@@ -182,8 +182,8 @@ def _assemble(
         meta = store.meta(step)
         if meta["data_fingerprint"] != datasets.train.fingerprint:
             raise ConfigError(
-                f"the data of run {paths.name} has changed since step {step}: its text, tokenizer or "
-                "split is another one; bring the old text back, or start another --run"
+                f"the data of run {paths.name} has changed since step {step}: its text, tokenizer "
+                "or split is another one; bring the old text back, or start another --run"
             )
         return store.restore_state(step, abstract), meta
 

@@ -23,10 +23,10 @@ from craft_jax.errors import DataError
 PIECE_CHARS = 1 << 16
 _BLOCK_BYTES = 1 << 20
 _TEXT_SUFFIXES = {
-    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".json", ".yaml", ".yml",
-    ".toml", ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt", ".go",
-    ".rs", ".js", ".ts", ".jsx", ".tsx", ".css", ".rb", ".php", ".swift", ".scala", ".hs", ".ml", ".lua",
-    ".r", ".jl", ".sh", ".sql", ".jsonl",
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".json", ".jsonl",
+    ".yaml", ".yml", ".toml", ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
+    ".java", ".kt", ".go", ".rs", ".js", ".ts", ".jsx", ".tsx", ".css", ".rb", ".php", ".swift",
+    ".scala", ".hs", ".ml", ".lua", ".r", ".jl", ".sh", ".sql",
 }  # fmt: skip
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -141,7 +141,7 @@ def open_source(kind: str, path: str | None, text_field: str = "text") -> Source
 
 
 def _find_files(target: Path, origin: str) -> tuple[Path, tuple[Path, ...]]:
-    if target.is_dir():
+    if os.path.isdir(target):
         paths = sorted(p for p in _walk(target) if _is_text_name(p) and p.is_file())
         if not paths:
             raise DataError(
@@ -149,8 +149,8 @@ def _find_files(target: Path, origin: str) -> tuple[Path, tuple[Path, ...]]:
                 "these with .gz); name a file or a glob to read another kind"
             )
         return target, tuple(paths)
-    if target.exists():
-        if not target.is_file():
+    if os.path.exists(target):
+        if not os.path.isfile(target):
             raise DataError(f"{origin}: neither a file nor a folder; name one that holds text")
         return target.parent, (target,)
     paths = sorted(p for p in map(Path, glob.glob(str(target), recursive=True)) if p.is_file())

@@ -6,6 +6,7 @@ special token by spelling one: `<|endoftext|>` in a document is encoded as ordin
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,8 +54,8 @@ class Tokenizer:
           DataError: there is none, or the library cannot read it.
         """
         path = Path(path).expanduser()
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        file = path / "tokenizer.json" if os.path.isdir(path) else path
+        if not os.path.isfile(file):
             kinds = ", ".join(KINDS)
             raise DataError(f"tokenizer {path}: no such file; use {kinds}, or a tokenizer.json")
         try:

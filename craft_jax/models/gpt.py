@@ -50,12 +50,13 @@ class GPTConfig:
 
     def contradictions(self) -> Iterator[Contradiction]:
         if self.d_model % self.num_heads:
-            close = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
-            close = sorted(close, key=lambda n: abs(n - self.num_heads))[:2]
+            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            below = max(n for n in divisors if n <= self.num_heads)
+            above = min((n for n in divisors if n > below), default=self.d_model)
             yield Contradiction(
                 ("model.num_heads", "model.d_model"),
                 f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; "
-                f"try {' or '.join(map(str, sorted(close)))}",
+                f"try {below} or {above}",
             )
 
     @property

@@ -1,17 +1,22 @@
 """Building blocks of the models: dense layers, embedding, normalisation, attention.
 
-Arrays flow in and out; the modules hold `nnx.Param` leaves and nothing else. No dtype policy, no sharding and no
-randomness state lives here: the dtype is that of the arguments, and dropout takes a key (`None`: deterministic).
+Arrays flow in and out; the modules hold `nnx.Param` leaves and nothing else. No dtype policy, no
+sharding and no randomness lives here: the dtype is that of the arguments, and dropout takes a key
+(`None`: deterministic). Everything works on plain arrays under jit, grad, remat, scan and a mesh.
 
-Shape letters: B batch, T query time, S key time, D model width (or any input width), H heads, N key/value heads,
-G query heads per key/value head (H = N * G), K head width, F hidden (or any output width), V vocabulary.
+Shape letters: B batch, T query time, S key time, D model width (or any input width), H heads,
+N key/value heads, G query heads per key/value head (H = N * G), K head width, F hidden (or any
+output width), V vocabulary, M all leading axes as one.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from craft_jax.models.cpu import blocked_attention
 
 Array = jax.Array
 
@@ -19,6 +24,28 @@ Array = jax.Array
 def _at_least_float32(dtype) -> jnp.dtype:
     """The dtype for statistics and logits: float32, or float64 where the operands are float64."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """Product of equal-typed a and b, returned in at least float32.
+
+    Backward, the cotangent is rounded to the operands' dtype first, so that with bfloat16 these
+    products run in bfloat16 too; autodiff alone would multiply float32 by bfloat16, in float32.
+    """
+    return jnp.einsum(subscripts, a, b, preferred_element_type=_at_least_float32(a.dtype))
+
+
+def _wide_einsum_forward(subscripts, a, b):
+    return _wide_einsum(subscripts, a, b), (a, b)
+
+
+def _wide_einsum_backward(subscripts, operands, ct):
+    _, pullback = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
+    return pullback(ct.astype(operands[0].dtype))
+
+
+_wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
 
 
 class Linear(nnx.Module):
@@ -49,8 +76,8 @@ class Linear(nnx.Module):
 def linear(x: Array, kernel_DF: Array, bias_F: Array | None) -> Array:
     """`x @ kernel + bias` over the last axis of x (..., D); the function behind `Linear`.
 
-    The leading axes become one before the product: with two, XLA:CPU contracts the weight gradient over two
-    dimensions, which takes about twice as long.
+    The leading axes become one before the product: with two, XLA:CPU contracts the weight gradient
+    over two dimensions, which takes about twice as long.
     """
     dtype = jnp.promote_types(x.dtype, kernel_DF.dtype)
     x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
@@ -83,12 +110,7 @@ class Embedding(nnx.Module):
         table_VD = self.embedding[...]
         dtype = jnp.promote_types(x.dtype, table_VD.dtype)
         x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
-        logits_MV = jnp.einsum(
-            "md,vd->mv",
-            x_MD,
-            table_VD.astype(dtype),
-            preferred_element_type=_at_least_float32(dtype),
-        )
+        logits_MV = _wide_einsum("md,vd->mv", x_MD, table_VD.astype(dtype))
         return logits_MV.reshape(*x.shape[:-1], table_VD.shape[0])
 
 
@@ -117,7 +139,8 @@ class LayerNorm(nnx.Module):
 def layer_norm(x: Array, scale_D: Array, bias_D: Array | None, eps: float = 1e-5) -> Array:
     """The function behind `LayerNorm`.
 
-    The variance is the mean of squared deviations, not E[x^2] - E[x]^2, which cancels at large means.
+    The variance is the mean of squared deviations, not E[x^2] - E[x]^2, which cancels where the
+    mean is large.
     """
     shape = x.shape
     wide = _at_least_float32(x.dtype)
@@ -131,14 +154,48 @@ def layer_norm(x: Array, scale_D: Array, bias_D: Array | None, eps: float = 1e-5
 
 
 def gelu(x: Array, approximate: bool = False) -> Array:
-    """GELU (arXiv:1606.08415), exact by erf or, if `approximate`, by tanh; in the dtype of x."""
-    return jax.nn.gelu(x, approximate=approximate)
+    """GELU (arXiv:1606.08415): x times the normal distribution function of x, in the dtype of x.
+
+    Exact by erf or, if `approximate`, by tanh; computed in at least float32 and rounded once.
+    """
+    wide = x.astype(_at_least_float32(x.dtype))
+    y = jax.nn.gelu(wide, approximate=True) if approximate else _exact_gelu(wide)
+    return y.astype(x.dtype)
+
+
+# jax.nn.gelu goes through erfc, of which XLA:CPU computes every branch: twice the time of erf, and
+# more memory kept for the backward pass. With its own VJP only x is kept.
+@jax.custom_vjp
+def _exact_gelu(x: Array) -> Array:
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _exact_gelu_backward(x, ct):
+    density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+    return (ct * (_normal_cdf(x) + x * density),)
+
+
+_exact_gelu.defvjp(lambda x: (_exact_gelu(x), x), _exact_gelu_backward)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes entries of x with probability `rate` and scales the rest by 1 / (1 - rate).
+    """Zeroes entries of x with probability `rate` and divides the rest by 1 - rate.
 
     Identity where key is None or rate is 0.
+
+    Raises:
+        ValueError: rate is not in [0, 1).
+    """
+    keep = dropout_mask(x.shape, rate, key)
+    return x if keep is None else jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def dropout_mask(shape: tuple[int, ...], rate: float, key: Array | None) -> Array | None:
+    """What dropout keeps: bool of the given shape, or None where it keeps everything.
 
     Raises:
         ValueError: rate is not in [0, 1).
@@ -146,9 +203,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout rate={rate} is not in [0, 1)")
     if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+        return None
+    return jax.random.bernoulli(key, 1.0 - rate, shape)
 
 
 def causal_attention(
@@ -160,31 +216,45 @@ def causal_attention(
     dropout_rate: float = 0.0,
     key: Array | None = None,
 ) -> Array:
-    """Causal multi-head attention (arXiv:1706.03762), grouped-query where N < H (arXiv:2305.13245).
+    """Causal multi-head attention (arXiv:1706.03762); grouped-query if N < H (arXiv:2305.13245).
 
-    Without `offset_B` (training, prefill) S == T and query t attends to keys s <= t. With it (decoding against a
-    cache of S slots) query t of row b stands at position offset_B[b] + t and attends to keys s <= that. Products are
-    in the dtype of the operands; scores and softmax in at least float32; the scale is 1/sqrt(K).
+    Without `offset_B` (training, prefill) S == T and query t attends to keys s <= t. With it
+    (decoding against a cache of S slots) query t of row b stands at position offset_B[b] + t and
+    attends to keys s <= that. Products are in the dtype of the operands, scores and softmax in at
+    least float32, and the scale is 1/sqrt(K).
 
     Args:
-        q_BTHK: queries. k_BSNK, v_BSNK: keys and values, of the same dtype; head h reads key/value head h // (H/N).
-        offset_B: int32 (B,), or None.
-        dropout_rate, key: dropout on the probabilities; none where key is None.
+        q_BTHK: queries.
+        k_BSNK: keys, in the dtype of the queries; head h reads key head h // (H / N).
+        v_BSNK: values, likewise.
+        offset_B: int32 (B,), at least 0; or None.
+        dropout_rate: rate of dropout on the probabilities, in [0, 1).
+        key: randomness for it; None: no dropout.
 
     Returns:
         y_BTHK in the dtype of q.
 
     Raises:
-        ValueError: N does not divide H, or S != T without offset_B.
+        ValueError: N does not divide H, S != T without offset_B, or a rate outside [0, 1).
     """
-    num_heads, num_kv_heads = q_BTHK.shape[2], k_BSNK.shape[2]
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
-    if offset_B is None and q_BTHK.shape[1] != k_BSNK.shape[1]:
+    (B, T, H, _), (S, N) = q_BTHK.shape, k_BSNK.shape[1:3]
+    if H % N:
+        raise ValueError(f"num_kv_heads={N} does not divide num_heads={H}")
+    if offset_B is None and T != S:
         raise ValueError(
-            f"{q_BTHK.shape[1]} queries but {k_BSNK.shape[1]} keys: pass offset_B, the position of "
-            "the first query of each row"
+            f"{T} queries but {S} keys: pass offset_B, the position of the first query of each row"
         )
+    backend = jax.default_backend()
+    if offset_B is None and backend == "cpu":
+        keep_BHTS = dropout_mask((B, H, T, S), dropout_rate, key)
+        return blocked_attention(q_BTHK, k_BSNK, v_BSNK, keep_BHTS, dropout_rate)
+    # Not tested on a GPU or TPU by this project's CI. XLA picks the implementation, so that head
+    # widths that cuDNN does not know still run; float32 stays with the reference, since the library
+    # function may not multiply in float32 there.
+    half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
+    no_dropout = key is None or dropout_rate == 0.0
+    if offset_B is None and backend != "cpu" and half and no_dropout:
+        return jax.nn.dot_product_attention(q_BTHK, k_BSNK, v_BSNK, is_causal=True)
     return reference_attention(
         q_BTHK, k_BSNK, v_BSNK, offset_B=offset_B, dropout_rate=dropout_rate, key=key
     )
@@ -206,7 +276,7 @@ def reference_attention(
     wide = _at_least_float32(dtype)
 
     q_BTNGK = q_BTHK.reshape(B, T, N, H // N, K)
-    scores_BNGTS = jnp.einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK, preferred_element_type=wide)
+    scores_BNGTS = _wide_einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK)
     scores_BHTS = scores_BNGTS.reshape(B, H, T, S) / math.sqrt(K)
 
     query_BT = jnp.arange(T)[None, :]

@@ -18,6 +18,8 @@ from craft_jax.training.callbacks import Callback, StepRecord
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = {"loss": "validation loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+
 
 class _Logger(Callback):
     """Holds a step until it is known whether an evaluation adds to it, then writes it once."""
@@ -79,9 +81,9 @@ class ConsoleLogger(Callback):
             logger.info("%s", line, extra=runtime.PLAIN_ONLY)
 
     def on_evaluate_end(self, record: StepRecord) -> None:
-        values = {k: v for k, v in record.metrics.items() if k.startswith("val_")}
-        shown = "  ".join(f"{_words(k)} {v:.4f}" for k, v in values.items() if v is not None)
-        logger.info("step %d  %s", record.step, shown)
+        values = {name: record.metrics.get(f"val_{name}") for name in _SHOWN}
+        shown = ", ".join(f"{_SHOWN[k]} {v:.4f}" for k, v in values.items() if v is not None)
+        logger.info("step %d: %s", record.step, shown)
 
     def on_train_end(self, record: StepRecord) -> None:
         runtime.progress("")
@@ -184,10 +186,6 @@ def read_json_lines(path: Path) -> list[dict]:
 
 def _tag(name: str) -> str:
     return f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}"
-
-
-def _words(name: str) -> str:
-    return name.replace("val_", "validation ", 1).replace("_", " ")
 
 
 def _clock(seconds: float) -> str:

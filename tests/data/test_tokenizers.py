@@ -1,0 +1,96 @@
+import re
+
+import numpy as np
+import pytest
+
+from craft_jax.data import tokenizers
+from craft_jax.data.tokenizers import END_TOKEN, Tokenizer
+from craft_jax.errors import DataError, UsageError
+from tests.conftest import words
+
+HARD = (
+    "caf\u00e9 \U0001f642 \u6f22\u5b57 \r\n\t\x00 e\u0301 \U0001f469\u200d\U0001f52c <|endoftext|> "
+)
+
+
+def kinds() -> dict[str, Tokenizer]:
+    return {
+        "char": tokenizers.characters(HARD + words(200), end_token=True),
+        "byte": tokenizers.bytes_(),
+        "bpe": tokenizers.train_bpe([words(2000)], 300),
+    }
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_round_trip_of_hard_text(kind, tmp_path):
+    tokenizer = kinds()[kind]
+    for text in (HARD, words(200), "", "\n"):
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.end_id not in ids
+    (tmp_path / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    again = Tokenizer.load(tmp_path)
+    assert again.digest == tokenizer.digest
+    assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+    assert again.encode(HARD).tolist() == tokenizer.encode(HARD).tolist()
+    assert again.unknown_characters("\u2603") == tokenizer.unknown_characters("\u2603")
+
+
+def test_sizes():
+    assert tokenizers.characters("hello", end_token=False).vocab_size == 4
+    assert tokenizers.characters("hello", end_token=False).end_id is None
+    assert tokenizers.characters("hello", end_token=True).end_id == 4
+    assert tokenizers.bytes_().vocab_size == 257
+    assert tokenizers.train_bpe([words(2000)], 300).vocab_size == 300
+
+
+def test_characters_are_numbered_in_code_point_order():
+    assert tokenizers.characters("cab\n", end_token=False).encode("\nabc").tolist() == [0, 1, 2, 3]
+
+
+def test_unknown_characters_are_named():
+    tokenizer = tokenizers.characters("abc", end_token=False)
+    with pytest.raises(UsageError, match=re.escape("'d' (U+0064), '\u20ac' (U+20AC)")):
+        tokenizer.encode("a\u20acbdd")
+    assert tokenizers.bytes_().unknown_characters("\u20ac") == []
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_a_stream_never_shows_half_a_character(kind):
+    tokenizer = kinds()[kind]
+    stream = tokenizer.stream()
+    shown = [stream.push(token) for token in tokenizer.encode(HARD)]
+    assert "\ufffd" not in "".join(shown)
+    assert "".join(shown) + stream.finish() == HARD
+
+
+def test_a_stream_that_stops_within_a_character():
+    tokenizer = tokenizers.bytes_()
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("a\U0001f642")[:-1]
+    assert "".join(stream.push(i) for i in ids) == "a"
+    assert stream.finish() == "\ufffd"
+
+
+def test_pieces_encode_as_alone():
+    tokenizer = tokenizers.train_bpe([words(2000)], 300)
+    pieces = [words(50, seed) for seed in range(10)]
+    encoded = list(tokenizer.encode_pieces(pieces, batch=3))
+    assert encoded == [tokenizer.encode(piece).tolist() for piece in pieces]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "no json"])
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match="tokenizer"):
+        Tokenizer.load(path)
+
+
+def test_end_tokens_of_other_tokenizers_are_found():
+    inner = tokenizers.bytes_()
+    assert END_TOKEN in inner.json
+    renamed = inner.json.replace(END_TOKEN, "</s>")
+    assert Tokenizer(tokenizers.tokenizers.Tokenizer.from_str(renamed)).end_id == 256

@@ -1,0 +1,242 @@
+import dataclasses
+import json
+import random
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from craft_jax import config as configs
+from craft_jax.config import ExperimentConfig, Override
+from craft_jax.errors import ConfigError
+
+MISTAKES = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict()
+    config.model = ConfigDict({"num_heads": 5, "d_model": 64})
+    config.optim = ConfigDict({"learning_rat": 3e-4})
+    return config
+"""
+
+
+def problems(values=None, *overrides):
+    """The problems of a config, each field of `overrides` as `section.field=text`."""
+    words = [Override(*word.split("=", 1)) for word in overrides]
+    try:
+        configs.from_values(values or {}, words, origin="the test")
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_defaults_are_fine():
+    config = configs.from_values({})
+    assert isinstance(config, ExperimentConfig)
+    assert config.model.name == "gpt"
+    assert problems() == []
+
+
+def test_five_mistakes_in_one_report(tmp_path):
+    (tmp_path / "mine.py").write_text(MISTAKES, encoding="utf-8")
+    overrides = [
+        Override("model.num_layer", "4"),
+        Override("data.batch_size", "many"),
+        Override("training.num_steps", "-1"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        configs.load(str(tmp_path / "mine.py"), overrides)
+    expected = [
+        r"optim\.learning_rat is no field; did you mean `learning_rate`\?",
+        r"model\.num_layer is no field; did you mean `num_layers`\?",
+        r"data\.batch_size='many' is not a whole number",
+        r"training\.num_steps=-1 must be at least 1; the default is 1000",
+        r"model\.num_heads=5 does not divide model\.d_model=64; try 4 or 8",
+    ]
+    assert len(caught.value.problems) == 5
+    for pattern in expected:
+        assert any(re.search(pattern, p) for p in caught.value.problems), pattern
+    assert all("\n" not in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.n_layer=4", "did you mean `num_layers`?"),
+        ("model.block_size=4", "did you mean `max_seq_len`?"),
+        ("optim.lr=1", "did you mean `learning_rate`?"),
+        ("model.learning_rate=1", "did you mean `optim.learning_rate`?"),
+        ("modle.num_layers=4", "did you mean `model.num_layers`?"),
+        ("num_layers=4", "did you mean `model.num_layers`?"),
+        ("model.xyzzy=4", "model has name, vocab_size"),
+        ("xyzzy.abc=4", "the sections are model, data"),
+        ("model.num_layers=2.5", "is not a whole number"),
+        ("model.num_layers=0", "must be at least 1"),
+        ("model.num_layers=", "is not a whole number"),
+        ("model.dropout=1", "must be less than 1"),
+        ("model.dropout=-0.1", "must be at least 0"),
+        ("model.bias=maybe", "is not true or false"),
+        ("model.d_ff=big", "is not a whole number or none"),
+        ("optim.learning_rate=nan", "is not finite"),
+        ("optim.learning_rate=0", "must be greater than 0"),
+        ("optim.schedule=cosin", "did you mean 'cosine'?"),
+        ("training.precision=float8", "is not one of float32, bfloat16"),
+        ("model.name=gtp", "is not one of gpt"),
+        ("parallel.mode=x", "is not one of jit"),
+        ("data.val_fraction=1", "must be less than 1"),
+        ("training.seed=-1", "must be at least 0"),
+        # Between fields.
+        ("data.seq_len=129", "is longer than model.max_seq_len=128"),
+        ("training.accumulate=3", "does not divide data.batch_size=16"),
+        ("optim.warmup_steps=5000", "more than training.num_steps=1000"),
+        ("optim.min_learning_rate=1", "above optim.learning_rate"),
+        ("model.vocab_size=300", "data.vocab_size=1024 is more than model.vocab_size=300"),
+        ("data.source=files", "needs data.path"),
+        ("parallel.fsdp=-1", "at most one axis"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override, expected):
+    (problem,) = problems(None, override)
+    assert expected in problem
+    assert override.split("=")[0].split(".")[-1] in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.learning_rate=1", 1.0),
+        ("optim.learning_rate=3e-4", 3e-4),
+        ("optim.clip_norm=none", None),
+        ("optim.warmup_steps=None", None),
+        ("optim.warmup_steps=7", 7),
+        ("model.bias=False", False),
+        ("model.bias=yes", True),
+        ("data.path=/a=b,c", "/a=b,c"),
+        ("training.callbacks=", ()),
+        ("training.callbacks=a:B, c:D", ("a:B", "c:D")),
+    ],
+)
+def test_overrides_are_read_as_the_type_of_the_field(override, value):
+    config = configs.from_values({}, [Override(*override.split("=", 1))])
+    section, field = override.split("=")[0].split(".")
+    assert getattr(getattr(config, section), field) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model": {"num_layers": "4"}}, "model.num_layers='4' is not a whole number"),
+        ({"model": {"num_layers": True}}, "is not a whole number"),
+        ({"model": {"dropout": "0.1"}}, "is not a number"),
+        ({"model": {"d_model": None}}, "is not a whole number"),
+        ({"data": {"path": 3}}, "is not a text or none"),
+        ({"model": 5}, "must be a section"),
+        ({"training": {"callbacks": [1]}}, "is not a list of texts"),
+        ({"optim": {"adam": {"beta": 1}}}, "optim.adam is no field"),
+    ],
+)
+def test_wrong_types_in_a_file(values, expected):
+    (problem,) = problems(values)
+    assert expected in problem
+
+
+def test_a_later_value_replaces_an_earlier_one():
+    values = {"model": {"num_layers": 2}, "optim": {"learning_rate": 1}}
+    config = configs.from_values(values, [Override("model.num_layers", "3")])
+    assert config.model.num_layers == 3
+    assert config.optim.learning_rate == 1.0
+    assert isinstance(config.optim.learning_rate, float)
+
+
+def test_json_round_trip():
+    config = configs.from_values(
+        {}, [Override("training.callbacks", "a:B"), Override("data.path", "x")]
+    )
+    again = configs.load(None, saved=json.loads(json.dumps(config.to_json())))
+    assert again == config
+
+
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configs.from_values({"data": {"path": "text.txt", "dataset": "own.py:Data"}})
+    assert config.data.path == str(tmp_path / "text.txt")
+    assert config.data.dataset == f"{tmp_path / 'own.py'}:Data"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        ("x = 1", "has no function get_config"),
+        ("def get_config(:", "line 1: invalid syntax"),
+        ("\nimport no_such_module", "line 2: ModuleNotFoundError"),
+        ("def get_config():\n    return {}", "returned dict, not ConfigDict"),
+        ("def get_config():\n    x = 1\n    return 1 / 0", "line 3: ZeroDivisionError"),
+    ],
+)
+def test_config_files_that_cannot_be_used(tmp_path, content, expected):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(expected)) as caught:
+        configs.read_file(str(path))
+    assert len(caught.value.problems) == 1
+
+
+def test_presets(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(preset='a'):\n"
+        "    return ConfigDict({'model': {'num_layers': {'a': 1, 'b': 2}[preset]}})\n",
+        encoding="utf-8",
+    )
+    assert configs.load(str(path)).model.num_layers == 1
+    assert configs.load(f"{path}:b").model.num_layers == 2
+    with pytest.raises(ConfigError, match="KeyError: 'c'"):
+        configs.load(f"{path}:c")
+    assert not list(tmp_path.glob("__pycache__"))
+
+
+def test_placeholders_and_nested_dicts():
+    config = ConfigDict({"model": ConfigDict({"d_model": 32}), "data": {"seq_len": 8}})
+    built = configs.from_values(config.to_dict())
+    assert (built.model.d_model, built.data.seq_len) == (32, 8)
+
+
+def test_what_a_run_may_change_when_it_continues():
+    saved = configs.from_values({}).to_json()
+    words = [
+        "training.num_steps=5000",
+        "training.log_every=3",
+        "model.d_model=64",
+        "optim.beta1=0.8",
+    ]
+    now = configs.from_values({}, [Override(*word.split("=")) for word in words])
+    allowed, refused = configs.changes(saved, now)
+    assert {c.field for c in allowed} == {"training.num_steps", "training.log_every"}
+    assert {c.field: (c.saved, c.now) for c in refused} == {
+        "model.d_model": (128, 64),
+        "optim.beta1": (0.9, 0.8),
+    }
+
+
+def test_any_single_mutation_ends_in_a_config_or_in_one_line_each():
+    """Nothing that a command line can hold makes the checks themselves fail."""
+    fields = [f"{s}.{n}" for s, values in configs.from_values({}).to_json().items() for n in values]
+    values = ["", "0", "-1", "1", "7", "1e30", "nan", "inf", "-inf", "none", "true", "é🙂", "[]", "{}",
+              "x" * 5000, "1,2", "2.5", "a:b", "../x", "0x10", "1_000"]  # fmt: skip
+    rng = random.Random(0)
+    for _ in range(500):
+        field, value = rng.choice(fields), rng.choice(values)
+        for problem in problems(None, f"{field}={value}"):
+            assert "\n" not in problem
+            assert problem.isprintable() or "🙂" in problem
+
+
+def test_every_field_has_a_help_text():
+    for section in dataclasses.fields(ExperimentConfig):
+        value = getattr(configs.from_values({}), section.name)
+        for field in dataclasses.fields(value):
+            assert field.metadata["help"], f"{section.name}.{field.name}"

@@ -1,0 +1,101 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from craft_jax import optim, schema, sharding
+from craft_jax.errors import ConfigError
+from craft_jax.models import base
+from craft_jax.models.gpt import GPT, GPTConfig
+from craft_jax.optim import OptimConfig
+from craft_jax.precision import Policy
+from craft_jax.sharding import ParallelConfig
+from craft_jax.training import state as states
+from craft_jax.training.step import make_train_step
+
+CONFIG = GPTConfig(vocab_size=16, num_layers=2, num_heads=2, d_model=16, max_seq_len=8)
+
+
+def train(parallel: ParallelConfig, num_devices: int, steps: int = 4):
+    mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
+    optimizer = optim.make_optimizer(OptimConfig())
+    state = states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh)
+    step = jax.jit(
+        make_train_step(
+            base.define(GPT, CONFIG),
+            optimizer,
+            optim.make_schedule(OptimConfig(), 100),
+            Policy.named("float32"),
+            seed=0,
+        ),
+        donate_argnums=0,
+    )
+    losses = []
+    for i in range(steps):
+        tokens = np.random.default_rng(i).integers(0, 16, (8, 9)).astype(np.int32)
+        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        state, metrics = step(state, sharding.put_batch(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"),
+    [
+        (ParallelConfig(data=-1), 8),
+        (ParallelConfig(data=1, fsdp=-1), 4),
+        (ParallelConfig(data=2, fsdp=2, tensor=2), 8),
+    ],
+)
+def test_many_devices_give_the_losses_of_one(parallel, num_devices):
+    state, losses = train(parallel, num_devices)
+    _, expected = train(ParallelConfig(), 1)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+    kernel = state.params["blocks.0.mlp.up.kernel"]
+    parts = parallel.fsdp if parallel.fsdp > 0 else num_devices
+    parts *= max(1, parallel.tensor)
+    shard = kernel.addressable_shards[0].data
+    assert math.prod(shard.shape) * parts == kernel.size
+    moments = next(s.mu for s in state.opt_state if hasattr(s, "mu"))
+    assert moments["blocks.0.mlp.up.kernel"].sharding == kernel.sharding
+
+
+def test_rules():
+    mesh = sharding.make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    shapes = base.define(GPT, CONFIG).shapes
+    specs = {path: s.spec for path, s in sharding.param_shardings(shapes, mesh).items()}
+    assert specs["token_embedding.embedding"] == PartitionSpec("fsdp", None)
+    assert specs["blocks.0.attn.query.kernel"] == PartitionSpec("fsdp", "tensor")
+    assert specs["blocks.0.attn.out.kernel"] == PartitionSpec("tensor", "fsdp")
+    assert specs["blocks.1.mlp_norm.scale"] == PartitionSpec()
+    odd = {"token_embedding.embedding": jax.ShapeDtypeStruct((15, 16), jnp.float32)}
+    assert sharding.param_shardings(odd, mesh)["token_embedding.embedding"].spec == PartitionSpec(
+        None, None
+    )
+
+
+def test_sizes_must_fit_the_devices():
+    with pytest.raises(ConfigError, match="do not multiply to the 8 devices"):
+        sharding.make_mesh(ParallelConfig(data=3, fsdp=-1), jax.devices())
+    mesh = sharding.make_mesh(ParallelConfig(data=-1, fsdp=2), jax.devices())
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+def test_batches_must_fit_the_devices():
+    mesh = sharding.make_mesh(ParallelConfig(), jax.devices())
+    sharding.check_batch(16, 2, mesh)
+    with pytest.raises(ConfigError, match=r"batch_size=20 is not divisible by 16.*try 16 or 32"):
+        sharding.check_batch(20, 2, mesh)
+    with pytest.raises(ConfigError, match=r"try 8$"):
+        sharding.check_batch(3, 1, mesh)
+
+
+def test_contradictions():
+    assert schema.problems(ParallelConfig(), "parallel") == []
+    both = dataclasses.replace(ParallelConfig(), fsdp=-1)
+    assert "at most one" in schema.problems(both, "parallel")[0]
+    assert "parallel.tensor=0" in schema.problems(ParallelConfig(tensor=0), "parallel")[0]

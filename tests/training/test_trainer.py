@@ -1,0 +1,223 @@
+import jax
+import numpy as np
+import pytest
+
+from craft_jax import optim, sharding
+from craft_jax.data.text import TrainingWindows, ValidationWindows
+from craft_jax.errors import DivergedError
+from craft_jax.models import base
+from craft_jax.models.gpt import GPT, GPTConfig
+from craft_jax.optim import OptimConfig
+from craft_jax.precision import Policy
+from craft_jax.runtime import StopSignal
+from craft_jax.sharding import ParallelConfig
+from craft_jax.training import state as states
+from craft_jax.training.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EvaluationCallback,
+    RollBack,
+    ScaleLearningRate,
+    Stop,
+)
+from craft_jax.training.language import LanguageModelTrainer, trainer_for
+from craft_jax.training.trainer import Trainer, TrainingConfig
+
+CONFIG = GPTConfig(vocab_size=16, num_layers=1, num_heads=2, d_model=16, max_seq_len=8)
+TOKENS = np.tile(np.arange(16, dtype=np.uint16), 50)
+
+
+class Diary(Callback):
+    """Writes down which hook was called at which step, and can ask for something."""
+
+    def __init__(self, requests=None, sync_at=()):
+        self.entries, self.requests, self.sync_at = [], requests or {}, sync_at
+        self.losses = {}
+
+    def _note(self, hook, record):
+        self.entries.append((hook, record.step))
+        return self.requests.pop((hook, record.step), None)
+
+    def wants_state(self, step, is_last):
+        return step in self.sync_at
+
+    def on_train_begin(self, record):
+        self._note("begin", record)
+
+    def on_step_end(self, record):
+        self.losses[record.step] = record.metrics["loss"]
+        return self._note("step", record)
+
+    def on_sync(self, record):
+        assert int(record.state.step) == record.step
+        return self._note("sync", record)
+
+    def on_evaluate_end(self, record):
+        return self._note("evaluate", record)
+
+    def on_save(self, record):
+        self._note("save", record)
+
+    def on_train_end(self, record):
+        self._note("end", record)
+
+    def steps(self, hook):
+        return [step for name, step in self.entries if name == hook]
+
+
+class Poisoned(TrainingWindows):
+    """Batches that are not finite from a step on."""
+
+    bad = range(0)
+
+    def batch(self, step):
+        batch = super().batch(step)
+        weights = np.full(batch["tokens"].shape, np.nan if step in self.bad else 1, np.float32)
+        return batch | {"weights": weights}
+
+
+def trainer(callbacks=(), num_steps=8, bad=range(0), cls=LanguageModelTrainer, **options):
+    optimizer = optim.make_optimizer(OptimConfig())
+    mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
+    data = Poisoned(TOKENS, seq_len=8, batch_size=4, seed=0)
+    data.bad = bad
+    config = options.pop("config", TrainingConfig(num_steps=num_steps, max_bad_steps=3))
+    return cls(
+        base.define(GPT, CONFIG),
+        state=states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh),
+        train_data=data,
+        val_data=ValidationWindows(TOKENS[:100], seq_len=8, batch_size=4),
+        optimizer=optimizer,
+        schedule=optim.make_schedule(OptimConfig(warmup_steps=0), 100),
+        policy=Policy.named("float32"),
+        mesh=mesh,
+        config=config,
+        callbacks=callbacks,
+        **options,
+    )
+
+
+def test_hooks_in_order():
+    diary, saved = Diary(sync_at=(3,)), []
+    result = trainer(
+        [EvaluationCallback(4), CheckpointCallback(4), diary],
+        save=lambda state, meta: saved.append((int(state.step), meta["metrics"]["val_loss"])),
+    ).fit()
+    assert result.step == 8
+    assert result.stopped is None
+    assert diary.steps("step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert diary.steps("evaluate") == [4, 8]
+    assert diary.steps("save") == [4, 8]
+    assert diary.steps("sync") == [3]
+    assert [step for step, _ in saved] == [4, 8]
+    assert diary.entries[0] == ("begin", 0)
+    assert diary.entries[-1] == ("end", 8)
+    assert result.metrics["val_loss"] == saved[-1][1] == pytest.approx(saved[-1][1])
+
+
+def test_looking_does_not_change_what_is_seen():
+    quiet, busy = Diary(), Diary(sync_at=range(100))
+    trainer([quiet]).fit()
+    trainer([EvaluationCallback(1), CheckpointCallback(1), busy], save=lambda *_: None).fit()
+    assert busy.losses == quiet.losses
+
+
+def test_evaluation_counts_every_token():
+    metrics = trainer().evaluate()
+    assert metrics["tokens"] == 99
+    assert metrics["loss"] == pytest.approx(np.log(16), abs=0.2)
+    assert metrics == trainer().evaluate()
+
+
+def test_stop_saves_first():
+    saved = []
+    diary = Diary({("step", 3): Stop("enough")})
+    result = trainer([diary], save=lambda state, meta: saved.append(int(state.step))).fit()
+    assert result.stopped == "enough"
+    # The numbers of step 3 arrive while step 4 runs.
+    assert saved == [4]
+    assert result.step == 4
+
+
+@pytest.mark.parametrize("code", [130, 75])
+def test_a_signal_saves_and_ends(code):
+    signal, saved = StopSignal(), []
+
+    class Press(Callback):
+        def on_step_end(self, record):
+            if record.step == 2:
+                signal.exit_code = code
+
+    result = trainer(
+        [Press()], stop_signal=signal, save=lambda state, meta: saved.append(int(state.step))
+    ).fit()
+    assert saved == [result.step] == [3]
+    assert result.stopped == "a signal"
+
+
+def test_scaling_the_learning_rate():
+    diary = Diary({("step", 2): ScaleLearningRate(0.5, "a test")})
+    made = trainer([diary])
+    made.fit()
+    assert made.state.lr_scale == 0.5
+
+
+def test_rolling_back():
+    kept = {}
+
+    def save(state, meta):
+        kept["now"] = jax.tree.map(lambda x: x.copy(), state), meta
+
+    diary = Diary({("step", 6): RollBack("a test")})
+    result = trainer([CheckpointCallback(4), diary], save=save, restore=lambda: kept["now"]).fit()
+    assert result.step == 8
+    assert diary.steps("step") == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8][: len(diary.steps("step"))]
+    assert diary.steps("step")[-4:] == [5, 6, 7, 8]
+
+
+def test_rolling_back_without_a_checkpoint():
+    with pytest.raises(DivergedError, match="no checkpoint"):
+        trainer([Diary({("step", 2): RollBack("a test")})]).fit()
+
+
+def test_bad_steps_are_skipped_and_too_many_end_the_run():
+    diary = Diary()
+    result = trainer([diary], bad=range(3, 5)).fit()
+    assert result.step == 8
+    assert [np.isfinite(loss) for loss in diary.losses.values()] == [
+        step not in (4, 5) for step in range(1, 9)
+    ]
+    with pytest.raises(DivergedError, match="3 steps, up to step 5"):
+        trainer(bad=range(2, 8)).fit()
+
+
+def test_a_wrong_answer_is_named():
+    with pytest.raises(TypeError, match="'stop', which is no Request"):
+        trainer([Diary({("step", 1): "stop"})]).fit()
+
+
+def test_the_base_trainer_knows_nothing_of_tokens():
+    assert trainer_for(GPT) is LanguageModelTrainer
+    made = trainer(cls=Trainer)
+    assert set(made.evaluate()) == {"loss"}
+    diary = []
+
+    class Keys(Callback):
+        def on_step_end(self, record):
+            diary.append(set(record.metrics))
+
+    trainer([Keys()], num_steps=2, cls=Trainer).fit()
+    assert "examples_per_second" in diary[0]
+
+
+def test_callback_state_travels_in_the_checkpoint():
+    metas = []
+    trainer(
+        [EvaluationCallback(2), CheckpointCallback(2)],
+        num_steps=4,
+        save=lambda state, meta: metas.append(meta),
+    ).fit()
+    best = min(meta["metrics"]["val_loss"] for meta in metas)
+    again = CheckpointCallback(2)
+    trainer([again]).load_meta(metas[-1])
+    assert again.best_loss == best
