@@ -36,7 +36,7 @@ MICRO = {
     "model.d_model": 16,
     "model.max_seq_len": 16,
     "data.seq_len": 16,
-    "data.batch_size": 4,
+    "data.batch_size": 8,
     "data.tokenizer": "char",
     "data.val_fraction": 0.1,
     "training.num_steps": 6,

@@ -32,7 +32,7 @@ def test_what_cannot_be_used(tmp_path, monkeypatch, reference, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(FILE, encoding="utf-8")
     (tmp_path / "broken.py").write_text("1 / 0", encoding="utf-8")
-    with pytest.raises(ConfigError, match="x.y=") as caught:
+    with pytest.raises(ConfigError, match=r"x\.y=") as caught:
         plugins.load(reference, "x.y", dict)
     assert expected in str(caught.value)
 

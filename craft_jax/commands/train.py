@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir).expanduser().absolute()
     found = _existing(args.run, workdir)
     config = _choose_config(args, found)
+    runtime.keep_freed_memory()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
     runtime.setup_logging()

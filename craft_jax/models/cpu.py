@@ -73,11 +73,11 @@ def _backward(dropout_rate, residuals, dy_BTHK):
     for block, p_BNRU in zip(blocks, probs, strict=True):
         k_BNUK, v_BNUK = k_BNTK[:, :, : block.stop], v_BNTK[:, :, : block.stop]
         q_BNRK, dy_BNRK = _rows(q_BNGTK, block), _rows(dy_BNGTK, block)
-        p_BNRU = p_BNRU.astype(wide)
-        dropped_BNRU = _drop(p_BNRU, keep_BHTT, block, dropout_rate).astype(dtype)
+        wide_p_BNRU = p_BNRU.astype(wide)
+        dropped_BNRU = _drop(wide_p_BNRU, keep_BHTT, block, dropout_rate).astype(dtype)
         dv_BNUK = _product(dropped_BNRU, dy_BNRK, 2, 2, wide)
         dp_BNRU = _drop(_product(dy_BNRK, v_BNUK, 3, 3, wide), keep_BHTT, block, dropout_rate)
-        ds_BNRU = (p_BNRU * (dp_BNRU - _rows(delta_BNGT1, block)) * scale).astype(dtype)
+        ds_BNRU = (wide_p_BNRU * (dp_BNRU - _rows(delta_BNGT1, block)) * scale).astype(dtype)
         dqs.append(_product(ds_BNRU, k_BNUK, 3, 2, dtype))
         dk_BNUK = _product(ds_BNRU, q_BNRK, 2, 2, wide)
         for j in range(len(dks)):  # the keys before this block, which earlier queries saw too

@@ -60,7 +60,10 @@ class Stop:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleLearningRate:
-    """Request: multiply the learning rate by `factor` from the next step on."""
+    """Request: multiply the learning rate by `factor` from the next step on.
+
+    Answered to `on_step_end`, from the step after the next on, since that one may run already.
+    """
 
     factor: float
     reason: str = ""

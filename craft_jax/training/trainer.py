@@ -142,6 +142,7 @@ class Trainer:
         self._stop: Stop | None = None
         self._roll_back: RollBack | None = None
         self._save_asked = self._evaluation_asked = False
+        self._scalings: list[tuple[int, float]] = []
         self._bad_steps = 0
         self._last_validation: dict[str, float] = {}
 
@@ -193,6 +194,7 @@ class Trainer:
     def load_meta(self, meta: Mapping) -> None:
         """Takes over what a checkpoint kept beside the state."""
         self._bad_steps = meta.get("bad_steps", 0)
+        self._scalings = [(step, factor) for step, factor in meta.get("scalings", ())]
         for callback in self._callbacks:
             if state := meta.get("callbacks", {}).get(type(callback).__name__):
                 callback.load_state_dict(state)
@@ -203,6 +205,7 @@ class Trainer:
             "metrics": dict(record.metrics),
             "callbacks": {name: state for name, state in states.items() if state},
             "bad_steps": self._bad_steps,
+            "scalings": self._scalings,
         }
 
     # The loop.
@@ -218,6 +221,7 @@ class Trainer:
             self.state, numbers = self._train_step(self.state, batch)
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
+            self._scale_learning_rate(step)
             pending = _Pending(step, numbers, items)
             wanting = [c for c in self._callbacks if c.wants_state(step, step == num_steps)]
             if wanting or step == num_steps or self._interrupted():
@@ -244,7 +248,9 @@ class Trainer:
             self._start_window()
         record = self._record(pending.step, values)
         for callback in self._callbacks:
-            self._take(callback.on_step_end(record))
+            # The next step may run already, or not: either way it keeps its learning rate, so that
+            # evaluating and saving do not change a run.
+            self._take(callback.on_step_end(record), record.step + 1)
         self._bad_steps = self._bad_steps + 1 if values["skipped"] else 0
         if self._bad_steps >= self.config.max_bad_steps:
             raise DivergedError(
@@ -259,11 +265,12 @@ class Trainer:
         self._save_asked |= bool(self._stop)
         with_state = dataclasses.replace(record, state=self.state)
         for callback in wanting:
-            self._take(callback.on_sync(with_state))
+            self._take(callback.on_sync(with_state), record.step)
             if self._evaluation_asked and self._val_data is not None:
                 record = self._evaluate(record)
                 with_state = dataclasses.replace(record, state=self.state)
             self._evaluation_asked = False
+        self._scale_learning_rate(record.step)
         if self._save_asked and self._save is not None:
             for callback in self._callbacks:
                 callback.on_save(record)
@@ -277,11 +284,23 @@ class Trainer:
         self._last_validation = {f"val_{name}": value for name, value in self.evaluate().items()}
         record = dataclasses.replace(record, metrics={**record.metrics, **self._last_validation})
         for callback in self._callbacks:
-            self._take(callback.on_evaluate_end(record))
+            self._take(callback.on_evaluate_end(record), record.step)
         return record
 
-    def _take(self, request: Request | None) -> None:
-        """Carries out a request, or notes it for the next moment at which that is possible."""
+    def _scale_learning_rate(self, step: int) -> None:
+        """Carries out the scalings that hold for the steps after this one."""
+        due = [factor for first, factor in self._scalings if first <= step]
+        self._scalings = [(first, factor) for first, factor in self._scalings if first > step]
+        for factor in due:
+            self.state = self.state.replace(lr_scale=self.state.lr_scale * factor)
+
+    def _take(self, request: Request | None, step: int) -> None:
+        """Notes a request for the next moment at which it can be carried out.
+
+        Args:
+          request: what a callback answered.
+          step: the step after which a new learning rate holds.
+        """
         match request:
             case None:
                 pass
@@ -295,7 +314,7 @@ class Trainer:
                 self._roll_back = request
             case ScaleLearningRate(factor, reason):
                 logger.info("learning rate scaled by %g: %s", factor, reason or "a callback")
-                self.state = self.state.replace(lr_scale=self.state.lr_scale * factor)
+                self._scalings.append((step, factor))
             case _:
                 raise TypeError(f"a callback answered {request!r}, which is no Request")
 

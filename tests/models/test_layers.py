@@ -192,7 +192,7 @@ def test_dropout():
     y = layers.dropout(x, 0.25, random_key())
     assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
     assert abs(float(jnp.mean(y)) - 1.0) < 0.02
-    with pytest.raises(ValueError, match="rate=1.0"):
+    with pytest.raises(ValueError, match=r"rate=1\.0"):
         layers.dropout(x, 1.0, random_key())
 
 

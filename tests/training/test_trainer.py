@@ -155,10 +155,26 @@ def test_a_signal_saves_and_ends(code):
     assert result.stopped == "a signal"
 
 
-def test_scaling_the_learning_rate():
-    diary = Diary({("step", 2): ScaleLearningRate(0.5, "a test")})
-    made = trainer([diary])
+@pytest.mark.parametrize("hook", ["step", "sync", "evaluate"])
+@pytest.mark.parametrize("sync_at", [(), (2,), range(100)])
+def test_scaling_the_learning_rate(hook, sync_at):
+    """From a known step on, whether or not somebody looks at the state meanwhile."""
+    sync_at = (*sync_at, 2) if hook == "sync" else sync_at
+    diary = Diary({(hook, 2): ScaleLearningRate(0.5, "a test")}, sync_at)
+    rates = []
+
+    class Rates(Callback):
+        def on_step_end(self, record):
+            rates.append(record.metrics["learning_rate"])
+
+    made = trainer([EvaluationCallback(2 if hook == "evaluate" else 0), diary, Rates()])
     made.fit()
+    seen = rates.copy()
+    rates.clear()
+    trainer([Rates()]).fit()
+    first = 4 if hook == "step" else 3
+    expected = [rate * (0.5 if step >= first else 1) for step, rate in enumerate(rates, start=1)]
+    assert seen == pytest.approx(expected, rel=1e-6)
     assert made.state.lr_scale == 0.5
 
 

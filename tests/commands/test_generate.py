@@ -1,0 +1,109 @@
+import io
+
+import pytest
+
+from craft_jax import main as cli
+from craft_jax import runs
+from tests.conftest import micro
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Outputs with one run of a byte model, on text with characters of several bytes."""
+    folder = tmp_path_factory.mktemp("generate")
+    text = folder / "text.txt"
+    text.write_text("caf\u00e9 \U0001f642 \u6f22\u5b57 and so on\n" * 200, encoding="utf-8")
+    changes = {"data__tokenizer": "byte", "training__num_steps": 80, "training__log_every": 40}
+    changes |= {"training__sample_every": 0, "training__checkpoint_every": 0}
+    config = micro(text, **changes, training__eval_every=0, optim__learning_rate=1e-2)
+    assert cli.main([*config, f"--workdir={folder}"]) == 0
+    return folder
+
+
+def generate(workdir, capsys, *words, code=0):
+    capsys.readouterr()
+    assert cli.main(["generate", f"--workdir={workdir}", "--max_new_tokens=20", *words]) == code
+    return capsys.readouterr()
+
+
+def test_the_same_seed_gives_the_same_text(workdir, capsys):
+    first = generate(workdir, capsys, "--prompt=caf", "--seed=3").out
+    assert first.startswith("caf")
+    assert first == generate(workdir, capsys, "--prompt=caf", "--seed=3").out
+    assert first != generate(workdir, capsys, "--prompt=caf", "--seed=4", "--temperature=2").out
+
+
+def test_text_alone_on_standard_output_and_in_the_file(workdir, capsys):
+    before = set((workdir / "samples").iterdir())
+    said = generate(workdir, capsys, "--prompt=and ")
+    (file,) = set((workdir / "samples").iterdir()) - before
+    assert file.read_text(encoding="utf-8") == said.out
+    assert f"written to {file}" in said.err
+
+
+def test_several_prompts_and_samples(workdir, capsys):
+    said = generate(
+        workdir, capsys, "--prompt=and", "--prompt=so on", "--num_samples=2", "--temperature=1.5"
+    ).out
+    parts = said.split("--- ")
+    assert [part.split(" ---\n")[0] for part in parts[1:]] == [
+        "1 of 4",
+        "2 of 4",
+        "3 of 4",
+        "4 of 4",
+    ]
+    texts = [part.split(" ---\n")[1] for part in parts[1:]]
+    assert [text[:3] for text in texts] == ["and", "and", "so ", "so "]
+    assert texts[0] != texts[1]
+    alone = generate(workdir, capsys, "--prompt=so on", "--temperature=1.5").out
+    assert texts[2] == alone
+
+
+def test_prompts_from_a_file_and_from_standard_input(workdir, capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("and\nso\n", encoding="utf-8")
+    from_file = generate(workdir, capsys, f"--prompt_file={tmp_path / 'prompts.txt'}").out
+    monkeypatch.setattr("sys.stdin", io.StringIO("and\nso\n"))
+    assert generate(workdir, capsys, "--prompt_file=-").out == from_file
+    assert "--- 2 of 2 ---\nso" in from_file
+
+
+def test_an_empty_prompt_begins_a_document(workdir, capsys):
+    assert generate(workdir, capsys).out == generate(workdir, capsys, "--prompt=").out
+
+
+def test_past_the_context_it_says_so_once(workdir, capsys):
+    said = generate(workdir, capsys, "--max_new_tokens=60", "--temperature=0")
+    assert said.err.count("the context of 16 tokens is full: going on from the last 8") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--prompt=" + "long " * 10], "has 50 tokens, but the context of this model is 16"),
+        (["--top_k=300"], "--top_k=300 must be from 1 to the vocabulary's 257"),
+        (["--top_p=2", "--min_p=2"], "--top_p=2.0 must be greater than 0 and at most 1; --min_p"),
+        (["--max_new_tokens=0"], "must be at least 1"),
+        (["--prompt=a\udcffb"], "is not valid UTF-8"),
+    ],
+)
+def test_what_cannot_be_generated(workdir, capsys, words, expected):
+    said = generate(workdir, capsys, *words, code=2)
+    assert expected in said.err
+    assert said.out == ""
+
+
+def test_no_half_characters(workdir, capsys, monkeypatch):
+    """Every piece that reaches the terminal is whole text."""
+    pieces = []
+    monkeypatch.setattr("sys.stdout.write", pieces.append)
+    cli.main(["generate", f"--workdir={workdir}", "--prompt=caf", "--max_new_tokens=12",
+              "--temperature=0"])  # fmt: skip
+    assert "".join(pieces).startswith("caf\u00e9")
+    assert not any("\ufffd" in piece for piece in pieces[:-2])
+
+
+def test_from_a_notebook(workdir, capsys):
+    run = runs.open("latest", workdir=workdir)
+    text = run.generate("and ", max_new_tokens=20, seed=0, temperature=0.8)
+    assert text == generate(workdir, capsys, "--prompt=and ").out.removesuffix("\n")
+    assert run.generate(["and ", "so"], max_new_tokens=20, temperature=0.8)[0] == text
