@@ -52,9 +52,9 @@ def _tiny(config: ConfigDict) -> None:
     config.model.update(num_layers=4, num_heads=4, d_model=128, max_seq_len=128, dropout=0.0)
     # A hundredth of the standard library is some 120 kB: enough to validate on, and quick.
     config.data.update(vocab_size=1024, seq_len=128, batch_size=16, val_fraction=0.01)
-    config.optim.update(learning_rate=2e-3, min_learning_rate=2e-4, beta2=0.99)
+    config.optim.update(learning_rate=4e-3, min_learning_rate=4e-4, beta2=0.99)
     config.training.update(
-        num_steps=1000, eval_every=250, checkpoint_every=250, sample_every=250, log_every=20
+        num_steps=600, eval_every=200, checkpoint_every=200, sample_every=200, log_every=20
     )
 
 

@@ -133,9 +133,18 @@ class Run:
 
 
 def make_generator(
-    config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer | None
+    config: ExperimentConfig,
+    model_def: ModelDef,
+    tokenizer: Tokenizer | None,
+    *,
+    stop_at_end: bool = True,
 ) -> Generator:
     """Returns what samples from a model.
+
+    Args:
+      config, model_def: the model.
+      tokenizer: knows the end token, and how many ids stand for text; None if there is no text.
+      stop_at_end: whether a sample ends with its document, or goes on with the next one.
 
     Raises:
       UsageError: the model is not generative.
@@ -147,7 +156,7 @@ def make_generator(
         model_def,
         max_len=model.max_seq_len,
         vocab_size=tokenizer.vocab_size if tokenizer else model.vocab_size,
-        end_id=tokenizer.end_id if tokenizer else None,
+        end_id=tokenizer.end_id if tokenizer and stop_at_end else None,
     )
 
 

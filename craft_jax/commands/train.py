@@ -7,6 +7,7 @@ import argparse
 import logging
 import shlex
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ class _Sampler:
     def __init__(
         self, config: ExperimentConfig, model_def: ModelDef, policy: Policy, tokenizer: Tokenizer
     ):
-        self._generator = runs.make_generator(config, model_def, tokenizer)
+        self._generator = runs.make_generator(config, model_def, tokenizer, stop_at_end=False)
         self._policy, self._tokenizer = policy, tokenizer
 
     def __call__(self, state: TrainState, num_tokens: int) -> str:
@@ -273,7 +274,11 @@ class _Sampler:
             config=_SAMPLING,
             seed=int(state.step),
         )
-        return self._tokenizer.decode(new[0])
+        end = self._tokenizer.end_id
+        documents = [
+            list(part) for is_end, part in groupby(new[0], lambda t: t == end) if not is_end
+        ]
+        return "\n".join(map(self._tokenizer.decode, documents))
 
 
 def _finish(

@@ -1,0 +1,58 @@
+"""Writes docs/configuration.md's tables from the dataclasses: python scripts/write_configuration.py.
+
+What stands before the line `<!-- tables -->` is written by hand and kept.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from craft_jax import config as configs
+
+PAGE = ROOT / "docs/configuration.md"
+MARK = "<!-- tables -->"
+
+
+def tables() -> str:
+    """Returns a table of every section: field, type, default, bounds and meaning."""
+    defaults = configs.from_values({})
+    parts = []
+    for section in dataclasses.fields(defaults):
+        value = getattr(defaults, section.name)
+        rows = [
+            f"| `{field.name}` | {_type(field.type)} | {_shown(field.default)} | "
+            f"{field.metadata['help']}{_bounds(field.metadata)} |"
+            for field in dataclasses.fields(value)
+        ]
+        head = f"## {section.name}\n\n| field | type | default | meaning |\n|---|---|---|---|"
+        parts.append("\n".join([head, *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def page() -> str:
+    """Returns the page as it should be."""
+    by_hand, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
+    return f"{by_hand}{MARK}\n\n{tables()}"
+
+
+def _type(kind: object) -> str:
+    text = kind.__name__ if isinstance(kind, type) else str(kind)
+    text = text.replace("typing.", "").replace("Literal[", "").replace("'", "")
+    return text.removesuffix("]").replace("tuple[str, ...", "list of str").replace(" | ", " or ")
+
+
+def _shown(value: object) -> str:
+    return "" if value == () else f"`{value}`".replace("None", "none")
+
+
+def _bounds(metadata: dict) -> str:
+    words = {"minimum": "at least", "maximum": "at most", "above": "above", "below": "below"}
+    shown = [f"{word} {metadata[name]:g}" for name, word in words.items() if name in metadata]
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Every config of the project builds, has the size it says, and trains."""
+
+import pytest
+
+from craft_jax import config as configs
+from craft_jax import main as cli
+from craft_jax import runs
+from craft_jax.config import Override
+from craft_jax.models import base
+from craft_jax.training.loggers import read_json_lines
+from tests.conftest import ROOT, overrides
+
+GPT2_VOCABULARY = 50257
+SIZES = {
+    "gpt.py": 940_800,
+    "gpt.py:tiny": 940_800,
+    "gpt.py:small": 11_139_072,
+    "gpt.py:124m": 124_439_808,
+    "gpt.py:350m": 354_823_168,
+    "gpt.py:774m": 774_030_080,
+    "gpt.py:1558m": 1_557_611_200,
+    "shakespeare_char.py": 10_745_088,
+    "shakespeare_char.py:gpu": 10_745_088,
+    "shakespeare_char.py:cpu": 804_096,
+}
+
+# Shrinks any preset until it trains in a moment.
+SHORT = {
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.d_model": 8,
+    "data.seq_len": 8,
+    "data.batch_size": 8,
+    "data.tokenizer": "char",
+    "data.val_fraction": 0.1,
+    "training.num_steps": 2,
+    "training.accumulate": 1,
+    "training.sample_every": 0,
+}
+
+
+def load(name, **values):
+    words = [Override(field, str(value)) for field, value in values.items()]
+    return configs.load(str(ROOT / "configs" / name), words)
+
+
+def test_every_config_is_here():
+    assert {p.name for p in (ROOT / "configs").glob("*.py")} == {n.split(":")[0] for n in SIZES}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size(name):
+    config = load(name, **{"data.path": "text.txt"})
+    vocab_size = 65 if "shakespeare" in name else config.data.vocab_size
+    model = runs.with_vocab_size(config.model, vocab_size)
+    assert base.define(config.model_class, model).num_params == SIZES[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_it_trains(name, text_file, workdir):
+    words = [f"--config={ROOT / 'configs' / name}", *overrides(SHORT)]
+    assert cli.main([*words, f"--config.data.path={text_file}", f"--workdir={workdir}"]) == 0
+    (metrics,) = (workdir / "logs").glob("*.jsonl")
+    assert "val_loss" in read_json_lines(metrics)[-1]
+
+
+@pytest.mark.parametrize("name", ["gpt.py:huge", "shakespeare_char.py:tpu"])
+def test_a_preset_that_does_not_exist(name):
+    with pytest.raises(configs.ConfigError, match="is not one of"):
+        load(name)
+
+
+def test_the_setting_of_nanogpt():
+    """The numbers of its CPU command, and of its GPU config."""
+    cpu = load("shakespeare_char.py:cpu", **{"data.path": "text.txt"})
+    assert (cpu.model.num_layers, cpu.model.num_heads, cpu.model.d_model) == (4, 4, 128)
+    assert (cpu.data.seq_len, cpu.data.batch_size, cpu.training.num_steps) == (64, 12, 2000)
+    assert (cpu.optim.learning_rate, cpu.optim.min_learning_rate) == (1e-3, 1e-4)
+    assert (cpu.optim.warmup_steps, cpu.optim.beta2, cpu.model.dropout) == (100, 0.99, 0)
+    gpu = load("shakespeare_char.py", **{"data.path": "text.txt"})
+    assert (gpu.model.num_layers, gpu.model.num_heads, gpu.model.d_model) == (6, 6, 384)
+    assert (gpu.data.seq_len, gpu.data.batch_size, gpu.training.num_steps) == (256, 64, 5000)
+    assert gpu.model.dropout == 0.2
+    assert not gpu.model.bias
