@@ -38,7 +38,9 @@ def get_config(preset: str = "gpu") -> ConfigDict:
             "clip_norm": 1.0,
         }
     )
-    config.training = ConfigDict({"eval_every": 250, "sample_every": 500, "log_every": 10})
+    config.training = ConfigDict(
+        {"eval_every": 250, "sample_every": 500, "log_every": 10, "seed": 1337}
+    )
     if preset == "gpu":
         config.model.update(num_layers=6, num_heads=6, d_model=384, max_seq_len=256, dropout=0.2)
         config.data.update(seq_len=256, batch_size=64)

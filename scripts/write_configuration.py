@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md's tables from the dataclasses: python scripts/write_configuration.py.
+"""Writes the tables of docs/configuration.md: python scripts/write_configuration.py.
 
 What stands before the line `<!-- tables -->` is written by hand and kept.
 """

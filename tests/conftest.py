@@ -136,8 +136,5 @@ def command(*words: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Returns the environment of a newcomer: one device, and the checkout on the path."""
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": QUICK_COMPILE,
-    }
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return env | {"XLA_FLAGS": QUICK_COMPILE} if "XLA_FLAGS" in os.environ else env

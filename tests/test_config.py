@@ -226,8 +226,8 @@ def test_any_single_mutation_ends_in_a_config_or_in_one_line_each():
     """Nothing that a command line can hold makes the checks themselves fail."""
     defaults = configs.from_values({}).to_json()
     fields = [f"{s}.{n}" for s in defaults for n in defaults[s]]
-    values = ["", "0", "-1", "1", "7", "1e30", "nan", "inf", "-inf", "none", "true", "é🙂", "[]", "{}",
-              "x" * 5000, "1,2", "2.5", "a:b", "../x", "0x10", "1_000"]  # fmt: skip
+    values = "0 -1 1 7 1e30 nan inf -inf none true é🙂 [] {} 1,2 2.5 a:b ../x 0x10".split()
+    values += ["", "x" * 5000]
     rng = random.Random(0)
     for _ in range(500):
         field, value = rng.choice(fields), rng.choice(values)

@@ -73,17 +73,20 @@ def build(
     tokenizer: str | Tokenizer,
     vocab_size: int,
     val_fraction: float,
+    max_val_chars: int | None = None,
     folder: Path,
 ) -> TokenCache:
     """Tokenizes a source, or finds it tokenized already.
 
-    The first `1 - val_fraction` of the characters train, the rest validate.
+    The first `1 - val_fraction` of the characters train, the rest, or the last `max_val_chars` of
+    it, validate.
 
     Args:
       source: the documents.
       tokenizer: `char`, `byte`, `bpe`, the path of a `tokenizer.json`, or a tokenizer.
       vocab_size: the size of the vocabulary to train; `bpe` only.
       val_fraction: the part of the characters, at the end, that validates; in [0, 1).
+      max_val_chars: the most characters that validate; None for no limit.
       folder: where caches live.
 
     Raises:
@@ -98,6 +101,7 @@ def build(
         "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer.digest,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
         "val_fraction": val_fraction,
+        "max_val_chars": max_val_chars,
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     path = folder / digest[:16]
@@ -108,7 +112,7 @@ def build(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, source, tokenizer, vocab_size, val_fraction, recipe | {"digest": digest})
+        _write(partial, source, tokenizer, recipe | {"digest": digest})
         with contextlib.suppress(OSError):  # Another process may have finished the same cache.
             partial.rename(path)
     except OSError as error:
@@ -144,8 +148,6 @@ def _write(
     path: Path,
     source: Source,
     tokenizer: str | Tokenizer,
-    vocab_size: int,
-    val_fraction: float,
     recipe: dict,
 ) -> None:
     start = time.monotonic()
@@ -156,12 +158,15 @@ def _write(
         f"{survey.documents:,}",
         survey.num_bytes / 1e6,
     )
-    cut = int(survey.characters * (1 - val_fraction))
+    cut = int(survey.characters * (1 - recipe["val_fraction"]))
+    if recipe["max_val_chars"] is not None:
+        cut = max(cut, survey.characters - recipe["max_val_chars"])
     if tokenizer == "char":
         tokenizer = tokenizers.characters(survey.alphabet, end_token=survey.documents > 1)
     elif tokenizer == "byte":
         tokenizer = tokenizers.bytes_()
     elif tokenizer == "bpe":
+        vocab_size = recipe["vocab_size"]
         logger.info("data: training a BPE tokenizer of %s tokens", f"{vocab_size:,}")
         tokenizer = tokenizers.train_bpe(_bpe_sample(source, cut), vocab_size)
     assert isinstance(tokenizer, Tokenizer)

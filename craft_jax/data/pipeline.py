@@ -34,6 +34,9 @@ class DataConfig:
     val_fraction: float = setting(
         0.1, "the part of the text, at its end, that validates", minimum=0, below=1
     )
+    max_val_chars: int | None = setting(
+        None, "the most characters that validate; none for no limit", minimum=1
+    )
     seq_len: int = setting(128, "tokens in a training window", minimum=1)
     batch_size: int = setting(16, "windows per optimizer step, over all devices", minimum=1)
     dataset: str | None = setting(
@@ -71,7 +74,11 @@ def prepare(config: DataConfig, workdir: Path, tokenizer: Tokenizer | None = Non
       DataError, StorageError: see `cache.build`.
     """
     source = sources.open_source(config.source, config.path, config.text_field)
-    build = {"vocab_size": config.vocab_size, "val_fraction": config.val_fraction}
+    build = {
+        "vocab_size": config.vocab_size,
+        "val_fraction": config.val_fraction,
+        "max_val_chars": config.max_val_chars,
+    }
     found = cache.build(source, tokenizer=config.tokenizer, folder=workdir / "data", **build)
     if tokenizer is None or found.tokenizer.digest == tokenizer.digest:
         return found

@@ -88,7 +88,7 @@ class Tokenizer:
             )
         return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def encode_pieces(self, pieces: Iterable[str], batch: int = 64) -> Iterator[list[int]]:
+    def encode_pieces(self, pieces: Iterable[str], batch: int = 16) -> Iterator[list[int]]:
         """Yields the ids of each piece, in order, encoding `batch` of them in parallel."""
         for group in _grouped(pieces, batch):
             for encoding in self._inner.encode_batch_fast(group, add_special_tokens=False):

@@ -49,6 +49,13 @@ def test_documents_are_separated_by_the_end_token(tmp_path, workdir, kind):
     assert [tokens.tokenizer.decode(d) for d in documents] == texts
 
 
+def test_the_validation_split_can_have_a_limit(text_file, workdir):
+    text = text_file.read_text(encoding="utf-8")
+    limited = build(text_file, workdir, max_val_chars=100)
+    assert limited.tokenizer.decode(limited.tokens("val")) == text[-100:]
+    assert len(build(text_file, workdir, max_val_chars=10**9).tokens("val")) == -(-len(text) // 10)
+
+
 def test_an_equal_request_finds_the_cache(text_file, workdir):
     first = build(text_file, workdir)
     stamp = (first.path / "train.bin").stat().st_mtime_ns

@@ -42,7 +42,7 @@ def test_sizes():
     assert tokenizers.characters("hello", end_token=False).end_id is None
     assert tokenizers.characters("hello", end_token=True).end_id == 4
     assert tokenizers.bytes_().vocab_size == 257
-    assert tokenizers.train_bpe([words(2000)], 300).vocab_size == 300
+    assert tokenizers.train_bpe([words(2000)], 280).vocab_size == 280
 
 
 def test_characters_are_numbered_in_code_point_order():
