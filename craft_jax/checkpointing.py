@@ -105,7 +105,7 @@ class CheckpointStore:
             if place.exists():
                 shutil.rmtree(place)
             partial.rename(place)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
             safe = self.latest()
             still = f"; the checkpoint of step {safe} is whole" if safe is not None else ""
             raise StorageError(f"cannot write checkpoint {place}: {error}{still}") from error

@@ -167,6 +167,11 @@ def picture_file(workdir: Path, kind: str, model: str) -> Path:
     return _reserve(workdir, lambda stamp: f"visualizations/{kind}_{model}_{stamp}.png")
 
 
+def benchmark_file(workdir: Path, test: str, hardware: str) -> Path:
+    """Reserves `benchmarks/benchmark_{test}_{hardware}_{date}_{time}.json`."""
+    return _reserve(workdir, lambda stamp: f"benchmarks/benchmark_{test}_{hardware}_{stamp}.json")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is whole or unchanged, whatever happens."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -7,7 +7,7 @@ process of its own and they take turns, since machines are noisy: only the ratio
 anything. Both do forward, backward, clipping to norm 1 and AdamW in float32, without dropout.
 `nanogpt+malloc` is the peer with the allocator setting that our trainer makes for itself.
 
-The last line is JSON. Exits 1 when our step takes more than `--require` times the peer's.
+The last line is JSON, also written below `outputs/benchmarks`. Exits 1 when our step takes more than `--require` times the peer's.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from craft_jax import outputs
 
 # Layers, heads, width, context, batch, vocabulary.
 SHAPES = {
@@ -149,6 +151,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of each program in a round")
     parser.add_argument("--require", type=float, help="the largest ratio that is good enough")
+    parser.add_argument("--workdir", default="outputs", help="where the figures are written")
     parser.add_argument("--worker", choices=PROGRAMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -190,6 +193,9 @@ def main() -> int:
             f"{name:15} {result[name]['milliseconds']:8.1f} ms   ratio {result[name]['ratio']:.2f} "
             f"[{min(ratios):.2f} to {max(ratios):.2f}]"
         )
+    file = outputs.benchmark_file(Path(args.workdir), f"peers_{args.shape}", "cpu")
+    outputs.write_json(file, result)
+    print(f"written to {file}")
     print(json.dumps(result))
     return int(args.require is not None and result["craft_jax"]["ratio"] > args.require)
 

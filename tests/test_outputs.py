@@ -29,6 +29,7 @@ def test_names(workdir):
         (outputs.eval_log(workdir, "gpt"), rf"logs/eval_gpt_{STAMP}\.log"),
         (outputs.sample_file(workdir), rf"samples/sample_{STAMP}\.txt"),
         (outputs.evaluation_file(workdir, "gpt", "x"), rf"evaluation/eval_gpt_x_{STAMP}\.json"),
+        (outputs.benchmark_file(workdir, "a", "cpu"), rf"benchmarks/benchmark_a_cpu_{STAMP}\.json"),
         (outputs.picture_file(workdir, "loss", "gpt"), rf"visualizations/loss_gpt_{STAMP}\.png"),
     ):
         assert re.fullmatch(pattern, path.relative_to(workdir).as_posix())

@@ -1,5 +1,6 @@
 """What the commands say: header and ending of a training run, tables, names, versions."""
 
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -34,9 +35,11 @@ def size_word(num_params: int) -> str:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what a run's numbers depend on."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in _PACKAGES
-    }
+    installed = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def header(
@@ -97,6 +100,7 @@ def sample(step: int, text: str, file: Path) -> None:
 
 def ending(
     metrics: Mapping[str, Any],
+    num_steps: int,
     paths: RunPaths,
     picture: Path,
     command: Callable[..., str],
@@ -118,7 +122,7 @@ def ending(
     logger.info("next")
     logger.info("  evaluate    %s", command(paths, command="evaluate"))
     logger.info("  sample      %s", command(paths, "--prompt=def ", command="generate"))
-    logger.info("  resume      %s", command(paths, "--config.training.num_steps=MORE"))
+    logger.info("  resume      %s", command(paths, f"--config.training.num_steps={2 * num_steps}"))
 
 
 def _indented(text: str) -> str:

@@ -296,7 +296,7 @@ def _finish(
         num_tokens = _LAST_SAMPLE_FACTOR * config.training.sample_tokens
         report.sample(int(trainer.state.step), sampler(trainer.state, num_tokens), paths.samples)
     picture = visualize.draw_runs([paths])
-    report.ending(metrics, paths, picture, _command)
+    report.ending(metrics, config.training.num_steps, paths, picture, _command)
 
 
 def _command(paths: RunPaths, *more: str, command: str = "") -> str:

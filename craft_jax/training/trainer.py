@@ -4,10 +4,11 @@ It hands batches to the train step, reads each step's numbers while the next ste
 callbacks, and carries out what they ask for.
 """
 
+import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -195,12 +196,20 @@ class Trainer:
         """Takes over what a checkpoint kept beside the state."""
         self._bad_steps = meta.get("bad_steps", 0)
         self._scalings = [(step, factor) for step, factor in meta.get("scalings", ())]
-        for callback in self._callbacks:
-            if state := meta.get("callbacks", {}).get(type(callback).__name__):
+        for name, callback in self._named_callbacks():
+            if state := meta.get("callbacks", {}).get(name):
                 callback.load_state_dict(state)
 
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """Yields each callback with its class name, numbered where there are several of a class."""
+        seen: collections.Counter[str] = collections.Counter()
+        for callback in self._callbacks:
+            name = type(callback).__name__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name}_{seen[name]}", callback
+
     def _meta(self, record: StepRecord) -> dict:
-        states = {type(c).__name__: c.state_dict() for c in self._callbacks}
+        states = {name: callback.state_dict() for name, callback in self._named_callbacks()}
         return {
             "metrics": dict(record.metrics),
             "callbacks": {name: state for name, state in states.items() if state},
@@ -243,7 +252,7 @@ class Trainer:
         values["skipped"] = int(values["skipped"])
         self._window_items += pending.items
         seconds = time.monotonic() - self._window_start
-        values[f"{self.unit}_per_second"] = self._window_items / seconds
+        values[f"{self.unit}_per_second"] = self._window_items / max(seconds, 1e-9)
         if pending.step % self.config.log_every == 0 or self._window_items == pending.items:
             self._start_window()
         record = self._record(pending.step, values)
@@ -262,16 +271,13 @@ class Trainer:
 
     def _sync(self, record: StepRecord, wanting: Iterable[Callback]) -> StepRecord:
         """Does what needs the state of this step: `on_sync`, evaluation, saving."""
-        self._save_asked |= bool(self._stop)
-        with_state = dataclasses.replace(record, state=self.state)
+        record = self._evaluate_if_asked(record)
         for callback in wanting:
+            with_state = dataclasses.replace(record, state=self.state)
             self._take(callback.on_sync(with_state), record.step)
-            if self._evaluation_asked and self._val_data is not None:
-                record = self._evaluate(record)
-                with_state = dataclasses.replace(record, state=self.state)
-            self._evaluation_asked = False
+            record = self._evaluate_if_asked(record)
         self._scale_learning_rate(record.step)
-        if self._save_asked and self._save is not None:
+        if (self._save_asked or self._stop) and self._save is not None:
             for callback in self._callbacks:
                 callback.on_save(record)
             self._save(self.state, self._meta(record))
@@ -279,8 +285,10 @@ class Trainer:
         self._start_window()
         return record
 
-    def _evaluate(self, record: StepRecord) -> StepRecord:
-        self._evaluation_asked = False
+    def _evaluate_if_asked(self, record: StepRecord) -> StepRecord:
+        asked, self._evaluation_asked = self._evaluation_asked, False
+        if not asked or self._val_data is None:
+            return record
         self._last_validation = {f"val_{name}": value for name, value in self.evaluate().items()}
         record = dataclasses.replace(record, metrics={**record.metrics, **self._last_validation})
         for callback in self._callbacks:

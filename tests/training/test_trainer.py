@@ -15,8 +15,10 @@ from craft_jax.training import state as states
 from craft_jax.training.callbacks import (
     Callback,
     CheckpointCallback,
+    Evaluate,
     EvaluationCallback,
     RollBack,
+    Save,
     ScaleLearningRate,
     Stop,
 )
@@ -137,6 +139,44 @@ def test_stop_saves_first():
     # The numbers of step 3 arrive while step 4 runs.
     assert saved == [4]
     assert result.step == 4
+
+
+def test_stop_after_an_evaluation_saves_too():
+    saved = []
+    diary = Diary({("evaluate", 4): Stop("enough")})
+    result = trainer(
+        [EvaluationCallback(2), diary], save=lambda state, meta: saved.append(int(state.step))
+    ).fit()
+    assert saved == [result.step] == [4]
+
+
+def test_requests_for_what_is_not_due():
+    saved = []
+    diary = Diary({("step", 2): Evaluate(), ("step", 4): Save()})
+    trainer([diary], save=lambda state, meta: saved.append(int(state.step))).fit()
+    # Asked for with the numbers of a step, done after the one that ran meanwhile.
+    assert diary.steps("evaluate") == [3]
+    assert saved == [5]
+
+
+def test_two_callbacks_of_one_class_keep_their_own_state():
+    class Number(Callback):
+        def __init__(self, number):
+            self.number = number
+
+        def state_dict(self):
+            return {"number": self.number}
+
+        def load_state_dict(self, state):
+            self.number = state["number"]
+
+    metas = []
+    trainer(
+        [Number(1), Number(2), CheckpointCallback(0)], save=lambda state, meta: metas.append(meta)
+    ).fit()
+    again = [Number(0), Number(0)]
+    trainer(again).load_meta(metas[-1])
+    assert [callback.number for callback in again] == [1, 2]
 
 
 @pytest.mark.parametrize("code", [130, 75])
