@@ -7,6 +7,7 @@ import argparse
 import logging
 import shlex
 import time
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from craft_jax.training.callbacks import (
 )
 from craft_jax.training.loggers import ConsoleLogger, JsonLinesLogger, TensorBoardLogger
 from craft_jax.training.state import TrainState
-from craft_jax.training.trainer import Trainer
+from craft_jax.training.trainer import Trainer, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         if not found:
             outputs.write_json(paths.config, config.to_json())
         store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
-        trainer = _assemble(config, model_def, datasets, mesh, paths, store, stop_signal)
+        sampler = _Sampler.make(config, model_def, datasets.train.tokenizer)
+        trainer = _assemble(config, model_def, datasets, mesh, paths, store, sampler, stop_signal)
         report.header(config, model_def, datasets, mesh, paths)
         if found:
             for change in configs.changes(runs.saved_config(paths), config)[0]:
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             )
             return stop_signal.exit_code or OK
         logger.info("trained to step %d in %.0f s", result.step, time.monotonic() - start)
-        _finish(config, model_def, datasets, trainer, paths, result.metrics)
+        _finish(config, trainer, sampler, paths, result.metrics)
     return OK
 
 
@@ -155,6 +157,7 @@ def _assemble(
     mesh: jax.sharding.Mesh,
     paths: RunPaths,
     store: CheckpointStore,
+    sampler: "_Sampler | None",
     stop_signal: runtime.StopSignal,
 ) -> Trainer:
     """Joins the pieces into a trainer that stands where the run's newest checkpoint does."""
@@ -211,7 +214,7 @@ def _assemble(
         policy=policy,
         mesh=mesh,
         config=config.training,
-        callbacks=_callbacks(config, model_def, policy, tokenizer, paths, trainer_class.unit),
+        callbacks=_callbacks(config.training, sampler, paths, trainer_class.unit),
         save=save,
         restore=restore,
         stop_signal=stop_signal,
@@ -222,18 +225,11 @@ def _assemble(
 
 
 def _callbacks(
-    config: ExperimentConfig,
-    model_def: ModelDef,
-    policy: Policy,
-    tokenizer: Tokenizer | None,
-    paths: RunPaths,
-    unit: str,
+    training: TrainingConfig, sampler: "_Sampler | None", paths: RunPaths, unit: str
 ) -> list[Callback]:
     """The callbacks in the order in which they are called; the user's own come last."""
-    training = config.training
     callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
-    if tokenizer and training.sample_every and issubclass(config.model_class, GenerativeModel):
-        sampler = _Sampler(config, model_def, policy, tokenizer)
+    if sampler and training.sample_every:
 
         def show(step: int, text: str) -> None:
             report.sample(step, text, paths.samples)
@@ -259,11 +255,19 @@ def _callbacks(
 class _Sampler:
     """Text from a state that is being trained."""
 
-    def __init__(
-        self, config: ExperimentConfig, model_def: ModelDef, policy: Policy, tokenizer: Tokenizer
-    ):
+    def __init__(self, config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer):
         self._generator = runs.make_generator(config, model_def, tokenizer, stop_at_end=False)
-        self._policy, self._tokenizer = policy, tokenizer
+        self._policy = Policy.named(config.training.precision)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def make(
+        cls, config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer | None
+    ) -> "_Sampler | None":
+        """Returns a sampler, or None where there is no text or the model does not generate."""
+        if tokenizer is None or not issubclass(config.model_class, GenerativeModel):
+            return None
+        return cls(config, model_def, tokenizer)
 
     def __call__(self, state: TrainState, num_tokens: int) -> str:
         params = jax.device_put(dict(state.params), jax.local_devices()[0])
@@ -283,16 +287,13 @@ class _Sampler:
 
 def _finish(
     config: ExperimentConfig,
-    model_def: ModelDef,
-    datasets: Datasets,
     trainer: Trainer,
+    sampler: _Sampler | None,
     paths: RunPaths,
-    metrics: dict[str, Any],
+    metrics: Mapping[str, Any],
 ) -> None:
     """Leaves behind a longer sample and a picture, and says where everything is."""
-    tokenizer = datasets.train.tokenizer
-    if tokenizer and issubclass(config.model_class, GenerativeModel):
-        sampler = _Sampler(config, model_def, Policy.named(config.training.precision), tokenizer)
+    if sampler:
         num_tokens = _LAST_SAMPLE_FACTOR * config.training.sample_tokens
         report.sample(int(trainer.state.step), sampler(trainer.state, num_tokens), paths.samples)
     picture = visualize.draw_runs([paths])
