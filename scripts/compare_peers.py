@@ -7,8 +7,8 @@ process of its own and they take turns, since machines are noisy: only the ratio
 anything. Both do forward, backward, clipping to norm 1 and AdamW in float32, without dropout.
 `nanogpt+malloc` is the peer with the allocator setting that our trainer makes for itself.
 
-The last line is JSON, also written below `outputs/benchmarks`. Exits 1 when our step takes more than
-`--require` times the peer's.
+The last line is JSON, also written below `outputs/benchmarks`. Exits 1 when our step takes more
+than `--require` times the peer's.
 """
 
 import argparse
