@@ -11,9 +11,9 @@ where `input.txt` is "tiny Shakespeare" (1.1 MB of his plays; 65 different chara
 
 The numbers are nanoGPT's: `gpu` (the default) those of its config file, `cpu` those of the command
 that its README gives for a laptop. Seeds differ: with the latter, over the whole validation split,
-ours ended between 1.899 and 1.913 with four seeds (1.899 with the one set here); nanoGPT's own model
-and optimizer ended at 1.906 with one seed beside ours, and at 1.898 elsewhere. The figure of `gpu`
-is what nanoGPT publishes.
+ours ended between 1.899 and 1.913 with four seeds (1.899 with the one set here); nanoGPT's own
+model and optimizer ended at 1.906 with one seed beside ours, and at 1.898 elsewhere. The figure of
+`gpu` is what nanoGPT publishes.
 """
 
 from ml_collections import ConfigDict
