@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from craft_jax.models.base import Params
 
 logger = logging.getLogger(__name__)
 
+_LEFTOVER = re.compile(r"\.\d+\.(tmp|trash)-\d+")
 _META, _CONFIG, _TOKENIZER = "meta.json", "config.json", "tokenizer.json"
 
 
@@ -114,6 +116,13 @@ class CheckpointStore:
         self._prune()
         return place
 
+    def remove_leftovers(self) -> None:
+        """Removes what saves of processes that were killed left behind; to be called under lock."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
     def restore_state(self, step: int, abstract: Any) -> Any:
         """Reads a whole state.
 
@@ -148,7 +157,15 @@ class CheckpointStore:
                 restored = checkpointer.restore(path, abstract)
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise StorageError(f"checkpoint {path} does not load: {reason}") from error
+            others = ", ".join(str(other) for other in self.steps() if other != step)
+            remedy = (
+                f"; those of steps {others} may be whole: move {path.parent} away to go on from them"
+                if others
+                else ""
+            )
+            raise StorageError(
+                f"checkpoint {path} does not load: {reason[:200]}{remedy}"
+            ) from error
         wrong = [
             f"{name} is {got.shape} {got.dtype}, not {want.shape} {want.dtype}"
             for name, want in abstract.items()

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from craft_jax import plugins, schema
 from craft_jax.data.pipeline import DataConfig, is_tokenizer_path
+from craft_jax.data.tokenizers import KINDS
 from craft_jax.errors import ConfigError
 from craft_jax.models.base import Model
 from craft_jax.models.gpt import GPT
@@ -124,9 +125,11 @@ def model_class(name: str) -> type[Model]:
         return MODELS[name]
     if plugins.is_reference(name):
         return plugins.load(name, "model.name", Model)
-    choices = ", ".join(MODELS)
+    close = difflib.get_close_matches(str(name), MODELS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"model.name={name!r} is not one of {choices}, nor a class as path/file.py:Class"
+        f"model.name={name!r} is not one of {', '.join(MODELS)}, nor a class as "
+        f"path/file.py:Class{hint}"
     )
 
 
@@ -158,8 +161,9 @@ def load(
     Raises:
       ConfigError: one line for each mistake.
     """
-    values, origin = (read_file(file), file) if file is not None else (saved, "the saved config")
-    return from_values(values or {}, overrides, origin=origin)
+    if file is None:
+        return from_values(saved or {}, overrides, origin="the saved config", check_files=False)
+    return from_values(read_file(file), overrides, origin=file)
 
 
 def read_file(reference: str) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def read_file(reference: str) -> dict[str, Any]:
         raise
     except SyntaxError as error:
         raise ConfigError(f"{here}: {error.filename} line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno for f in reversed(frames) if Path(f.filename) == Path(path)), "?")
         raise ConfigError(f"{here}: line {line}: {type(error).__name__}: {error}") from error
@@ -201,9 +205,18 @@ def read_file(reference: str) -> dict[str, Any]:
 
 
 def from_values(
-    values: Mapping[str, Any], overrides: Sequence[Override] = (), origin: str | None = None
+    values: Mapping[str, Any],
+    overrides: Sequence[Override] = (),
+    origin: str | None = None,
+    check_files: bool = True,
 ) -> ExperimentConfig:
     """Builds a config from a dict of sections, and overrides on top.
+
+    Args:
+      values: the sections.
+      overrides: laid over them, in order.
+      origin: where the values come from, for messages.
+      check_files: whether a tokenizer's file must exist; a saved run has a copy of its own.
 
     Raises:
       ConfigError: one line for each mistake.
@@ -233,6 +246,8 @@ def from_values(
         absolute = plugins.absolute(sections["model"].name)
         sections["model"] = dataclasses.replace(sections["model"], name=absolute)
     sections["data"], sections["training"] = _absolute(sections["data"], sections["training"])
+    if check_files:
+        found.add("data.tokenizer", *_missing_tokenizer(sections["data"].tokenizer))
     for section, value in sections.items():
         for field, problem in schema.out_of_bounds(value, section):
             found.add(field, problem)
@@ -244,6 +259,14 @@ def from_values(
     if found.lines:
         raise ConfigError(found.lines)
     return config
+
+
+def _missing_tokenizer(tokenizer: str) -> Iterator[str]:
+    if is_tokenizer_path(tokenizer) and not os.path.exists(tokenizer):
+        name = os.path.basename(tokenizer)
+        close = difflib.get_close_matches(name, KINDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield f"data.tokenizer={name!r} is not one of {', '.join(KINDS)}, nor a file{hint}"
 
 
 class _Mistakes:

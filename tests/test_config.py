@@ -83,6 +83,7 @@ def test_five_mistakes_in_one_report(tmp_path):
         ("optim.schedule=cosin", "did you mean 'cosine'?"),
         ("training.precision=float8", "is not one of float32, bfloat16"),
         ("model.name=gtp", "is not one of gpt"),
+        ("data.tokenizer=bpee", "did you mean 'bpe'?"),
         ("parallel.mode=x", "is not one of jit"),
         ("data.val_fraction=1", "must be less than 1"),
         ("training.seed=-1", "must be at least 0"),

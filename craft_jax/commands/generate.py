@@ -114,7 +114,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of `--prompt`, and each line of `--prompt_file`; one empty prompt without any."""
     prompts = list(args.prompt or [])
     if args.prompt_file == "-":
-        prompts += sys.stdin.read().splitlines()
+        prompts += sys.stdin.read().splitlines() if sys.stdin else []
     elif args.prompt_file:
         prompts += read_text(Path(args.prompt_file)).splitlines()
     if args.prompt_file and not prompts:

@@ -121,7 +121,7 @@ def ending(
         logger.info("  %-11s %s", name, path)
     logger.info("next")
     logger.info("  evaluate    %s", command(paths, command="evaluate"))
-    logger.info("  sample      %s", command(paths, "--prompt=def ", command="generate"))
+    logger.info("  sample      %s", command(paths, command="generate"))
     logger.info("  resume      %s", command(paths, f"--config.training.num_steps={2 * num_steps}"))
 
 

@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir).expanduser().absolute()
     found = _existing(args.run, workdir)
     config = _choose_config(args, found)
+    own_callbacks = [
+        plugins.load(reference, "training.callbacks", Callback)
+        for reference in config.training.callbacks
+    ]
     runtime.keep_freed_memory()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
@@ -94,13 +98,20 @@ def run(args: argparse.Namespace) -> int:
         if not found:
             outputs.write_json(paths.config, config.to_json())
         store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
+        store.remove_leftovers()
         sampler = _Sampler.make(config, model_def, datasets.train.tokenizer)
-        trainer = _assemble(config, model_def, datasets, mesh, paths, store, sampler, stop_signal)
+        unit = language.trainer_for(config.model_class).unit
+        callbacks = [
+            *_callbacks(config.training, sampler, paths, unit),
+            *(callback() for callback in own_callbacks),
+        ]
+        trainer = _assemble(config, model_def, datasets, mesh, paths, store, callbacks, stop_signal)
         report.header(config, model_def, datasets, mesh, paths)
         if found:
             for change in configs.changes(runs.saved_config(paths), config)[0]:
                 logger.info("changed: %s from %s to %s", change.field, change.saved, change.now)
             logger.info("continuing %s at step %d", paths.name, int(trainer.state.step))
+            outputs.write_json(paths.config, config.to_json())
         start = time.monotonic()
         result = trainer.fit()
         if result.step < config.training.num_steps:
@@ -132,7 +143,8 @@ def _choose_config(args: argparse.Namespace, found: RunPaths | None) -> Experime
     """The config of the command line, which a run that exists must agree with."""
     if found is None:
         if args.config is None:
-            raise UsageError("a new run needs a config: --config=configs/gpt.py")
+            missing = f"there is no run {args.run} below {args.workdir}; " if args.run else ""
+            raise UsageError(f"{missing}a new run needs a config: --config=configs/gpt.py")
         if args.run is not None:
             outputs.check_name(args.run)
         return configs.load(args.config, args.overrides)
@@ -157,7 +169,7 @@ def _assemble(
     mesh: jax.sharding.Mesh,
     paths: RunPaths,
     store: CheckpointStore,
-    sampler: "_Sampler | None",
+    callbacks: list[Callback],
     stop_signal: runtime.StopSignal,
 ) -> Trainer:
     """Joins the pieces into a trainer that stands where the run's newest checkpoint does."""
@@ -203,8 +215,7 @@ def _assemble(
         )
     else:
         state = restored[0]
-    trainer_class = language.trainer_for(config.model_class)
-    trainer = trainer_class(
+    trainer = language.trainer_for(config.model_class)(
         model_def,
         state=state,
         train_data=datasets.train,
@@ -214,7 +225,7 @@ def _assemble(
         policy=policy,
         mesh=mesh,
         config=config.training,
-        callbacks=_callbacks(config.training, sampler, paths, trainer_class.unit),
+        callbacks=callbacks,
         save=save,
         restore=restore,
         stop_signal=stop_signal,
@@ -227,7 +238,7 @@ def _assemble(
 def _callbacks(
     training: TrainingConfig, sampler: "_Sampler | None", paths: RunPaths, unit: str
 ) -> list[Callback]:
-    """The callbacks in the order in which they are called; the user's own come last."""
+    """The project's own callbacks, in the order in which they are called."""
     callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
     if sampler and training.sample_every:
 
@@ -247,8 +258,6 @@ def _callbacks(
         JsonLinesLogger(paths.metrics, training.log_every),
         TensorBoardLogger(paths.events, training.log_every),
     ]
-    for reference in training.callbacks:
-        callbacks.append(plugins.load(reference, "training.callbacks", Callback)())
     return callbacks
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from craft_jax.data import tokenizers
 from craft_jax.data.sources import Source
 from craft_jax.data.tokenizers import Tokenizer
-from craft_jax.errors import DataError, StorageError
+from craft_jax.errors import DataError, OutputError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ def build(
 
     Raises:
       DataError: the source is empty or unreadable.
+      OutputError: the folder cannot be made.
       StorageError: the cache cannot be written.
     """
     if isinstance(tokenizer, str) and tokenizer not in tokenizers.KINDS:
@@ -112,6 +113,9 @@ def build(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write the token cache {path}: {error}") from error
+    try:
         _write(partial, source, tokenizer, recipe | {"digest": digest})
         with contextlib.suppress(OSError):  # Another process may have finished the same cache.
             partial.rename(path)

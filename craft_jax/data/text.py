@@ -119,9 +119,13 @@ def from_text(text: str, tokenizer: Tokenizer, *, seq_len: int, batch_size: int)
     """Returns validation windows of a text.
 
     Raises:
-      UsageError: a character tokenizer does not know some of its characters.
-      DataError: the text has fewer than two tokens.
+      DataError: the text has fewer than two tokens, or characters that have no id.
     """
+    if unknown := tokenizer.unknown_characters(text):
+        raise DataError(
+            f"the text has characters that the tokenizer of this run does not know: {unknown[0]!r} "
+            f"(U+{ord(unknown[0]):04X}) and {len(unknown) - 1} more"
+        )
     tokens_N = tokenizer.encode(text)
     if len(tokens_N) < 2:
         raise DataError(f"the text has {len(tokens_N)} tokens; a loss needs at least 2")

@@ -8,7 +8,7 @@ import pytest
 
 from craft_jax.data import cache, tokenizers
 from craft_jax.data.sources import open_source
-from craft_jax.errors import DataError, StorageError
+from craft_jax.errors import DataError, OutputError
 from tests.conftest import environment, words
 
 
@@ -116,7 +116,7 @@ def test_an_empty_text(tmp_path, workdir):
 
 def test_a_place_that_cannot_be_written(text_file, tmp_path):
     (tmp_path / "outputs").write_text("a file", encoding="utf-8")
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot write"):
         build(text_file, tmp_path / "outputs")
 
 

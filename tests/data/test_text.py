@@ -3,7 +3,7 @@ import pytest
 
 from craft_jax.data import text, tokenizers
 from craft_jax.data.text import TrainingWindows, ValidationWindows
-from craft_jax.errors import DataError, UsageError
+from craft_jax.errors import DataError
 
 
 def windows(n=1000, **options) -> TrainingWindows:
@@ -74,7 +74,7 @@ def test_a_text_shorter_than_a_window():
     assert data.num_bytes == 5
     with pytest.raises(DataError, match="at least 2"):
         text.from_text("x", tokenizer, seq_len=100, batch_size=4)
-    with pytest.raises(UsageError, match="does not know"):
+    with pytest.raises(DataError, match="does not know"):
         text.from_text("abc", tokenizers.characters("ab", end_token=False), seq_len=9, batch_size=1)
 
 
