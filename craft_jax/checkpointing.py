@@ -158,11 +158,7 @@ class CheckpointStore:
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             others = ", ".join(str(other) for other in self.steps() if other != step)
-            remedy = (
-                f"; those of steps {others} may be whole: move {path.parent} away to go on from them"
-                if others
-                else ""
-            )
+            remedy = f"; move it away to go on from another of steps {others}" if others else ""
             raise StorageError(
                 f"checkpoint {path} does not load: {reason[:200]}{remedy}"
             ) from error

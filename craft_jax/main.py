@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     if sys.stdout is None:  # Closed by the caller.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         args = _parse([word for word in words if word != "--debug"])
         command = importlib.import_module(f"craft_jax.commands.{COMMANDS[args.command].module}")

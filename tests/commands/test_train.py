@@ -187,9 +187,7 @@ def test_the_same_command_again(text_file, workdir, capsys):
 
 def test_a_longer_run_stays_longer(text_file, workdir, capsys):
     """The length that a run was given last is the one that the bare command goes by."""
-    config = [*micro(text_file), "--run=mine", f"--workdir={workdir}"]
-    assert train(*config) == 0
-    stop = workdir / "stop.py"
+    stop = text_file.with_name("stop.py")
     stop.write_text(
         "from craft_jax.training.callbacks import Callback, Stop\n"
         "class Now(Callback):\n"
@@ -197,9 +195,10 @@ def test_a_longer_run_stays_longer(text_file, workdir, capsys):
         "        return Stop('the test') if record.step == 8 else None\n",
         encoding="utf-8",
     )
+    config = micro(text_file, training__callbacks=f"{stop}:Now")
+    assert train(*config, "--run=mine", f"--workdir={workdir}") == 0
     again = ["--run=mine", f"--workdir={workdir}"]
-    stopping = [*again, f"--config.training.callbacks={stop}:Now"]
-    assert train(*stopping, "--config.training.num_steps=12") == 0
+    assert train(*again, "--config.training.num_steps=12") == 0
     assert max(losses(run_paths(workdir))) in (8, 9)
     assert train(*again) == 0
     assert max(losses(run_paths(workdir))) == 12
