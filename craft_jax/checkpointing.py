@@ -10,13 +10,14 @@ A folder is written beside its place and renamed when it is whole. What flows in
 dicts of arrays; the trainer's state is flattened here.
 """
 
+import asyncio
+import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ import orbax.checkpoint as ocp
 from craft_jax import outputs
 from craft_jax.errors import StorageError
 from craft_jax.models.base import Params
+from craft_jax.outputs import OPTIMIZER, PARAMS, Checkpoints
 
 logger = logging.getLogger(__name__)
 
+# TensorStore keeps what it has not written yet in memory, up to one data file.
+_IMPORTED_FILE_SIZE = 64 * 2**20
+
 _LEFTOVER = re.compile(r"\.\d+\.(tmp|trash)-\d+")
-_META, _CONFIG, _TOKENIZER = "meta.json", "config.json", "tokenizer.json"
 
 
-class CheckpointStore:
-    """The checkpoints of one run.
+class CheckpointStore(Checkpoints):
+    """The checkpoints of one run, with their arrays.
 
     Args:
       folder: where the step folders stand; made by the first save.
@@ -44,37 +48,8 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, keep_last: int = 2):
-        self.folder, self._keep_last = folder.absolute(), keep_last
-
-    def steps(self) -> list[int]:
-        """Returns the steps that have a checkpoint, in order."""
-        if not self.folder.is_dir():
-            return []
-        found = [p for p in self.folder.iterdir() if p.name.isdecimal() and (p / _META).is_file()]
-        return sorted(int(p.name) for p in found)
-
-    def latest(self) -> int | None:
-        """Returns the newest step, or None."""
-        return max(self.steps(), default=None)
-
-    def best(self) -> int | None:
-        """Returns the step with the lowest validation loss, or None where none was evaluated."""
-        losses = {s: self.meta(s).get("metrics", {}).get("val_loss") for s in self.steps()}
-        known = {s: loss for s, loss in losses.items() if loss is not None}
-        return min(known, key=known.__getitem__, default=None)
-
-    def meta(self, step: int) -> dict:
-        """Returns what was stored beside the arrays."""
-        return self._read_json(step, _META)
-
-    def config(self, step: int) -> dict:
-        """Returns the config of the run, as JSON."""
-        return self._read_json(step, _CONFIG)
-
-    def tokenizer_file(self, step: int) -> Path | None:
-        """Returns the path of the tokenizer, or None if the run has none."""
-        path = self.folder / str(step) / _TOKENIZER
-        return path if path.is_file() else None
+        super().__init__(folder)
+        self._keep_last = keep_last
 
     def save(
         self, step: int, state: Any, *, meta: Mapping, config: Mapping, tokenizer: str | None
@@ -97,13 +72,10 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(partial / "params", dict(state.params))
+                checkpointer.save(partial / PARAMS, dict(state.params))
                 checkpointer.wait_until_finished()
-                checkpointer.save(partial / "optimizer", _rest(state))
-            if tokenizer is not None:
-                outputs.write_text(partial / _TOKENIZER, tokenizer)
-            outputs.write_json(partial / _CONFIG, config)
-            outputs.write_json(partial / _META, {"step": step, **meta})
+                checkpointer.save(partial / OPTIMIZER, _rest(state))
+            outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
             if place.exists():
                 shutil.rmtree(place)
             partial.rename(place)
@@ -133,22 +105,65 @@ class CheckpointStore:
         Raises:
           StorageError: it cannot be read, or has other shapes.
         """
-        params = self._restore(step, "params", dict(abstract.params))
-        rest = self._restore(step, "optimizer", _rest(abstract))
+        params = self._restore(step, PARAMS, dict(abstract.params))
+        rest = self._restore(step, OPTIMIZER, _rest(abstract))
         return _join(abstract, params, rest)
 
     def restore_params(self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-        """Reads the parameters alone, onto the default device.
+        """Reads the parameters alone, in the dtypes of `shapes`.
+
+        An imported model may have been stored in other dtypes.
+
+        Args:
+          step: which.
+          shapes: with shardings; onto the default device where there is none.
 
         Raises:
           StorageError: they cannot be read, or have other shapes.
         """
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return self._restore(
-            step,
-            "params",
-            {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for k, s in shapes.items()},
+        placed = {
+            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here)
+            for name, s in shapes.items()
+        }
+        return self._restore(step, PARAMS, placed)
+
+    def save_imported(
+        self,
+        step: int,
+        params: Mapping[str, np.ndarray],
+        *,
+        meta: Mapping,
+        config: Mapping,
+        tokenizer: str | None,
+    ) -> Path:
+        """Writes a checkpoint of parameters alone, one array after the other.
+
+        Arrays may be views of mapped files: no more than one of them is in memory at a time.
+
+        Args:
+          step: its number.
+          params: by path, in the dtypes that are to be stored.
+          meta, config, tokenizer: see `save`.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        place = self.folder / str(step)
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, _OneByOne(deepcopy_host_arrays=False))
         )
+        arrays = ocp.args.PyTreeSave(dict(params), ocdbt_target_data_file_size=_IMPORTED_FILE_SIZE)
+        try:
+            place.mkdir(parents=True)
+            with _quiet_absl():
+                handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+                with ocp.Checkpointer(handler) as checkpointer:
+                    checkpointer.save(place / PARAMS, args=arrays)
+            outputs.write_beside_arrays(place, step, meta, config, tokenizer)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+            raise StorageError(f"cannot write checkpoint {place}: {error}") from error
+        return place
 
     def _restore(self, step: int, part: str, abstract: dict) -> dict:
         path = self.folder / str(step) / part
@@ -173,13 +188,6 @@ class CheckpointStore:
         # Own the memory: the train step donates these buffers, and the reader may share them.
         return jax.tree.map(jnp.copy, restored)
 
-    def _read_json(self, step: int, name: str) -> dict:
-        path = self.folder / str(step) / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StorageError(f"checkpoint file {path} cannot be read: {error}") from error
-
     def _prune(self) -> None:
         keep = {*self.steps()[-self._keep_last :], self.best()}
         for step in self.steps():
@@ -187,6 +195,30 @@ class CheckpointStore:
                 trash = self.folder / f".{step}.trash-{os.getpid()}"
                 (self.folder / str(step)).rename(trash)
                 shutil.rmtree(trash, ignore_errors=True)
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes arrays one after the other; Orbax alone holds a copy of all of them."""
+
+    _turn: asyncio.Lock | None = None
+
+    async def _open_and_write(self, value: np.ndarray, *args: Any, **kwargs: Any) -> None:
+        self._turn = self._turn or asyncio.Lock()
+        async with self._turn:
+            # TensorStore is slow on views whose rows are far apart, such as transposed ones.
+            await super()._open_and_write(np.ascontiguousarray(value), *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Keeps Orbax from warning that a registry for numpy knows no JAX arrays."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def _rest(state: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from craft_jax.errors import ConfigError
 from craft_jax.models.base import Model
 from craft_jax.models.gpt import GPT
 from craft_jax.optim import OptimConfig
-from craft_jax.schema import Contradiction
+from craft_jax.schema import Contradiction, setting
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training.trainer import TrainingConfig
 
@@ -62,10 +62,14 @@ class ExperimentConfig:
     """One training run, complete.
 
     Attributes:
+      init_from: the run whose weights and tokenizer this one began with, or None.
       model: the `Config` of the class that `model.name` names.
       data, optim, training, parallel: the other sections.
     """
 
+    init_from: str | None = setting(
+        None, "a run, or one of its checkpoints, whose weights and tokenizer a new run begins with"
+    )
     model: Any
     data: DataConfig
     optim: OptimConfig
@@ -107,12 +111,20 @@ class ExperimentConfig:
                 "leave model.vocab_size out, or make it at least as large",
             )
 
-    def to_json(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, Any]:
         """Returns the config as plain JSON, section by section."""
-        return {
-            name: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-            for name, values in dataclasses.asdict(self).items()
-        }
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            return list(value) if isinstance(value, tuple) else value
+
+        return plain(dataclasses.asdict(self))
+
+
+_TOP = "init_from"
+SECTIONS = tuple(f.name for f in dataclasses.fields(ExperimentConfig) if f.name != _TOP)
+"""The sections of a config; beside them stands `init_from` alone."""
 
 
 def model_class(name: str) -> type[Model]:
@@ -149,7 +161,10 @@ class Override(NamedTuple):
 
 
 def load(
-    file: str | None, overrides: Sequence[Override] = (), saved: Mapping | None = None
+    file: str | None,
+    overrides: Sequence[Override] = (),
+    saved: Mapping | None = None,
+    weights: Callable[[str | None], "Weights | None"] = lambda init_from: None,
 ) -> ExperimentConfig:
     """Builds the config of a run.
 
@@ -157,13 +172,52 @@ def load(
       file: `path.py` or `path.py:preset`; None to start from `saved`.
       overrides: laid over it, in order.
       saved: the JSON of an earlier config.
+      weights: given `init_from`, returns what the run begins with; None for fresh weights.
 
     Raises:
       ConfigError: one line for each mistake.
     """
-    if file is None:
-        return from_values(saved or {}, overrides, origin="the saved config", check_files=False)
-    return from_values(read_file(file), overrides, origin=file)
+    is_saved = file is None
+    values = dict((saved or {}) if is_saved else read_file(file))
+    given = {override.field: override.text for override in overrides}
+    init_from = given.get("init_from", values.get("init_from"))
+    found = weights(init_from if isinstance(init_from, str) else None)
+    if found:
+        values["model"] = found.model
+        data = values.get("data")
+        values["data"] = (data if isinstance(data, Mapping) else {}) | {
+            "tokenizer": found.tokenizer
+        }
+    config = from_values(
+        values, overrides, "the saved config" if is_saved else file, check_files=not is_saved
+    )
+    if found and (wrong := _at_odds(found, config)):
+        raise ConfigError(wrong)
+    return config
+
+
+class Weights(NamedTuple):
+    """What a run that begins with the weights of another takes over with them.
+
+    Attributes:
+      origin: where they come from, for messages.
+      model: the `model` section that they were trained with.
+      tokenizer: what `data.tokenizer` is then; None where the weights come without one.
+    """
+
+    origin: str
+    model: Mapping[str, Any]
+    tokenizer: str | None
+
+
+def _at_odds(weights: Weights, config: ExperimentConfig) -> list[str]:
+    """Returns one line for each override of the model that these weights cannot take."""
+    return [
+        f"model.{name}={now!r} differs from {weights.model[name]!r}, with which the weights of "
+        f"{weights.origin} were trained; leave it out"
+        for name, now in config.to_json()["model"].items()
+        if name != "dropout" and weights.model.get(name, now) != now
+    ]
 
 
 def read_file(reference: str) -> dict[str, Any]:
@@ -233,8 +287,9 @@ def from_values(
     classes = {
         field.name: model.Config if field.name == "model" else field.type
         for field in dataclasses.fields(ExperimentConfig)
+        if field.name in SECTIONS
     }
-    chosen: dict[str, dict[str, Any]] = {section: {} for section in classes}
+    chosen: dict[str, dict[str, Any]] = {section: {} for section in ("", *classes)}
     for source, assignments, read in (
         (origin, flat.items(), coerce),
         ("--config", cli.items(), parse),
@@ -252,17 +307,20 @@ def from_values(
         for field, problem in schema.out_of_bounds(value, section):
             found.add(field, problem)
     config = ExperimentConfig(
-        **{s: schema.repaired(value, s, found.fields) for s, value in sections.items()}
+        **chosen[""],
+        **{s: schema.repaired(value, s, found.fields) for s, value in sections.items()},
     )
+    # A run that was imported names no text yet.
+    not_checked = found.fields if check_files else found.fields | {"data.path"}
     for part in (*(getattr(config, section) for section in sections), config):
-        found.add("", *schema.contradictions(part, found.fields))
+        found.add("", *schema.contradictions(part, not_checked))
     if found.lines:
         raise ConfigError(found.lines)
     return config
 
 
-def _missing_tokenizer(tokenizer: str) -> Iterator[str]:
-    if is_tokenizer_path(tokenizer) and not os.path.exists(tokenizer):
+def _missing_tokenizer(tokenizer: str | None) -> Iterator[str]:
+    if tokenizer and is_tokenizer_path(tokenizer) and not os.path.exists(tokenizer):
         name = os.path.basename(tokenizer)
         close = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -286,7 +344,7 @@ def _flatten(values: Mapping[str, Any], found: _Mistakes, origin: str) -> Iterat
     for section, content in values.items():
         if isinstance(content, Mapping):
             yield from ((f"{section}.{name}", value) for name, value in content.items())
-        elif section in {f.name for f in dataclasses.fields(ExperimentConfig)}:
+        elif section in SECTIONS:
             found.add(section, f"{origin}: {section}={content!r} must be a section with fields")
         else:
             yield section, content
@@ -302,8 +360,11 @@ def _assign(
     source: str | None,
 ) -> None:
     """Puts one value where it belongs, or notes why it cannot be."""
-    section, _, name = field.partition(".")
-    types_ = _types(classes[section]) if section in classes else {}
+    section, _, name = field.rpartition(".")
+    if not section:
+        types_ = {name: kind for name, kind in _types(ExperimentConfig).items() if name == _TOP}
+    else:
+        types_ = _types(classes[section]) if section in classes else {}
     if name not in types_:
         found.add(field, f"{source}: {_unknown(field, classes)}")
         return
@@ -314,7 +375,9 @@ def _assign(
 
 
 def _unknown(field: str, classes: Mapping[str, type]) -> str:
-    section, _, name = field.partition(".")
+    section, _, name = field.rpartition(".")
+    if not section:
+        section, name = name, ""
     known = {s: list(_types(cls)) for s, cls in classes.items()}
     everywhere = {n: f"{s}.{n}" for s, names in known.items() for n in names}
     if section not in known:
@@ -344,7 +407,7 @@ def _absolute(data: DataConfig, training: TrainingConfig) -> tuple[DataConfig, T
     changes: dict[str, Any] = {}
     if data.path:
         changes["path"] = str(Path(data.path).expanduser().absolute())
-    if is_tokenizer_path(data.tokenizer):
+    if data.tokenizer and is_tokenizer_path(data.tokenizer):
         changes["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
     if data.dataset:
         changes["dataset"] = plugins.absolute(data.dataset)
@@ -461,13 +524,16 @@ def changes(
     Returns:
       The changes that a run may take on when it continues, and those that it may not.
     """
-    now = config.to_json()
     allowed, refused = [], []
-    for section, values in now.items():
-        for name, value in values.items():
-            before = saved.get(section, {}).get(name, value)
+    for section, values in config.to_json().items():
+        if section not in SECTIONS:
+            pairs = [(section, saved.get(section, values), values)]
+        else:
+            old = saved.get(section, {})
+            pairs = [(f"{section}.{name}", old.get(name, v), v) for name, v in values.items()]
+        for field, before, value in pairs:
             if before != value:
-                change = Change(f"{section}.{name}", before, value)
+                change = Change(field, before, value)
                 (allowed if _may_change(change.field) else refused).append(change)
     return allowed, refused
 

@@ -154,6 +154,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--run", help="name or path of a run, or latest")
     if command in ("train", "prepare"):
         add("--config", help="a config file, and its preset behind a colon")
+    else:
+        add("--tokenizer", help="a tokenizer.json, for an imported model that came without one")
+    if command == "train":
+        add("--tokenizer", help="the same as --config.data.tokenizer")
     if command == "evaluate":
         add("--split", choices=("val", "train"), default="val", help="what to evaluate on")
         add("--text", help="a text file to evaluate on instead")

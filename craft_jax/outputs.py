@@ -18,11 +18,16 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from craft_jax.errors import DataError, OutputError, UsageError
+from craft_jax.errors import DataError, OutputError, StorageError, UsageError
+
+PARAMS, OPTIMIZER = "params", "optimizer"
+"""The folders of a checkpoint's arrays."""
+
+_META, _CONFIG, _TOKENIZER = "meta.json", "config.json", "tokenizer.json"
 
 _NAME = re.compile(r"[\w][\w.+=-]*")
 
@@ -49,7 +54,7 @@ class RunPaths:
 
     @property
     def workdir(self) -> Path:
-        return self.folder.parent.parent
+        return _workdir(self.folder)
 
     @property
     def checkpoints(self) -> Path:
@@ -97,7 +102,7 @@ def create_run(
 
     try:
         paths = _with_free_stamp(make, made)
-        _write_index(paths)
+        write_index(paths)
     except OSError as error:
         for file in made:
             file.unlink(missing_ok=True)
@@ -105,14 +110,98 @@ def create_run(
     return paths
 
 
-def _write_index(paths: RunPaths) -> None:
+class Checkpoints:
+    """The step folders of one run, without their arrays; needs no JAX.
+
+    Args:
+      folder: where the step folders stand.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a checkpoint, in order."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if p.name.isdecimal() and (p / _META).is_file()]
+        return sorted(int(p.name) for p in found)
+
+    def latest(self) -> int | None:
+        """Returns the newest step, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Returns the step with the lowest validation loss, or None where none was evaluated."""
+        losses = {s: self.meta(s).get("metrics", {}).get("val_loss") for s in self.steps()}
+        known = {s: loss for s, loss in losses.items() if loss is not None}
+        return min(known, key=known.__getitem__, default=None)
+
+    def meta(self, step: int) -> dict:
+        """Returns what was stored beside the arrays."""
+        return self._read_json(step, _META)
+
+    def config(self, step: int) -> dict:
+        """Returns the config of the run, as JSON."""
+        return self._read_json(step, _CONFIG)
+
+    def tokenizer_file(self, step: int) -> Path | None:
+        """Returns the path of the tokenizer, or None if the run has none."""
+        path = self.folder / str(step) / _TOKENIZER
+        return path if path.is_file() else None
+
+    def params_folder(self, step: int) -> Path:
+        """Returns the folder of the parameters' arrays."""
+        return self.folder / str(step) / PARAMS
+
+    def has_optimizer(self, step: int) -> bool:
+        """Whether a checkpoint can be continued to the bit; an imported one has weights only."""
+        return (self.folder / str(step) / OPTIMIZER).is_dir()
+
+    def _read_json(self, step: int, name: str) -> dict:
+        path = self.folder / str(step) / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StorageError(f"checkpoint file {path} cannot be read: {error}") from error
+
+
+def describe_run(folder: Path, model: str) -> RunPaths:
+    """Returns the files of a run that was not trained yet; none of them exists."""
+    workdir = _workdir(folder)
+    log = workdir / "logs" / f"train_{model}_{folder.name}.log"
+    return RunPaths(
+        folder=folder,
+        log=log,
+        metrics=log.with_suffix(".jsonl"),
+        samples=workdir / "samples" / f"sample_{folder.name}.txt",
+        events=log.with_suffix(""),
+    )
+
+
+def write_index(paths: RunPaths, folder: Path | None = None) -> None:
+    """Writes `run.json`, which names a run's files, into `folder` if that becomes the run's."""
     files = {
         field.name: os.path.relpath(getattr(paths, field.name), paths.workdir)
         for field in dataclasses.fields(paths)
         if field.name != "folder"
     }
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(paths.folder / "run.json", {"created": created, "files": files})
+    write_json((folder or paths.folder) / "run.json", {"created": created, "files": files})
+
+
+def make_files(paths: RunPaths) -> None:
+    """Makes the files of a run that do not exist yet: an imported one has none.
+
+    Raises:
+      OutputError: the place cannot be written.
+    """
+    try:
+        for file in (paths.log, paths.metrics, paths.samples):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    except OSError as error:
+        raise OutputError(f"cannot write outputs below {paths.workdir}: {error}") from error
 
 
 def open_run(folder: Path) -> RunPaths:
@@ -123,10 +212,15 @@ def open_run(folder: Path) -> RunPaths:
     """
     try:
         files = json.loads((folder / "run.json").read_text(encoding="utf-8"))["files"]
-        workdir = folder.parent.parent
+        workdir = _workdir(folder)
         return RunPaths(folder=folder, **{kind: workdir / file for kind, file in files.items()})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no run: its run.json cannot be read ({error})") from error
+
+
+def _workdir(folder: Path) -> Path:
+    """Returns what a run's files are relative to; an imported run may stand anywhere."""
+    return folder.parent.parent if folder.parent.name == "models" else folder.parent
 
 
 def all_runs(workdir: Path) -> list[Path]:
@@ -170,6 +264,16 @@ def picture_file(workdir: Path, kind: str, model: str) -> Path:
 def benchmark_file(workdir: Path, test: str, hardware: str) -> Path:
     """Reserves `benchmarks/benchmark_{test}_{hardware}_{date}_{time}.json`."""
     return _reserve(workdir, lambda stamp: f"benchmarks/benchmark_{test}_{hardware}_{stamp}.json")
+
+
+def write_beside_arrays(
+    folder: Path, step: int, meta: Mapping, config: Mapping, tokenizer: str | None
+) -> None:
+    """Writes the files of a checkpoint that are not arrays; `meta.json` comes last."""
+    if tokenizer is not None:
+        write_text(folder / _TOKENIZER, tokenizer)
+    write_json(folder / _CONFIG, config)
+    write_json(folder / _META, {"step": step, **meta})
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,9 @@ from typing import Any
 from craft_jax import config as configs
 from craft_jax import outputs
 from craft_jax.checkpointing import CheckpointStore
-from craft_jax.config import ExperimentConfig, Override
+from craft_jax.config import ExperimentConfig, Override, Weights
+from craft_jax.data import tokenizers
+from craft_jax.data.pipeline import NO_TOKENIZER
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError, UsageError
 from craft_jax.generation import Generator, SamplingConfig
@@ -37,11 +39,13 @@ class Run:
       paths: the run's files.
       step: of the checkpoint.
       config: the config that it was trained with, and overrides on top.
+      given_tokenizer: stands in where the checkpoint has none.
     """
 
     paths: RunPaths
     step: int
     config: ExperimentConfig
+    given_tokenizer: Tokenizer | None = None
 
     @property
     def store(self) -> CheckpointStore:
@@ -50,9 +54,9 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that travels in the checkpoint, or None."""
+        """The tokenizer that travels in the checkpoint, or the one that was given, or None."""
         file = self.store.tokenizer_file(self.step)
-        return Tokenizer.load(file) if file else None
+        return Tokenizer.load(file) if file else self.given_tokenizer
 
     def need_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer.
@@ -61,7 +65,7 @@ class Run:
           UsageError: the run has none.
         """
         if self.tokenizer is None:
-            raise UsageError(f"run {self.paths.name} has no tokenizer, so it can read no text")
+            raise UsageError(f"run {self.paths.name}: {NO_TOKENIZER}")
         return self.tokenizer
 
     @functools.cached_property
@@ -194,7 +198,11 @@ def with_vocab_size(model: Any, vocab_size: int) -> Any:
 
 
 def open(
-    run: str | Path, *, workdir: str | Path = "outputs", overrides: Sequence[Override] = ()
+    run: str | Path,
+    *,
+    workdir: str | Path = "outputs",
+    overrides: Sequence[Override] = (),
+    tokenizer: str | Path | None = None,
 ) -> Run:
     """Opens the newest checkpoint of a run, or the one whose folder is given.
 
@@ -202,9 +210,11 @@ def open(
       run: a name, `latest`, the path of a run, or the path of one of its checkpoints.
       workdir: where runs are looked up by name.
       overrides: laid over the saved config; not on what makes the model.
+      tokenizer: the path of a `tokenizer.json`, or `byte`, for a model that came without one.
 
     Raises:
-      DataError: there is no such run.
+      UsageError: a tokenizer is given, and the run has its own.
+      DataError: there is no such run, or its tokenizer has more tokens than the model.
       StorageError: it has no checkpoint that can be read.
       ConfigError: an override is wrong, or not possible for a trained model.
     """
@@ -226,7 +236,49 @@ def open(
     ]
     if refused:
         raise ConfigError(refused)
-    return Run(paths, step, config)
+    if tokenizer is None:
+        return Run(paths, step, config)
+    return Run(paths, step, config, _stand_in(store, step, str(tokenizer), paths.name))
+
+
+def _stand_in(store: CheckpointStore, step: int, tokenizer: str, name: str) -> Tokenizer:
+    """Opens the tokenizer that is given for a run without one."""
+    if store.tokenizer_file(step):
+        raise UsageError(f"--tokenizer={tokenizer}: run {name} has its own tokenizer; leave it out")
+    opened = tokenizers.open_fixed(tokenizer)
+    rows = store.meta(step)["vocab_size"]
+    if opened.vocab_size > rows:
+        raise DataError(
+            f"--tokenizer={tokenizer} has {opened.vocab_size} tokens, but the model of run {name} "
+            f"knows {rows}; it is not the tokenizer that the model was trained with"
+        )
+    return opened
+
+
+def weights(init_from: str, workdir: Path) -> tuple[Run, Weights]:
+    """Finds what a new run that begins with the weights of another takes over.
+
+    Args:
+      init_from: a name, `latest`, or a path, as for `open`.
+      workdir: where runs are looked up by name.
+
+    Raises:
+      DataError, StorageError: see `open`.
+    """
+    try:
+        run = open(init_from, workdir=workdir)
+    except DataError as error:
+        path = Path(init_from).expanduser()
+        if path.exists() and not (path / "run.json").exists():
+            raise DataError(
+                f"init_from={init_from} is no run of craft_jax; bring it over with "
+                f"`python -m interop import {init_from} {workdir / 'models' / 'NAME'}`"
+            ) from None
+        raise DataError(str(error).replace("--run=", "init_from=")) from None
+    model = with_vocab_size(run.config.model, run.meta["vocab_size"])
+    file = run.store.tokenizer_file(run.step)
+    model_section = dataclasses.asdict(model)
+    return run, Weights(init_from, model_section, str(file) if file else None)
 
 
 def locate(run: str, workdir: Path) -> tuple[Path, int | None]:

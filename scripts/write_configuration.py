@@ -20,14 +20,14 @@ def tables() -> str:
     """Returns a table of every section: field, type, default, bounds and meaning."""
     defaults = configs.from_values({})
     parts = []
-    for section in dataclasses.fields(defaults):
-        value = getattr(defaults, section.name)
+    for section in configs.SECTIONS:
+        value = getattr(defaults, section)
         rows = [
             f"| `{field.name}` | {_type(field.type)} | {_shown(field.default)} | "
             f"{field.metadata['help']}{_bounds(field.metadata)} |"
             for field in dataclasses.fields(value)
         ]
-        head = f"## {section.name}\n\n| field | type | default | meaning |\n|---|---|---|---|"
+        head = f"## {section}\n\n| field | type | default | meaning |\n|---|---|---|---|"
         parts.append("\n".join([head, *rows]))
     return "\n\n".join(parts) + "\n"
 

@@ -4,14 +4,17 @@ The two commands at the top install and train for minutes; scripts/check.sh runs
 stands. Here the first is run from its training part on, shortened like all others.
 """
 
+import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from craft_jax import main as cli
+from interop import __main__ as interop_cli
 from tests.conftest import ROOT, overrides, words
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,8 +32,8 @@ SHORT = {
 
 def commands() -> list[str]:
     """Every command line of the README, in order, without the installation before it."""
-    lines = re.findall(r"^    (.*craft_jax\.main.*)$", README, re.M)
-    return [line.rpartition("python -m craft_jax.main")[2].partition("#")[0] for line in lines]
+    lines = re.findall(r"^    (.*python (?:-m (?:craft_jax|interop)|out/).*)$", README, re.M)
+    return [f"python {line.rpartition('python ')[2].partition('#')[0]}" for line in lines]
 
 
 def test_the_two_commands_at_the_top():
@@ -50,7 +53,15 @@ def test_every_command_runs(tmp_path, monkeypatch):
     found = commands()
     assert len(found) >= 6
     for command in found:
-        given = shlex.split(command)
+        given = shlex.split(command)[1:]
+        if given[0] != "-m":
+            if importlib.util.find_spec("transformers"):
+                subprocess.run([sys.executable, *given], check=True)
+            continue
+        module, *given = given[1:]
+        if module == "interop":
+            assert interop_cli.main(given) == 0, command
+            continue
         # The shapes of a run are fixed when it begins.
         short = SHORT if any(word.startswith("--config=") for word in given) else {}
         if "--help" in given:

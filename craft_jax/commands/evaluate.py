@@ -24,7 +24,12 @@ logger = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> int:
     """Evaluates the newest checkpoint of a run, or the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
-    opened = runs.open(args.run or "latest", workdir=workdir, overrides=args.overrides)
+    opened = runs.open(
+        args.run or "latest",
+        workdir=workdir,
+        overrides=args.overrides,
+        tokenizer=args.tokenizer,
+    )
     runtime.setup_logging()
     split = Path(args.text).name if args.text else args.split
     data = _data(opened, args, workdir)
@@ -60,7 +65,8 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
     datasets = pipeline.open_datasets(
         data, workdir=workdir, seed=opened.config.training.seed, tokenizer=opened.tokenizer
     )
-    if datasets.train.fingerprint != opened.meta["data_fingerprint"]:
+    known = opened.meta["data_fingerprint"]
+    if known is not None and datasets.train.fingerprint != known:
         logger.warning(
             "the data is not what this run was trained on: its text or split has changed"
         )

@@ -26,7 +26,12 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UsageError("--max_new_tokens and --num_samples must be at least 1")
-    opened = runs.open(args.run or "latest", workdir=workdir, overrides=args.overrides)
+    opened = runs.open(
+        args.run or "latest",
+        workdir=workdir,
+        overrides=args.overrides,
+        tokenizer=args.tokenizer,
+    )
     tokenizer = opened.need_tokenizer()
     prompts = _prompts(args)
     context = opened.model_def.config.max_seq_len

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from craft_jax import runtime
-from craft_jax.config import ExperimentConfig
+from craft_jax.config import SECTIONS, ExperimentConfig
 from craft_jax.data.pipeline import Datasets
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
@@ -55,8 +55,12 @@ def header(
     split = f", split as {' x '.join(parts)}" if parts else ""
     say("devices    %s%s", runtime.devices_in_words(), split)
     say("precision  %s products, float32 parameters", config.training.precision)
+    if config.init_from:
+        say("weights    %s", config.init_from)
     say("config")
     for section, values in config.to_json().items():
+        if section not in SECTIONS:
+            continue
         words = " ".join(f"{k}={_short(v)}" for k, v in values.items() if v not in (None, []))
         say("  %-9s %s", section, words)
     say("parameters")

@@ -4,13 +4,14 @@ config -> runtime -> data -> model -> training -> outputs
 """
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import time
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,7 +26,7 @@ from craft_jax import (
 )
 from craft_jax.checkpointing import CheckpointStore
 from craft_jax.commands import report, visualize
-from craft_jax.config import ExperimentConfig
+from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import pipeline
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
     found = _existing(args.run, workdir)
-    config = _choose_config(args, found)
+    config, origin = _choose_config(args, found, workdir)
     own_callbacks = [
         plugins.load(reference, "training.callbacks", Callback)
         for reference in config.training.callbacks
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             _command(found, f"--config.training.num_steps={2 * step}"),
         )
         return OK
+    if found is None and origin and config.data.tokenizer == origin.given.tokenizer:
+        tokenizer_file = origin.given.tokenizer
     datasets = pipeline.open_datasets(
         config.data,
         workdir=workdir,
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         size=report.size_word(model_def.num_params),
         precision=config.training.precision,
     )
+    outputs.make_files(paths)
     with runs.lock(paths), runtime.log_to(paths.log), runtime.stop_signals() as stop_signal:
         if not found:
             outputs.write_json(paths.config, config.to_json())
@@ -105,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
             *_callbacks(config.training, sampler, paths, unit),
             *(callback() for callback in own_callbacks),
         ]
-        trainer = _assemble(config, model_def, datasets, mesh, paths, store, callbacks, stop_signal)
+        trainer = _assemble(
+            config, model_def, datasets, mesh, paths, store, callbacks, stop_signal, origin
+        )
         report.header(config, model_def, datasets, mesh, paths)
         if found:
             for change in configs.changes(runs.saved_config(paths), config)[0]:
@@ -139,19 +145,64 @@ def _existing(name: str | None, workdir: Path) -> RunPaths | None:
     return outputs.open_run(folder)
 
 
-def _choose_config(args: argparse.Namespace, found: RunPaths | None) -> ExperimentConfig:
-    """The config of the command line, which a run that exists must agree with."""
-    if found is None:
-        if args.config is None:
-            missing = f"there is no run {args.run} below {args.workdir}; " if args.run else ""
-            raise UsageError(f"{missing}a new run needs a config: --config=configs/gpt.py")
-        if args.run is not None:
-            outputs.check_name(args.run)
-        return configs.load(args.config, args.overrides)
+class _Origin(NamedTuple):
+    """What a new run begins with."""
+
+    run: runs.Run
+    given: Weights
+
+
+def _choose_config(
+    args: argparse.Namespace, found: RunPaths | None, workdir: Path
+) -> tuple[ExperimentConfig, _Origin | None]:
+    """The config of the command line, which a run that exists must agree with.
+
+    Returns:
+      The config and, for a new run with `init_from`, what it begins with.
+    """
+    overrides = list(args.overrides)
+    if args.tokenizer:
+        overrides.append(Override("data.tokenizer", args.tokenizer))
+    if found is not None:
+        return _config_of(found, args.config, overrides), None
+    if args.config is None:
+        missing = f"there is no run {args.run} below {args.workdir}; " if args.run else ""
+        raise UsageError(f"{missing}a new run needs a config: --config=configs/gpt.py")
+    if args.run is not None:
+        outputs.check_name(args.run)
+    origins: list[_Origin] = []
+
+    def weights(init_from: str | None) -> Weights | None:
+        if init_from is None:
+            return None
+        origins.append(_Origin(*runs.weights(init_from, workdir)))
+        return origins[0].given
+
+    config = configs.load(args.config, overrides, weights=weights)
+    if not origins:
+        return config, None
+    run = origins[0].run
+    return dataclasses.replace(config, init_from=str(run.store.folder / str(run.step))), origins[0]
+
+
+def _config_of(found: RunPaths, file: str | None, overrides: list[Override]) -> ExperimentConfig:
+    """The config that a run is continued with."""
     saved = runs.saved_config(found)
-    config = configs.load(args.config, args.overrides, saved)
+    store = CheckpointStore(found.checkpoints)
+    step = store.latest()
+    # An imported run was never trained: all but its model is free until it is.
+    is_fresh = step is not None and not store.has_optimizer(step)
+
+    def weights(init_from: str | None) -> Weights | None:
+        if not is_fresh and saved.get("init_from") is None:
+            return None
+        return Weights(f"run {found.name}", saved["model"], saved["data"]["tokenizer"])
+
+    config = configs.load(file, overrides, saved, weights)
+    if saved.get("init_from") and config.init_from:
+        config = dataclasses.replace(config, init_from=_same_place(config, saved, found.workdir))
     _, refused = configs.changes(saved, config)
-    if refused:
+    if refused and not is_fresh:
         raise ConfigError(
             [
                 f"{c.field}={c.now} differs from {c.saved}, with which run {found.name} began; "
@@ -160,6 +211,16 @@ def _choose_config(args: argparse.Namespace, found: RunPaths | None) -> Experime
             ]
         )
     return config
+
+
+def _same_place(config: ExperimentConfig, saved: Mapping[str, Any], workdir: Path) -> str:
+    """Returns `init_from` as it was saved, if it means the same run."""
+    before = Path(saved["init_from"])
+    named = [config.init_from, str(workdir / "models" / config.init_from)]
+    places = {Path(name).expanduser().absolute() for name in named}
+    if config.init_from == "latest" or places & {before, before.parent.parent}:
+        return saved["init_from"]
+    return config.init_from
 
 
 def _assemble(
@@ -171,6 +232,7 @@ def _assemble(
     store: CheckpointStore,
     callbacks: list[Callback],
     stop_signal: runtime.StopSignal,
+    origin: _Origin | None,
 ) -> Trainer:
     """Joins the pieces into a trainer that stands where the run's newest checkpoint does."""
     optimizer = optim.make_optimizer(config.optim)
@@ -197,15 +259,22 @@ def _assemble(
         if step is None:
             return None
         meta = store.meta(step)
-        if meta["data_fingerprint"] != datasets.train.fingerprint:
+        if meta["data_fingerprint"] not in (None, datasets.train.fingerprint):
             raise ConfigError(
                 f"the data of run {paths.name} has changed since step {step}: its text, tokenizer "
                 "or split is another one; bring the old text back, or start another --run"
             )
+        if not store.has_optimizer(step):
+            return states.begin(store.restore_params(step, abstract.params), optimizer, mesh), meta
         return store.restore_state(step, abstract), meta
 
     restored = restore()
-    if restored is None:
+    if restored is not None:
+        state = restored[0]
+    elif origin is not None:
+        params = origin.run.store.restore_params(origin.run.step, abstract.params)
+        state = states.begin(params, optimizer, mesh)
+    else:
         state = states.init_state(
             config.model_class,
             model_def.config,
@@ -213,8 +282,6 @@ def _assemble(
             seed=config.training.seed,
             mesh=mesh,
         )
-    else:
-        state = restored[0]
     trainer = language.trainer_for(config.model_class)(
         model_def,
         state=state,

@@ -14,8 +14,10 @@ from craft_jax.data import cache, sources, text
 from craft_jax.data.base import Dataset
 from craft_jax.data.cache import TokenCache
 from craft_jax.data.tokenizers import KINDS, Tokenizer
-from craft_jax.errors import ConfigError
+from craft_jax.errors import ConfigError, UsageError
 from craft_jax.schema import Contradiction, setting
+
+NO_TOKENIZER = "the model came without a tokenizer: name one with --tokenizer=PATH"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,9 @@ class DataConfig:
     )
     path: str | None = setting(None, "a file, a folder or a glob pattern of text")
     text_field: str = setting("text", "the field that holds the text in .jsonl lines")
-    tokenizer: str = setting("bpe", "char, byte, bpe, or the path of a tokenizer.json")
+    tokenizer: str | None = setting(
+        "bpe", "char, byte, bpe, or the path of a tokenizer.json; none for a model without one"
+    )
     vocab_size: int = setting(
         1024, "tokens in the vocabulary that bpe trains; others ignore it", minimum=257
     )
@@ -71,14 +75,21 @@ def prepare(config: DataConfig, workdir: Path, tokenizer: Tokenizer | None = Non
       tokenizer: takes the place of the config's, to continue a run with its own.
 
     Raises:
+      UsageError: the run has no tokenizer, or no text.
       DataError, StorageError: see `cache.build`.
     """
+    if config.source == "files" and not config.path:
+        raise UsageError("data.path is empty: name your text with --config.data.path=PATH")
+    if config.tokenizer is None and tokenizer is None:
+        raise UsageError(NO_TOKENIZER)
     source = sources.open_source(config.source, config.path, config.text_field)
     build = {
         "vocab_size": config.vocab_size,
         "val_fraction": config.val_fraction,
         "max_val_chars": config.max_val_chars,
     }
+    if tokenizer is not None and (not config.tokenizer or is_tokenizer_path(config.tokenizer)):
+        return cache.build(source, tokenizer=tokenizer, folder=workdir / "data", **build)
     found = cache.build(source, tokenizer=config.tokenizer, folder=workdir / "data", **build)
     if tokenizer is None or found.tokenizer.digest == tokenizer.digest:
         return found
@@ -92,7 +103,7 @@ def open_datasets(
 
     Raises:
       ConfigError: `data.dataset` names a class that cannot be used.
-      DataError, StorageError: see `prepare`; also a split shorter than one window.
+      UsageError, DataError, StorageError: see `prepare`; also a split shorter than one window.
     """
     if config.dataset:
         cls = plugins.load(config.dataset, "data.dataset", Dataset)

@@ -98,6 +98,10 @@ class Tokenizer:
         """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 
+    def token(self, token_id: int) -> str:
+        """Returns the vocabulary's name of an id."""
+        return self._inner.id_to_token(token_id)
+
     def unknown_characters(self, text: str) -> list[str]:
         """Returns the characters of `text` that have no id, sorted."""
         return [] if self._characters is None else sorted(set(text) - self._characters)
@@ -169,6 +173,23 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     inner.train_from_iterator(pieces, trainer)
     return Tokenizer(inner)
+
+
+def open_fixed(tokenizer: str) -> Tokenizer:
+    """Opens a tokenizer that needs no text to be made: `byte`, or the path of a `tokenizer.json`.
+
+    Raises:
+      UsageError: `char` or `bpe`.
+      DataError: no file, or not a readable one.
+    """
+    if tokenizer == "byte":
+        return bytes_()
+    if tokenizer in KINDS:
+        raise UsageError(
+            f"--tokenizer={tokenizer}: a {tokenizer} tokenizer is made from text; give the path of "
+            "a tokenizer.json"
+        )
+    return Tokenizer.load(tokenizer)
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -15,12 +15,12 @@ from flax import nnx
 
 from craft_jax.models.base import LanguageModel
 from craft_jax.models.layers import (
+    ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
     causal_attention,
     dropout,
-    gelu,
 )
 from craft_jax.schema import Contradiction, setting
 
@@ -43,7 +43,9 @@ class GPTConfig:
     dropout: float = setting(
         0.0, "probability of zeroing embeddings, attention and residuals", minimum=0, below=1
     )
-    activation: Literal["gelu", "gelu_tanh"] = setting("gelu", "gelu (exact) or gelu_tanh")
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = setting(
+        "gelu", "gelu (exact), gelu_tanh, relu or silu"
+    )
     bias: bool = setting(True, "whether dense layers and layer norms have biases")
     tie_embeddings: bool = setting(True, "whether the head is the token embedding")
     norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0)
@@ -113,16 +115,16 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two dense layers with a GELU between them."""
+    """Two dense layers with an activation between them."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         d, f, bias = config.d_model, config.hidden_width, config.bias
         self.up = Linear(d, f, use_bias=bias, rngs=rngs)
         self.down = Linear(f, d, use_bias=bias, init_std=_residual_std(config), rngs=rngs)
-        self.approximate = config.activation == "gelu_tanh"
+        self.activation = config.activation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(x_BTD), self.approximate))
+        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
 
 
 class Block(nnx.Module):

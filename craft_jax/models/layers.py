@@ -11,6 +11,7 @@ output width), V vocabulary, M all leading axes as one.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,21 @@ def _exact_gelu_backward(x, ct):
 
 
 _exact_gelu.defvjp(lambda x: (_exact_gelu(x), x), _exact_gelu_backward)
+
+
+def silu(x: Array) -> Array:
+    """SiLU (arXiv:1606.08415): x * sigmoid(x), computed in at least float32 and rounded once."""
+    wide = x.astype(_at_least_float32(x.dtype))
+    return jax.nn.silu(wide).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": silu,
+}
+"""What a config may name; each keeps the dtype of its argument."""
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

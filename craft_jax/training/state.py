@@ -69,3 +69,17 @@ def init_state(
     key = jax.random.fold_in(jax.random.key(seed), 0)
     shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
     return jax.jit(init, out_shardings=shardings)(key)
+
+
+def begin(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state before the first step with parameters that are there already.
+
+    Args:
+      params: on the devices where they belong; taken over.
+      optimizer, mesh: as for `init_state`.
+    """
+    shardings = sharding.tree_shardings(
+        jax.eval_shape(lambda p: from_params(p, optimizer), params), mesh
+    )
+    make = jax.jit(lambda p: from_params(p, optimizer), out_shardings=shardings, donate_argnums=0)
+    return make(params)

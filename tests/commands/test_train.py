@@ -314,4 +314,4 @@ def test_the_config_in_the_checkpoint_is_json(text_file, workdir):
     train(*micro(text_file), f"--workdir={workdir}")
     saved = json.loads((run_paths(workdir).checkpoints / "6/config.json").read_text())
     assert saved["data"]["path"] == str(text_file)
-    assert set(saved) == {"model", "data", "optim", "training", "parallel"}
+    assert set(saved) == {"init_from", "model", "data", "optim", "training", "parallel"}

@@ -1,0 +1,45 @@
+"""Carries models between craft_jax and PyTorch, bit for bit, and proves it.
+
+The functions below are all there is to call; `python -m interop` has the same as commands. A
+function's module is imported when it is first used, so that an export needs neither JAX nor torch.
+
+    import interop
+
+    interop.save_pretrained("outputs/models/my-run", "out/gpt2", target="hf")
+    model = interop.from_pretrained("out/gpt2")
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "save_pretrained": "interop.export",
+    "export_checkpoint": "interop.export",
+    "plan": "interop.export",
+    "import_checkpoint": "interop.imports",
+    "from_pretrained": "interop.state_dicts",
+    "to_state_dict": "interop.state_dicts",
+    "from_state_dict": "interop.state_dicts",
+    "targets_for": "interop.inspection",
+    "explain": "interop.inspection",
+    "inspect": "interop.inspection",
+    "diff": "interop.inspection",
+    "verify": "interop.verification",
+    "ModelSpec": "interop.spec",
+    "Options": "interop.source",
+    "InteropError": "interop.errors",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'interop' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,195 @@
+"""Outputs that are whole or absent: written beside their place, synced, and renamed.
+
+Whatever ends a conversion, an earlier output stays as it was until the new one replaces it in one
+step, and what was half-written is removed. What a killed process left behind is removed by the next
+one.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from interop.errors import DiskSpaceError, OutputExistsError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_place(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Checks that an output may be written.
+
+    Args:
+      out: a file or a folder.
+      inputs: what it is made from.
+      overwrite: whether it may take the place of what is there.
+
+    Raises:
+      OutputExistsError: it is there, or cannot be made, or is one of the inputs or inside one.
+    """
+    place = out.resolve()
+    for source in inputs:
+        other = source.resolve()
+        if place == other:
+            raise OutputExistsError(f"{out} is the input itself; choose another output")
+        if other in place.parents or place in other.parents:
+            raise OutputExistsError(
+                f"{out} and the input {source} lie within each other; choose another output"
+            )
+    if os.path.lexists(out) and not overwrite:
+        raise OutputExistsError(f"{out} exists already; choose another output, or add --overwrite")
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputExistsError(f"{out} cannot be made: {parent} is not a folder that I may write")
+
+
+@contextlib.contextmanager
+def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
+    """Gives a place to write to, which becomes `out` when the context ends without an exception.
+
+    Args:
+      out: a file or a folder; missing parents are made.
+      overwrite: whether it may take the place of what is there.
+      num_bytes: how much is about to be written.
+
+    Yields:
+      A path beside `out` where nothing is; make a file or a folder there.
+
+    Raises:
+      OutputExistsError: `out` appeared in the meantime, or cannot be made.
+      DiskSpaceError: there is no room.
+    """
+    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    made = _make_parents(out)
+    try:
+        _remove_leftovers(out)
+        _remove(partial)
+        free = shutil.disk_usage(out.parent).free
+        if num_bytes > free:
+            raise DiskSpaceError(
+                f"{out} needs {num_bytes:,} bytes, and its disk has {free:,} free; nothing was "
+                "written"
+            )
+        yield partial
+        _sync(partial)
+        _publish(partial, out, overwrite)
+        made = []
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskSpaceError(
+                f"{out} could not be written: {os.strerror(error.errno)}; nothing of it is left, "
+                "and the source is as it was"
+            ) from error
+        raise
+    finally:
+        _remove(partial)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _make_parents(out: Path) -> list[Path]:
+    """Makes missing parents; returns them, innermost first."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputExistsError(f"{out} cannot be made: {error}") from error
+    return missing
+
+
+def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+    exists = f"{out} was made by another process in the meantime; nothing was overwritten"
+    if not overwrite:
+        try:
+            if partial.is_dir():
+                if os.path.lexists(out):
+                    raise OutputExistsError(exists)
+                partial.rename(out)
+            else:
+                os.link(partial, out)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise OutputExistsError(exists) from error
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                raise OutputExistsError(exists) from error
+            raise
+    elif partial.is_file() and not out.is_dir():
+        partial.replace(out)
+    elif not os.path.lexists(out):
+        partial.rename(out)
+    elif not _exchange(partial, out):
+        old = out.with_name(f"{out.name}.old-{os.getpid()}")
+        out.rename(old)
+        partial.rename(out)
+        _remove(old)
+    _sync_folder(out.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two paths in one step, where the system can."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = (os.fsencode(a), os.fsencode(b))
+    return renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for inner in path.rglob("*"):
+            if inner.is_file():
+                _sync_file(inner)
+        for folder in (path, *(p for p in path.rglob("*") if p.is_dir())):
+            _sync_folder(folder)
+    else:
+        _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what processes that are gone left beside `out`."""
+    pattern = re.compile(re.escape(out.name) + r"\.(tmp|old)-(\d+)")
+    for path in out.parent.iterdir():
+        found = pattern.fullmatch(path.name)
+        if not found or _is_alive(int(found.group(2))):
+            continue
+        if found.group(1) == "old" and not os.path.lexists(out):
+            path.rename(out)
+        else:
+            _remove(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,97 @@
+"""The probe: numbers by which an exported folder proves that whoever loads it gets this model.
+
+`probe.json` holds token ids, float64 logits that craft_jax computed for them, and a greedy
+continuation; `verify.py` beside it compares them with what PyTorch computes. Needs JAX.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop import hf_files
+from interop.errors import CorruptFileError, ParityError
+from interop.export import Plan
+from interop.live import Reference
+from interop.source import Source
+
+FILE = "probe.json"
+TOLERANCE = 1e-8
+"""Times max(1, |logit|): above every rounding of float64, below every mistake that was measured."""
+
+_SCRIPT = Path(__file__).parent / "pytorch" / "verify_folder.py"
+_SEED = 20260101
+_MAX_TOKENS = 256
+_NUM_POSITIONS = 6
+_IDS_PER_POSITION = 32
+_PROMPT, _NEW = 16, 8
+
+
+def write(made: Plan, place: Path) -> None:
+    """Puts `probe.json` and `verify.py` into a folder that is being written."""
+    probe = compute(Reference(made.spec, made.source.leaves), made.source)
+    (place / FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
+    (place / "verify.py").write_bytes(_SCRIPT.read_bytes())
+
+
+def compute(reference: Reference, source: Source) -> dict[str, Any]:
+    """Returns the probe of a model: deterministic, and plain JSON.
+
+    The last position has the logits of every id, so that every row of the head takes part; some
+    others have those of a few.
+    """
+    vocab_size, context = source.spec.vocab_size, source.spec.max_seq_len
+    rng = np.random.default_rng(_SEED)
+    tokens = rng.integers(0, vocab_size, min(context, _MAX_TOKENS))
+    tokens[0], tokens[-1] = 0, vocab_size - 1
+    logits_TV = reference.logits(tokens[None].astype(np.int32))[0]
+    last = len(tokens) - 1
+    chosen = sorted({0, last, *rng.integers(0, len(tokens), _NUM_POSITIONS - 2).tolist()})
+    rows = []
+    for position in chosen:
+        some = rng.choice(vocab_size, min(vocab_size, _IDS_PER_POSITION), replace=False)
+        ids = list(range(vocab_size)) if position == last else sorted(some.tolist())
+        rows.append({"position": position, "ids": ids, "logits": logits_TV[position, ids].tolist()})
+    prompt = tokens[: max(1, min(_PROMPT, context // 2))].tolist()
+    return {
+        "about": "float64 logits of craft_jax; python verify.py compares them",
+        "tolerance": TOLERANCE,
+        "tokens": tokens.tolist(),
+        "rows": rows,
+        "prompt": prompt,
+        "greedy": reference.greedy(prompt, _NEW),
+    }
+
+
+def check(source: Source, file: Path) -> int:
+    """Computes the logits that a probe records, and compares.
+
+    Returns:
+      How many logits agreed.
+
+    Raises:
+      CorruptFileError: the probe cannot be read.
+      ParityError: they differ.
+    """
+    probe = hf_files.read_json(file)
+    try:
+        tokens = np.asarray(probe["tokens"], np.int32)
+        rows = [
+            (int(r["position"]), list(r["ids"]), np.asarray(r["logits"])) for r in probe["rows"]
+        ]
+        tolerance = float(probe["tolerance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{file} is no probe: {error!r}") from error
+    logits_TV = Reference(source.spec, source.leaves).logits(tokens[None])[0]
+    worst = max(
+        float(np.max(np.abs(logits_TV[p, ids] - want) / np.maximum(1, np.abs(want))))
+        for p, ids, want in rows
+    )
+    if not worst <= tolerance:
+        raise ParityError(
+            f"{source.path}: the weights do not give the logits that its probe.json records: they "
+            f"differ by {worst:.3g} x max(1, |logit|), more than {tolerance:g}; somebody changed "
+            "one of them; --probe none imports them as they are"
+        )
+    return sum(len(ids) for _, ids, _ in rows)

@@ -1,0 +1,76 @@
+"""Checks that what this folder loads as is the model that was exported: python verify.py.
+
+It loads the folder in float64 as any program would, computes the logits of the tokens in
+`probe.json`, and compares them with those that craft_jax computed. Needs torch and, for Hugging
+Face folders, transformers. Exits with 1 if the numbers differ.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# Some CPUs announce instructions that they do not carry out.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def load():
+    """Returns a function from token ids (1, T) to logits (T, V), both tensors."""
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "craft":
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(FOLDER))
+        from modeling_craft import CraftForCausalLM
+
+        model = CraftForCausalLM.from_pretrained(FOLDER).double()
+        return lambda tokens: model(tokens)[0][0]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(FOLDER, output_loading_info=True)
+    wrong = {name: list(keys) for name, keys in info.items() if keys}
+    if wrong:
+        sys.exit(f"FAILED: the weights do not fill the model: {wrong}")
+    model = model.double().eval()
+    return lambda tokens: model(tokens, use_cache=False).logits[0]
+
+
+def main():
+    """Compares, and says how it went."""
+    probe = json.loads((FOLDER / "probe.json").read_text(encoding="utf-8"))
+    with torch.no_grad():
+        forward = load()
+        logits = forward(torch.tensor([probe["tokens"]]))
+        worst, where, count = 0.0, None, 0
+        for row in probe["rows"]:
+            want = torch.tensor(row["logits"], dtype=torch.float64)
+            got = logits[row["position"], row["ids"]]
+            ratio = (got - want).abs() / want.abs().clamp(min=1.0)
+            largest = float("inf") if bool(ratio.isnan().any()) else float(ratio.max())
+            count += len(row["ids"])
+            if largest > worst:
+                worst, where = largest, (row["position"], row["ids"][int(ratio.argmax())])
+        tokens = list(probe["prompt"])
+        while len(tokens) < len(probe["prompt"]) + len(probe["greedy"]):
+            tokens.append(int(forward(torch.tensor([tokens]))[-1].argmax()))
+    if worst > probe["tolerance"]:
+        sys.exit(
+            "FAILED: these are not the logits of the model that was exported: at position "
+            f"{where[0]}, token id {where[1]}, they differ by {worst:.3g} x max(1, |logit|); "
+            f"{probe['tolerance']:g} is allowed. The weights, the config or the code that loads "
+            "them has changed."
+        )
+    if tokens[len(probe["prompt"]) :] != probe["greedy"]:
+        sys.exit(f"FAILED: the greedy continuation is {tokens}, not {probe['greedy']}")
+    print(
+        f"OK: {count} logits agree in float64 (largest difference {worst:.3g} x max(1, |logit|)), "
+        f"and {len(probe['greedy'])} greedy tokens"
+    )
+
+
+if __name__ == "__main__":
+    main()

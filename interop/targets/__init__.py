@@ -1,0 +1,50 @@
+"""The registry of targets, best first for `--to auto`, and the questions that one can ask of it."""
+
+from craft_jax.errors import UsageError
+from interop.errors import NotRepresentableError, listed
+from interop.spec import ModelSpec
+from interop.targets.base import Allowed, Answer, Target
+from interop.targets.craft_torch import CraftTorch
+from interop.targets.gpt2 import GPT2
+from interop.targets.nanogpt import NanoGPT
+
+TARGETS: dict[str, Target] = {target.name: target for target in (GPT2(), CraftTorch(), NanoGPT())}
+HF_FAMILIES = tuple(name for name, target in TARGETS.items() if target.container == "hf")
+
+
+def targets_for(spec: ModelSpec) -> list[Answer]:
+    """Returns an answer for each target: the exact ones first, each group best first."""
+    return sorted((target.answer(spec) for target in TARGETS.values()), key=lambda a: not a.exact)
+
+
+def choose(spec: ModelSpec, to: str, family: str | None, allowed: Allowed) -> Target:
+    """Returns the target that `--to` and `--family` mean for a model.
+
+    Args:
+      spec: the model.
+      to: the name of a target, `hf` for the best family of Hugging Face, or `auto`.
+      family: of Hugging Face; None for the best.
+      allowed: approximations.
+
+    Raises:
+      UsageError: there is no such target, or family.
+      NotRepresentableError: it cannot hold the model; names what can.
+    """
+    if to not in ("auto", "hf", *TARGETS):
+        raise UsageError(f"--to {to} is not one of {', '.join(('auto', 'hf', *TARGETS))}")
+    if family is not None and (family not in HF_FAMILIES or to not in ("auto", "hf", family)):
+        raise UsageError(
+            f"--family {family} with --to {to}: the families of --to hf are "
+            + ", ".join(HF_FAMILIES)
+        )
+    names = {"auto": tuple(TARGETS), "hf": HF_FAMILIES}.get(family or to, (family or to,))
+    exact = [name for name in names if TARGETS[name].answer(spec).exact]
+    chosen = TARGETS[(exact or names)[0]]
+    try:
+        chosen.fit(spec, allowed)
+    except NotRepresentableError as error:
+        others = [answer.target for answer in targets_for(spec) if answer.exact]
+        raise NotRepresentableError(
+            f"{error}; exact targets: {listed(others)}", **error.details
+        ) from None
+    return chosen

@@ -1,0 +1,153 @@
+"""nanogpt: the checkpoint file of nanoGPT, which its `sample.py` and `train.py` read.
+
+Its dense layers are `nn.Linear`, (out, in): all matrices are transposed. Epsilon, activation and
+width of the MLP are constants of its code.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from interop.mapping import Buffer, Rule, Table, Tap, rule
+from interop.ops import Concat, Tie, Transpose
+from interop.spec import ModelSpec
+from interop.targets.base import (
+    Limit,
+    Reading,
+    Target,
+    count_layers,
+    demand,
+    need_heads,
+)
+from interop.targets.gpt2 import is_causal_mask
+
+
+class NanoGPT(Target):
+    """One checkpoint file that nanoGPT's sample.py and train.py resume from."""
+
+    name = "nanogpt"
+    summary = "one checkpoint file that nanoGPT's sample.py and train.py resume from"
+    container = "nanogpt"
+    anchor = "transformer.h.0.attn.c_attn.weight"
+    optional_prefix = "transformer."
+    limits = (
+        Limit(
+            "activation",
+            lambda spec: spec.activation in ("gelu", "gelu_tanh"),
+            "nanoGPT has the exact GELU",
+        ),
+        Limit(
+            "activation",
+            lambda spec: spec.activation != "gelu_tanh",
+            "nanoGPT has the exact GELU",
+            approx="gelu",
+            becomes=lambda spec: dataclasses.replace(spec, activation="gelu"),
+        ),
+        Limit(
+            "norm_eps",
+            lambda spec: spec.norm_eps == 1e-5,
+            "nanoGPT's layer norms have 1e-05",
+            approx="eps",
+            becomes=lambda spec: dataclasses.replace(spec, norm_eps=1e-5),
+        ),
+        Limit(
+            "d_ff",
+            lambda spec: spec.d_ff == 4 * spec.d_model,
+            "nanoGPT's MLP is four times as wide as the model",
+        ),
+        Limit(
+            "tie_embeddings",
+            lambda spec: spec.tie_embeddings,
+            "nanoGPT's head is always its token embedding",
+        ),
+    )
+
+    def table(self, spec: ModelSpec) -> Table:
+        ours, theirs = "blocks.{i}.", "transformer.h.{i}."
+        qkv = [f"{ours}attn.{name}" for name in ("query", "key", "value")]
+
+        def dense(sources: list[str], target: str) -> list[Rule]:
+            join = bool(len(sources) > 1)
+            kernels, biases = ([f"{s}.{leaf}" for s in sources] for leaf in ("kernel", "bias"))
+            weight = rule(kernels, f"{target}.weight", *((Concat(1),) if join else ()), Transpose())
+            bias = rule(biases, f"{target}.bias", *((Concat(0),) if join else ()))
+            return [weight, bias] if spec.bias else [weight]
+
+        def norm(source: str, target: str) -> list[Rule]:
+            weight = rule(f"{source}.scale", f"{target}.weight")
+            return [weight, rule(f"{source}.bias", f"{target}.bias")] if spec.bias else [weight]
+
+        return Table(
+            rules=(
+                rule(
+                    "token_embedding.embedding", ("transformer.wte.weight", "lm_head.weight"), Tie()
+                ),
+                rule("position_embedding.embedding", "transformer.wpe.weight"),
+                *norm(f"{ours}attn_norm", f"{theirs}ln_1"),
+                *dense(qkv, f"{theirs}attn.c_attn"),
+                *dense([f"{ours}attn.out"], f"{theirs}attn.c_proj"),
+                *norm(f"{ours}mlp_norm", f"{theirs}ln_2"),
+                *dense([f"{ours}mlp.up"], f"{theirs}mlp.c_fc"),
+                *dense([f"{ours}mlp.down"], f"{theirs}mlp.c_proj"),
+                *norm("final_norm", "transformer.ln_f"),
+            ),
+            buffers=(
+                Buffer(f"{theirs}attn.bias", is_causal_mask, "a causal mask of ones and zeros"),
+            ),
+            taps=(
+                Tap("token_embedding", "transformer.wte", "the token embedding's rows"),
+                Tap("position_embedding", "transformer.wpe", "the position embedding's rows"),
+                Tap(f"{ours}attn_norm", f"{theirs}ln_1", "ln_1.weight, ln_1.bias, epsilon"),
+                Tap(f"{ours}attn", f"{theirs}attn", "n_head, c_attn (order of q, k, v), c_proj"),
+                Tap(f"{ours}mlp_norm", f"{theirs}ln_2", "ln_2.weight, ln_2.bias, epsilon"),
+                Tap(f"{ours}mlp", f"{theirs}mlp", "the activation, c_fc, c_proj"),
+                Tap("final_norm", "transformer.ln_f", "ln_f.weight, ln_f.bias, epsilon"),
+            ),
+        )
+
+    def write_config(self, spec: ModelSpec) -> dict[str, Any]:
+        return {
+            "n_layer": spec.num_layers,
+            "n_head": spec.num_heads,
+            "n_embd": spec.d_model,
+            "block_size": spec.max_seq_len,
+            "bias": spec.bias,
+            "vocab_size": spec.vocab_size,
+            "dropout": spec.dropout,
+        }
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        rows, columns = shapes.get(self.anchor, (0, 0))
+        return rows == 3 * columns > 0
+
+    def guess_config(
+        self, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None
+    ) -> dict[str, Any]:
+        vocab_size, width = shapes["transformer.wte.weight"]
+        return {
+            "vocab_size": vocab_size,
+            "n_embd": width,
+            "n_head": need_heads(width, num_heads),
+            "block_size": shapes["transformer.wpe.weight"][0],
+            "n_layer": count_layers(shapes, "transformer.h."),
+            "bias": "transformer.ln_f.bias" in shapes,
+        }
+
+    def read_config(self, config: Mapping[str, Any]) -> Reading:
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        sizes = demand(config, "model_args", *names)
+        num_layers, num_heads, d_model, max_seq_len, vocab_size = sizes
+        spec = ModelSpec(
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            d_model=d_model,
+            d_ff=4 * d_model,
+            max_seq_len=max_seq_len,
+            dropout=config.get("dropout", 0.0),
+            activation="gelu",
+            bias=config.get("bias", True),
+            tie_embeddings=True,
+            norm_eps=1e-5,
+        )
+        return Reading(spec)
