@@ -352,6 +352,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _targets(args: argparse.Namespace) -> int:
     inspection = importlib.import_module("interop.inspection")
     found = importlib.import_module("interop.source").open_source(args.path, _options(args))
+    targets = importlib.import_module("interop.targets").TARGETS
     answers = inspection.targets_for(found.spec)
     rows = [
         {
@@ -364,7 +365,8 @@ def _targets(args: argparse.Namespace) -> int:
     ]
     lines = []
     for answer in answers:
-        lines.append(f"{answer.target:<12} {'exact' if answer.exact else 'not exact'}")
+        exact = "exact" if answer.exact else "not exact"
+        lines.append(f"{answer.target:<12} {exact:<10} {targets[answer.target].summary}")
         lines += [f"  {reason}" for reason in answer.reasons]
         if answer.approximations and answer.is_possible:
             lines.append(f"  --allow-approx={','.join(answer.approximations)} accepts that")

@@ -5,7 +5,6 @@ read one by one. Only headers and configs are read here.
 """
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -475,11 +474,3 @@ def _open_tokenizer(place: Path) -> Tokenizer | None:
             raise CorruptFileError("the folder has no tokenizer.json")
         return found
     return Tokenizer.load(place)
-
-
-def once(tensors: Tensors) -> dict[str, LazyTensor]:
-    """Returns tensors that keep what they read; for small models that are read repeatedly."""
-    return {
-        name: dataclasses.replace(tensor, read=functools.cache(tensor.read))
-        for name, tensor in tensors.items()
-    }

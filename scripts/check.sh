@@ -44,6 +44,17 @@ $craft generate --run=latest --prompt="def " --max_new_tokens=40
 $craft --run=latest --config.training.num_steps=62
 $craft visualize --run=latest
 $craft runs
+run=$(echo outputs/models/*)
+interop="python -m interop"
+$interop export "$run" gpt2 --to hf
+python gpt2/verify.py
+$interop verify "$run" gpt2 --level logits
+$interop export "$run" torch --to craft-torch
+python torch/verify.py
+$interop export "$run" ckpt.pt --to nanogpt
+$interop verify "$run" ckpt.pt
+$interop import gpt2 outputs/models/imported
+$craft generate --run=imported --prompt="def " --max_new_tokens=20
 find outputs -maxdepth 2 | sort
 
 # The other Python is looked for by name; a version manager may offer a name that does not run.

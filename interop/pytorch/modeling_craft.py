@@ -18,6 +18,7 @@ import json
 import math
 import mmap
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,18 @@ class Block(nn.Module):
         return x_BTD + F.dropout(y_BTD, self.dropout, self.training), cached
 
 
+class Output(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+      logits: logits_BTV, in at least float32.
+      cache: keys and values of all positions so far, to go on from.
+    """
+
+    logits: torch.Tensor
+    cache: tuple
+
+
 class CraftForCausalLM(nn.Module):
     """The model. Its parameters are uninitialised; see `from_pretrained`."""
 
@@ -229,7 +242,7 @@ class CraftForCausalLM(nn.Module):
           cache: what an earlier call returned, to go on behind its tokens; None to begin.
 
         Returns:
-          logits_BTV, in at least float32, and the cache with these tokens added.
+          An `Output`: logits, and the cache with these tokens added.
 
         Raises:
           ValueError: more positions than the model has.
@@ -246,7 +259,7 @@ class CraftForCausalLM(nn.Module):
             x_BTD, cached = block(x_BTD, None if cache is None else cache[i])
             new_cache.append(cached)
         x_BTD = self.final_norm(x_BTD)
-        return (self.head or self.token_embedding).attend(x_BTD), tuple(new_cache)
+        return Output((self.head or self.token_embedding).attend(x_BTD), tuple(new_cache))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None):

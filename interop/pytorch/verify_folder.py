@@ -27,7 +27,7 @@ def load():
         from modeling_craft import CraftForCausalLM
 
         model = CraftForCausalLM.from_pretrained(FOLDER).double()
-        return lambda tokens: model(tokens)[0][0]
+        return lambda tokens: model(tokens).logits[0]
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForCausalLM
 

@@ -65,7 +65,7 @@ def _load_craft(request: dict) -> tuple[Any, Callable, dict]:
             config = CraftConfig.from_json(Path(request["path"]) / "config.json")
             return CraftForCausalLM(config), _no_forward, {}
     model = CraftForCausalLM.from_pretrained(request["path"])
-    return model, lambda tokens: model(tokens)[0], {}
+    return model, lambda tokens: model(tokens).logits, {}
 
 
 def _load_nanogpt(request: dict) -> tuple[Any, Callable, dict]:

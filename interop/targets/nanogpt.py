@@ -1,4 +1,4 @@
-"""nanogpt: the checkpoint file of nanoGPT, which its `sample.py` and `train.py` read.
+"""nanogpt: the checkpoint file of nanoGPT, which its `sample.py` reads.
 
 Its dense layers are `nn.Linear`, (out, in): all matrices are transposed. Epsilon, activation and
 width of the MLP are constants of its code.
@@ -23,10 +23,10 @@ from interop.targets.gpt2 import is_causal_mask
 
 
 class NanoGPT(Target):
-    """One checkpoint file that nanoGPT's sample.py and train.py resume from."""
+    """One checkpoint file that nanoGPT's sample.py reads."""
 
     name = "nanogpt"
-    summary = "one checkpoint file that nanoGPT's sample.py and train.py resume from"
+    summary = "one checkpoint file that nanoGPT's sample.py reads"
     container = "nanogpt"
     anchor = "transformer.h.0.attn.c_attn.weight"
     optional_prefix = "transformer."
