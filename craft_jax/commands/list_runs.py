@@ -38,6 +38,8 @@ def _row(folder: Path) -> tuple[str, ...]:
         loss = store.meta(step)["metrics"].get("val_loss")
         shown = "-" if loss is None else f"{loss:.4f}"
         age = _age(store.folder / str(step))
+        if not store.has_optimizer(step):
+            return folder.name, "imported", "-", shown, age
         return folder.name, _state(paths, step, total), f"{step}/{total}", shown, age
     except CraftError as error:
         return folder.name, "damaged", "-", "-", str(error)

@@ -81,6 +81,8 @@ def test_an_imported_run_evaluates_generates_and_trains(text_file, workdir, impo
     assert main(workdir, "evaluate", "--run=imported", f"--text={text_file}") == 0
     before = json.loads(capsys.readouterr().out.splitlines()[-1])["loss"]
     assert main(workdir, "generate", "--run=imported", "--prompt=the", "--max_new_tokens=4") == 0
+    assert main(workdir, "runs") == 0
+    assert "imported  imported  -" in capsys.readouterr().out
     assert main(workdir, "evaluate", "--run=imported") == 2
     assert main(workdir, "--run=imported") == 2
     assert "--config.data.path" in capsys.readouterr().err
