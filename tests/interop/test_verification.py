@@ -196,6 +196,7 @@ def test_without_torch_the_bits_still_compare(exported, monkeypatch):
         interop.verify(exported["run"], exported["gpt2"], "logits")
 
 
+@pytest.mark.torch
 def test_other_tokenizers_are_seen(exported, copied):
     out = copied("gpt2")
     other = tokenizers.characters("ABC the quick brown fox\n", end_token=True)

@@ -14,10 +14,10 @@ import pytest
 import interop
 from craft_jax import generation
 from craft_jax.generation import SamplingConfig
-from interop.pytorch import modeling_craft as modeling
 from tests.interop.models import flip, make_run, random_leaves, spec
 
 torch = pytest.importorskip("torch")
+from interop.pytorch import modeling_craft as modeling  # noqa: E402
 from interop.pytorch.modeling_craft import CraftConfig, CraftForCausalLM  # noqa: E402
 from interop.pytorch.tensors import to_torch  # noqa: E402
 
