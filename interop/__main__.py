@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ from craft_jax.errors import (
     OK,
     STORAGE,
     CraftError,
+    StorageError,
     UsageError,
 )
 
@@ -44,8 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     before = signal.signal(signal.SIGTERM, _stop)
+    if sys.stdout is None:  # Closed by the caller.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         args = _parser().parse_args([word for word in words if word != "--debug"])
+        for name in ("ckpt", "src", "out", "a", "b", "path"):
+            if getattr(args, name, None) == "":
+                raise UsageError(f"{name.upper()} is empty; give the path of a file or folder")
         code = _COMMANDS[args.command](args)
         sys.stdout.flush()
         return code
@@ -249,12 +256,14 @@ def _export_lines(done: Any) -> list[str]:
         f"verified   {_VERIFIED[done.manifest['verified']]}",
     ]
     if done.manifest["probe"]:
-        lines.append(f"probe      python {done.out / 'verify.py'} proves it wherever it is loaded")
+        script = shlex.quote(str(done.out / "verify.py"))
+        lines.append(f"probe      python {script} proves it wherever it is loaded")
+    folder = shlex.quote(str(done.out.parent))
     usage = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{done.out}")',
         "craft-torch": f'CraftForCausalLM.from_pretrained("{done.out}"), in modeling_craft.py',
-        "nanogpt": f"python sample.py --init_from=resume --out_dir={done.out.parent}"
-        + ("" if done.out.name == "ckpt.pt" else f", with the file named {'ckpt.pt'}"),
+        "nanogpt": f"python sample.py --init_from=resume --out_dir={folder}"
+        + ("" if done.out.name == "ckpt.pt" else ", with the file named ckpt.pt"),
     }
     return [*lines, f"load       {usage[plan.target.container]}"]
 
@@ -302,9 +311,11 @@ def _import(args: argparse.Namespace) -> int:
         lines.append("verified   every bit of the checkpoint, read back, against the source")
     if done.probe:
         lines.append(f"probe      {done.probe} float64 logits agree with those that were recorded")
+    run = shlex.quote(f"--run={done.out}")
+    tokenizer = "" if done.source.tokenizer else " --tokenizer=PATH"
     lines += [
-        f"generate   python -m craft_jax.main generate --run={done.out}",
-        f"train on   python -m craft_jax.main --run={done.out} --config.data.path=TEXT",
+        f"generate   python -m craft_jax.main generate {run}{tokenizer}",
+        f"train on   python -m craft_jax.main {run} --config.data.path=TEXT{tokenizer}",
     ]
     _show(args, done.to_json(), lines)
     return OK
@@ -385,7 +396,14 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _show(args: argparse.Namespace, value: Any, lines: Sequence[str]) -> None:
-    print(json.dumps(value, indent=2) if args.json else "\n".join(lines), flush=True)
+    try:
+        print(json.dumps(value, indent=2) if args.json else "\n".join(lines), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"standard output cannot be written ({error}); the command itself did its work"
+        ) from error
 
 
 def _say(notes: Sequence[str]) -> None:

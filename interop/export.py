@@ -35,6 +35,7 @@ MANIFEST_VERSION = 1
 PROBE_LIMIT = 200_000_000
 """Parameters up to which `--probe auto` computes a probe."""
 
+_SHARD_SIZE = "5GB"
 _MODELING = Path(__file__).parent / "pytorch" / "modeling_craft.py"
 _VERIFY = ("none", "bits", "logits")
 _PROBE = ("auto", "none", "always")
@@ -160,7 +161,7 @@ def plan(
     *,
     family: str | None = None,
     dtype: str = "keep",
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = _SHARD_SIZE,
     max_memory: str | int | None = None,
     tokenizer: str | Path | None = None,
     trim_vocab: bool = False,
@@ -185,6 +186,8 @@ def plan(
       UsageError, InteropError: it cannot be done; nothing was written.
     """
     opened = ckpt if isinstance(ckpt, Source) else source.open_source(ckpt, options)
+    if opened.kind == source.CRAFT and options is not None:
+        options.check_unused(str(ckpt))
     opened = dataclasses.replace(opened, tokenizer=source.tokenizer_of(opened, tokenizer))
     cut = None
     if trim_vocab:
@@ -194,6 +197,8 @@ def plan(
     chosen = choose(opened.spec, target, family, allowed)
     reading = chosen.fit(opened.spec, allowed)
     rules = chosen.mapping(reading.spec)
+    if chosen.container == "nanogpt" and max_shard_size != _SHARD_SIZE:
+        raise UsageError(f"--max-shard-size={max_shard_size}: {chosen.name} is one file")
     return Plan(
         source=opened,
         target=chosen,
@@ -257,10 +262,11 @@ def export_checkpoint(
     _one_of("--probe", probe, _PROBE)
     out = Path(out).expanduser()
     made = plan(ckpt, target, **planned)
-    atomic.check_place(out, [made.source.path] if made.source.path.exists() else [], overwrite)
+    is_file = made.target.container == "nanogpt"
+    inputs = [made.source.path] if made.source.path.exists() else []
+    atomic.check_place(out, inputs, overwrite, is_folder=not is_file)
     wants_probe = probe == "always" or (probe == "auto" and made.source.num_params <= PROBE_LIMIT)
     notes = [*made.source.notes, *_remarks(made)]
-    is_file = made.target.container == "nanogpt"
     if is_file and probe == "always":
         raise UsageError(f"--probe always: {made.target.name} is one file, which carries no probe")
     with atomic.output(out, overwrite=overwrite, num_bytes=made.num_bytes) as place:

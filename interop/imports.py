@@ -7,6 +7,7 @@ on it, and `--config.init_from` begins a new run with it. Needs JAX, since Orbax
 import dataclasses
 import importlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def import_checkpoint(
         write_run(opened, out, place, spill=dtype != "keep")
         sha256 = None
         if verify == "bits":
-            sha256 = _read_back(opened, place, workers, max_memory)
+            digests = _read_back(opened, place, workers, max_memory)
+            sha256 = model_digest(digests)
+            notes += _changed_since(opened, digests)
         compared = _compare_probe(opened, probe)
     return Imported(out=out, source=opened, model_sha256=sha256, probe=compared, notes=tuple(notes))
 
@@ -202,8 +205,28 @@ def _spilled(leaf: LazyTensor, file: Path) -> np.ndarray:
     return np.memmap(file, np.uint8, "r").view(leaf.dtype).reshape(leaf.shape)
 
 
-def _read_back(opened: Source, place: Path, workers: int | None, budget: int | None) -> str:
-    """Compares the checkpoint with the source, by digests of the leaves; returns one of all.
+def _changed_since(opened: Source, digests: Mapping[str, str]) -> list[str]:
+    """Notes the leaves that are not what the source's manifest recorded when it was exported."""
+    recorded = (opened.manifest or {}).get("canonical", {})
+    names = [
+        name
+        for name, leaf in opened.leaves.items()
+        if name in recorded
+        and recorded[name].get("dtype") == leaf.dtype.name
+        and recorded[name].get("sha256") != digests[name]
+    ]
+    if not names:
+        return []
+    return [
+        f"warning: {len(names)} tensors are not those that interop_manifest.json recorded at the "
+        f"export, so the weights were changed since: {listed(names)}"
+    ]
+
+
+def _read_back(
+    opened: Source, place: Path, workers: int | None, budget: int | None
+) -> dict[str, str]:
+    """Compares the checkpoint with the source, by digests of the leaves; returns these.
 
     Raises:
       ParityError: they differ; names the leaves.
@@ -218,7 +241,7 @@ def _read_back(opened: Source, place: Path, workers: int | None, budget: int | N
             f"{len(wrong)} leaves read back from the checkpoint differ from the source: "
             + listed(wrong)
         )
-    return model_digest(before)
+    return before
 
 
 def _compare_probe(opened: Source, probe: str) -> int | None:

@@ -29,6 +29,7 @@ from interop.errors import (
     listed,
 )
 from interop.files import orbax
+from interop.files.pickles import Stub
 from interop.files.weights import Weights, open_weights
 from interop.leaves import leaves
 from interop.mapping import Mapping as Rules
@@ -67,6 +68,32 @@ class Options:
     allow_approx: Any = None
     allow_globals: tuple[str, ...] = ()
     drop_zero_bias: bool = False
+
+    def __post_init__(self):
+        if self.kind not in ("auto", "hf", *TARGETS):
+            kinds = ", ".join(("auto", "hf", *TARGETS))
+            raise UsageError(f"--from {self.kind} is not one of {kinds}")
+        Allowed.of(self.allow_approx)
+
+    def check_unused(self, place: str) -> None:
+        """Checks that nothing is said about a source that is a run, which knows all of it itself.
+
+        Raises:
+          UsageError: something is.
+        """
+        default = Options()
+        flags = {"kind": "--from", "num_heads": "--n-head", "allow_globals": "--allow-global"}
+        said = [
+            flags.get(field.name, "--" + field.name.replace("_", "-"))
+            for field in dataclasses.fields(self)
+            if field.name != "allow_approx"
+            and getattr(self, field.name) != getattr(default, field.name)
+        ]
+        if said:
+            raise UsageError(
+                f"{', '.join(said)}: {place} is a run of craft_jax, which says all of that itself; "
+                "leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +144,9 @@ def open_source(path: str | Path, options: Options | None = None) -> Source:
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise CorruptFileError(f"{path}: no such file or folder")
+        run = Path("outputs/models") / path
+        hint = f"; did you mean {run}?" if run.exists() else ""
+        raise CorruptFileError(f"{path}: no such file or folder{hint}")
     found = _run_folder(place)
     if found is not None:
         return _open_run(*found)
@@ -163,6 +192,7 @@ def _open_run(folder: Path, step: int | None) -> Source:
     spec = ModelSpec.from_model_config(config.get("model", {}), meta.get("vocab_size") or 0)
     tokenizer_file = store.tokenizer_file(step)
     found = orbax.read_params(store.params_folder(step))
+    _check_layers(spec, len(found), folder)
     expected = leaves(spec)
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(want.shape)}"
@@ -186,6 +216,15 @@ def _open_run(folder: Path, step: int | None) -> Source:
     )
 
 
+def _check_layers(spec: ModelSpec, num_tensors: int, place: Path) -> None:
+    """Checks that a number of layers can be meant, before names of all of them are made."""
+    if spec.num_layers > num_tensors:
+        raise ShapeMismatchError(
+            f"{place}: the config says {spec.num_layers} layers, and there are {num_tensors} "
+            "tensors; one of them belongs to another model"
+        )
+
+
 def _position(expected: Mapping[str, Any]) -> Any:
     order = {name: i for i, name in enumerate(expected)}
     return lambda name: order.get(name, len(order))
@@ -195,10 +234,6 @@ def _position(expected: Mapping[str, Any]) -> Any:
 
 
 def _open_foreign(place: Path, options: Options) -> Source:
-    if options.kind not in ("auto", "hf", *TARGETS):
-        kinds = ", ".join(("auto", "hf", *TARGETS))
-        raise UsageError(f"--from {options.kind} is not one of {kinds}")
-    weights = None
     if place.is_dir():
         config = _folder_config(place, options)
         target = _target_of_config(config, place, options)
@@ -221,7 +256,11 @@ def _open_foreign(place: Path, options: Options) -> Source:
         shapes = {name: tensor.shape for name, tensor in names.tensors.items()}
         config = _guessed(target, shapes, options.num_heads, place)
         notes.append(f"no config: {json.dumps(config)}, the rest as {target.name} has it")
-    reading = target.read_config(config)
+    try:
+        reading = target.read_config(config)
+    except InteropError as error:
+        raise type(error)(f"{place}: {error}", **error.details) from None
+    _check_layers(reading.spec, len(names.tensors), place)
     _check_allowed(reading.approximations, options.allow_approx, place)
     spec, tensors = _without_zero_biases(
         reading.spec, target, names.tensors, manifest, options.drop_zero_bias, notes
@@ -284,8 +323,13 @@ def _state_dict(weights: Weights, place: Path) -> tuple[Tensors, Mapping[str, An
     if weights.tensors:
         return weights.tensors, None
     value = weights.container
+    if isinstance(value, Stub):
+        raise CorruptFileError(
+            f"{place} holds an object of {value.name}, not weights; save its state_dict() instead"
+        )
     if not isinstance(value, Mapping):
-        raise CorruptFileError(f"{place} holds {type(value).__name__}, not the weights of a model")
+        what = "no tensors" if value is None else f"{type(value).__name__}, not weights"
+        raise CorruptFileError(f"{place} holds {what}")
     found = [name for name in _STATE_DICTS if _is_state_dict(value.get(name))]
     if len(found) > 1:
         raise AmbiguousSourceError(
@@ -468,6 +512,14 @@ def tokenizer_of(source: Source, given: str | Path | None) -> Tokenizer | None:
 
 
 def _open_tokenizer(place: Path) -> Tokenizer | None:
+    run = _run_folder(place)
+    if run is not None:
+        store = Checkpoints(outputs.open_run(run[0]).checkpoints)
+        step = store.latest() if run[1] is None else run[1]
+        file = store.tokenizer_file(step) if step is not None else None
+        if file is None:
+            raise CorruptFileError("the run has no tokenizer")
+        return Tokenizer.load(file)
     if place.is_dir():
         found = hf_files.read_tokenizer(place)
         if found is None:

@@ -397,7 +397,7 @@ def _ask(
 
 
 def _generate(a: Source, b: Source) -> Checked:
-    problems, _ = _same_tokenizer(a, b)
+    problems = _tokenizer_problems(a, b)
     context = min(a.spec.max_seq_len, b.spec.max_seq_len)
     prompt = _tokens(a.spec.vocab_size, max(1, min(16, context // 2)))[0].tolist()
     count = min(_NEW, context - len(prompt))
@@ -405,7 +405,9 @@ def _generate(a: Source, b: Source) -> Checked:
     if x != y:
         first = next((i for i, (s, t) in enumerate(zip(x, y, strict=False)) if s != t), 0)
         problems.append(f"greedy tokens differ from number {first} on: {x[first:]} and {y[first:]}")
-    return problems, {"said": f"{count} greedy tokens, and the same tokenizer", "greedy": x}
+    both = a.tokenizer is not None and b.tokenizer is not None
+    tokenizer = "the same tokenizer" if both else "no two tokenizers to compare"
+    return problems, {"said": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
 
 
 def _greedy(model: Source, prompt: list[int], count: int) -> list[int]:
@@ -415,9 +417,9 @@ def _greedy(model: Source, prompt: list[int], count: int) -> list[int]:
     return _ask(model, request, np.asarray([prompt], np.int32))[0]["greedy"]
 
 
-def _same_tokenizer(a: Source, b: Source) -> Checked:
+def _tokenizer_problems(a: Source, b: Source) -> list[str]:
     if a.tokenizer is None or b.tokenizer is None:
-        return [], {}
+        return []
     sizes = [(model.tokenizer.vocab_size, model.tokenizer.end_id) for model in (a, b)]
     problems = []
     if sizes[0] != sizes[1]:
@@ -433,4 +435,4 @@ def _same_tokenizer(a: Source, b: Source) -> Checked:
             )
         elif a.tokenizer.decode(x) != b.tokenizer.decode(x):
             problems.append(f"the tokenizers decode the ids of {known!r} to different texts")
-    return problems, {}
+    return problems

@@ -17,16 +17,23 @@ from pathlib import Path
 from interop.errors import DiskSpaceError, OutputExistsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a folder or file must have to be a model: --overwrite must not cost anything else.
+_OF_MODELS = {"interop_manifest.json", "config.json", "run.json"}
+_OF_CHECKPOINTS = (b"", b"PK", b"\x80\x02")
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def check_place(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_place(
+    out: Path, inputs: Sequence[Path], overwrite: bool, *, is_folder: bool = True
+) -> None:
     """Checks that an output may be written.
 
     Args:
       out: a file or a folder.
       inputs: what it is made from.
-      overwrite: whether it may take the place of what is there.
+      overwrite: whether it may take the place of a model that is there.
+      is_folder: whether a folder is made, or a checkpoint file.
 
     Raises:
       OutputExistsError: it is there, or cannot be made, or is one of the inputs or inside one.
@@ -42,9 +49,26 @@ def check_place(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
             )
     if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(f"{out} exists already; choose another output, or add --overwrite")
+    if os.path.lexists(out) and not _is_replaceable(out, is_folder):
+        kind = "folder" if is_folder else "checkpoint file"
+        raise OutputExistsError(
+            f"{out} is not an earlier {kind} of a model, so --overwrite does not replace it; move "
+            "it away, or choose another output"
+        )
     parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputExistsError(f"{out} cannot be made: {parent} is not a folder that I may write")
+
+
+def _is_replaceable(out: Path, is_folder: bool) -> bool:
+    """Whether what is there is a model, an empty folder or an empty file, and no other work."""
+    if out.is_symlink() or out.is_dir() != is_folder:
+        return False
+    if is_folder:
+        inside = {path.name for path in out.iterdir()}
+        return not inside or bool(inside & _OF_MODELS)
+    with out.open("rb") as file:
+        return file.read(2) in _OF_CHECKPOINTS
 
 
 @contextlib.contextmanager

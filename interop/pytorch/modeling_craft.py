@@ -72,6 +72,12 @@ class CraftConfig:
     eos_token_id: "int | None" = None
     tokenizer_vocab_size: "int | None" = None
 
+    def __post_init__(self):
+        if self.num_heads < 1 or self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not one of {list(_ACTIVATIONS)}")
+
     @classmethod
     def from_json(cls, path):
         """Reads `config.json`.
@@ -330,11 +336,16 @@ class CraftForCausalLM(nn.Module):
         Raises:
           ValueError: an impossible option or prompt.
         """
+        vocab_size = self.config.tokenizer_vocab_size or self.config.vocab_size
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
             raise ValueError(f"temperature={temperature}, top_p={top_p} or min_p={min_p}")
-        if repetition_penalty <= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"repetition_penalty={repetition_penalty} or top_k={top_k}")
-        rows = prompts.tolist() if torch.is_tensor(prompts) else [list(row) for row in prompts]
+        if not 0 < repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0")
+        if top_k is not None and not 1 <= top_k <= vocab_size:
+            raise ValueError(f"top_k={top_k} must be from 1 to {vocab_size}")
+        rows = prompts.tolist() if torch.is_tensor(prompts) else prompts
+        if not all(isinstance(row, (list, tuple)) for row in rows):
+            raise ValueError("prompts must be a list of lists of ids, or a matrix of them")
         options = {
             "temperature": temperature,
             "top_k": top_k,
@@ -345,12 +356,19 @@ class CraftForCausalLM(nn.Module):
         device = self.token_embedding.embedding.device
         generator = torch.Generator(device).manual_seed(seed)
         end = self.config.eos_token_id if stop_at_eos else None
-        return [self._continue(row, max_new_tokens, options, generator, end) for row in rows]
+        was_training = self.training
+        self.eval()
+        try:
+            return [self._continue(row, max_new_tokens, options, generator, end) for row in rows]
+        finally:
+            self.train(was_training)
 
     def _continue(self, row, max_new_tokens, options, generator, end):
         context = self.config.max_seq_len
         if not 0 < len(row) <= context:
             raise ValueError(f"a prompt has {len(row)} tokens; this model takes 1 to {context}")
+        if not all(0 <= token < self.config.vocab_size for token in row):
+            raise ValueError(f"a prompt has ids outside [0, {self.config.vocab_size}): {row}")
         device = self.token_embedding.embedding.device
         text, new, cache = list(row), list(row), None
         while len(text) < len(row) + max_new_tokens:
@@ -433,6 +451,8 @@ def _read_safetensors(path):
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{path}: {name} is {entry['dtype']}, not one of {list(_DTYPES)}")
         dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
         start, stop = (begin + offset for offset in entry["data_offsets"])
         count = math.prod(shape)

@@ -97,7 +97,7 @@ class NanoGPT(nn.Module):
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Returns logits_BTV."""
         parts = self.transformer
-        positions_T = torch.arange(tokens_BT.shape[1])
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = parts["wte"](tokens_BT) + parts["wpe"](positions_T)
         for block in parts["h"]:
             x_BTD = block(x_BTD)

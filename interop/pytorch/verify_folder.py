@@ -1,10 +1,12 @@
 """Checks that what this folder loads as is the model that was exported: python verify.py.
 
-It loads the folder in float64 as any program would, computes the logits of the tokens in
-`probe.json`, and compares them with those that craft_jax computed. Needs torch and, for Hugging
-Face folders, transformers. Exits with 1 if the numbers differ.
+It compares the bytes of every tensor with the digests in `interop_manifest.json`, loads the folder
+in float64 as any program would, computes the logits of the tokens in `probe.json`, and compares
+them with those that craft_jax computed. Needs torch and, for Hugging Face folders, transformers.
+Exits with 1 if anything differs.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -39,8 +41,27 @@ def load():
     return lambda tokens: model(tokens, use_cache=False).logits[0]
 
 
+def changed_tensors():
+    """Returns the names of tensors whose bytes are not those that were exported."""
+    manifest = json.loads((FOLDER / "interop_manifest.json").read_text(encoding="utf-8"))
+    found = {}
+    for path in sorted(FOLDER.glob("*.safetensors")):
+        data = path.read_bytes()
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = (begin + offset for offset in entry["data_offsets"])
+            found[name] = hashlib.sha256(data[start:end]).hexdigest()
+    return [name for name, t in manifest["tensors"].items() if found.get(name) != t["sha256"]]
+
+
 def main():
     """Compares, and says how it went."""
+    if changed := changed_tensors():
+        sys.exit(
+            f"FAILED: {len(changed)} tensors are not those exported: {', '.join(changed[:10])}"
+        )
     probe = json.loads((FOLDER / "probe.json").read_text(encoding="utf-8"))
     with torch.no_grad():
         forward = load()

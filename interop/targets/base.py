@@ -10,11 +10,21 @@ from typing import Any, ClassVar, Literal
 
 from craft_jax.errors import UsageError
 from interop import mapping
-from interop.errors import NotRepresentableError, UnknownArchitectureError
+from interop.errors import CorruptFileError, NotRepresentableError
 from interop.mapping import Table
 from interop.spec import ModelSpec
 
 Container = Literal["hf", "craft-torch", "nanogpt"]
+
+
+APPROXIMATIONS = {
+    "gelu": "another form of GELU",
+    "eps": "another epsilon in the layer norms",
+    "dropout": "one rate of dropout in place of several; changes training only",
+    "upcast": "attention in the dtype of its operands",
+    "config": "settings that mean nothing here are dropped",
+}
+"""What `--allow-approx` may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +190,12 @@ class Allowed:
             return value
         if value is None or isinstance(value, bool):
             return cls(everything=bool(value))
-        names = value.split(",") if isinstance(value, str) else value
-        return cls(names=tuple(name.strip() for name in names if name.strip()))
+        names = tuple(n.strip() for n in (value.split(",") if isinstance(value, str) else value))
+        if unknown := [name for name in names if name not in APPROXIMATIONS]:
+            raise UsageError(
+                f"--allow-approx={','.join(unknown)} is not one of {', '.join(APPROXIMATIONS)}"
+            )
+        return cls(names=names)
 
     def covers(self, name: str | None) -> bool:
         """Whether an approximation is allowed."""
@@ -192,10 +206,12 @@ def demand(config: Mapping[str, Any], what: str, *names: str) -> list[Any]:
     """Returns the values of fields that a config must have.
 
     Raises:
-      UnknownArchitectureError: some are not there.
+      CorruptFileError: some are not there.
     """
     if lacking := [name for name in names if config.get(name) is None]:
-        raise UnknownArchitectureError(f"{what} lacks {', '.join(lacking)}")
+        raise CorruptFileError(
+            f"{what} lacks {', '.join(lacking)}; add what is missing, or give --config FILE"
+        )
     return [config[name] for name in names]
 
 

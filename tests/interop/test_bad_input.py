@@ -290,7 +290,7 @@ def test_a_truncated_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.pop("n_head"), "lacks n_head"),
+        (lambda c: c.update(n_inner=-1), "d_ff=-1"),
         (lambda c: c.update(n_head=5), "num_heads=5 does not divide"),
         (lambda c: c.update(n_layer="two"), "num_layers='two'"),
         (lambda c: c.update(layer_norm_epsilon=-1), "norm_eps=-1"),
@@ -304,6 +304,22 @@ def test_configs_that_cannot_be(tmp_path, capsys, change, words):
     (folder / "config.json").write_text(json.dumps(config))
     code, said = bring(capsys, tmp_path, folder)
     assert code == 78 and words in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("n_head"), "hf: config.json lacks n_head; add what is missing"),
+        (lambda c: c.update(n_layer=1 << 40), "says 1099511627776 layers, and there are 28"),
+    ],
+)
+def test_configs_at_odds_with_the_tensors(tmp_path, capsys, change, words):
+    folder = write_folder(tmp_path / "hf", tensors())
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    code, said = bring(capsys, tmp_path, folder)
+    assert code == 65 and words in said
 
 
 def test_a_config_that_is_no_json(tmp_path, capsys):

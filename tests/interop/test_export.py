@@ -187,6 +187,22 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     assert sorted(p.name for p in out.glob("model*")) == ["model.safetensors", "modeling_craft.py"]
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_overwrite_replaces_models_and_nothing_else(tmp_path, is_folder):
+    run = run_of(tmp_path, d_ff=192)
+    target = "gpt2" if is_folder else "nanogpt"
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years of work")
+    for out in (work, work / "thesis.txt"):
+        before = tree(work)
+        with pytest.raises(OutputExistsError, match="not an earlier"):
+            interop.export_checkpoint(run, out, target, overwrite=True, **QUICK)
+        assert tree(work) == before
+    for _ in range(2):
+        interop.export_checkpoint(run, tmp_path / "out", target, overwrite=True, **QUICK)
+
+
 @pytest.mark.parametrize("place", ["run", "run/inside", "."])
 def test_the_source_is_never_written_to(tmp_path, place):
     run = run_of(tmp_path)
@@ -372,6 +388,15 @@ def test_the_command_line_in_words_and_as_json(tmp_path, capsys):
         (["export", "RUN", "/dev/null/out"], 73, "/dev/null"),
         (["verify", "RUN", "RUN", "--level", "x"], 2, "--level=x"),
         (["import", "RUN", "OUT"], 2, "init_from"),
+        (["export", "RUN", "OUT", "--from", "nope"], 2, "--from nope"),
+        (["export", "RUN", "OUT", "--n-head", "3"], 2, "--n-head"),
+        (["export", "RUN", "OUT", "--config", "x.json"], 2, "--config"),
+        (["export", "RUN", "OUT", "--ignore-keys", "*"], 2, "--ignore-keys"),
+        (["export", "RUN", "OUT", "--allow-approx=foo"], 2, "--allow-approx=foo"),
+        (["export", "RUN", "OUT", "--allow-approx="], 2, "--allow-approx="),
+        (["export", "RUN", "O", "--to=nanogpt", "--max-shard-size=1KB"], 2, "one file"),
+        (["export", "RUN", ""], 2, "OUT is empty"),
+        (["inspect", ""], 2, "PATH is empty"),
         (["nonsense"], 2, "nonsense"),
         ([], 2, "COMMAND"),
     ],
@@ -383,6 +408,20 @@ def test_wrong_words(tmp_path, capsys, words, code, said):
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
+
+
+@pytest.mark.parametrize(("stdout", "code"), [(">&-", 0), ("> /dev/full", 74), ("| head -c1", 0)])
+def test_standard_output_that_takes_nothing(tmp_path, stdout, code):
+    run = run_of(tmp_path)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m interop inspect {run} {stdout}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert code == 0 or "standard output" in done.stderr
 
 
 def test_leftovers_are_not_mistaken_for_checkpoints(tmp_path):

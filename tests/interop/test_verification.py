@@ -153,8 +153,8 @@ def test_the_folder_proves_itself(exported, copied, target):
 @pytest.mark.torch
 def test_the_folder_sees_a_changed_weight(copied):
     out = copied("craft-torch")
-    damage(out / "model.safetensors", "token_embedding.embedding")
-    assert "FAILED" in prove(out, 1).stderr
+    flip(out / "model.safetensors", "blocks.1.mlp.down.bias")
+    assert "1 tensors are not those exported: blocks.1.mlp.down.bias" in prove(out, 1).stderr
 
 
 def prove(out, code):
@@ -173,7 +173,8 @@ def test_import_compares_the_probe(exported, copied, tmp_path):
     with pytest.raises(ParityError, match=r"probe\.json records"):
         interop.import_checkpoint(out, tmp_path / "models" / "bad")
     assert not (tmp_path / "models" / "bad").exists()
-    interop.import_checkpoint(out, tmp_path / "models" / "bad", probe="none")
+    done = interop.import_checkpoint(out, tmp_path / "models" / "bad", probe="none")
+    assert any("changed since: blocks.0.attn_norm.scale" in note for note in done.notes)
 
 
 @pytest.mark.torch

@@ -128,6 +128,10 @@ def test_samples_follow_the_seed_and_stop_at_the_end():
         {"temperature": -1},
         {"temperature": float("nan")},
         {"top_k": 0},
+        {"top_k": 98},
+        {"prompts": [1, 2]},
+        {"prompts": [[-1]]},
+        {"prompts": [[97]]},
         {"top_p": 0},
         {"top_p": 1.5},
         {"min_p": -0.1},
@@ -173,8 +177,11 @@ def test_dropout_only_while_training():
     known = spec(num_layers=1, dropout=0.5)
     model, ids = model_of(known), tokens(33)
     assert torch.equal(model(ids)[0], model(ids)[0])
+    greedy = model.generate([[1, 2]], max_new_tokens=20, temperature=0)
     model.train()
     assert not torch.equal(model(ids)[0], model(ids)[0])
+    assert model.generate([[1, 2]], max_new_tokens=20, temperature=0) == greedy
+    assert model.training
 
 
 def test_it_needs_torch_alone(copied):
@@ -225,6 +232,8 @@ def test_loading_is_strict(copied):
         ({"tie_embeddings": False}, r"missing: head\.embedding"),
         ({"window": 7}, "unknown settings .'window'."),
         ({"name": "other"}, "'other'"),
+        ({"num_heads": 7}, "num_heads=7 does not divide d_model=48"),
+        ({"activation": "swish"}, "activation='swish'"),
     ]:
         with pytest.raises(ValueError, match=words):
             load(**change)
