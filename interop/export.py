@@ -288,7 +288,8 @@ def export_checkpoint(
             (place / MANIFEST).write_text(hf_files.json_text(manifest), encoding="utf-8")
         if verify == "logits":
             module = importlib.import_module("interop.verification")
-            report = module.compare(made.source, _reopened(place, made), level="logits")
+            held = dataclasses.replace(made.source, spec=made.spec)
+            report = module.compare(held, _reopened(place, made), level="logits")
             if not report.passed:
                 raise ParityError(f"{out} was not written: {report.summary}")
     return Exported(out=out, plan=made, manifest=manifest, notes=tuple(notes))
