@@ -17,6 +17,8 @@ import logging
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,13 +152,12 @@ class CheckpointStore(Checkpoints):
           StorageError: it could not be written.
         """
         place = self.folder / str(step)
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, _OneByOne(deepcopy_host_arrays=False))
-        )
+        writer = _OneByOne()
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
         arrays = ocp.args.PyTreeSave(dict(params), ocdbt_target_data_file_size=_IMPORTED_FILE_SIZE)
         try:
             place.mkdir(parents=True)
-            with _quiet_absl():
+            with _quiet_absl(), _stopping(writer):
                 handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
                 with ocp.Checkpointer(handler) as checkpointer:
                     checkpointer.save(place / PARAMS, args=arrays)
@@ -198,23 +199,63 @@ class CheckpointStore(Checkpoints):
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes arrays one after the other; Orbax alone holds a copy of all of them."""
+    """Writes arrays one after the other, until it is told to stop.
 
-    _turn: asyncio.Lock | None = None
+    Orbax alone holds a copy of all of them, and goes on in its threads when the program is told to
+    end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self.is_stopped = self._has_failed = False
+        self._turn: asyncio.Lock | None = None
 
     async def _open_and_write(self, value: np.ndarray, *args: Any, **kwargs: Any) -> None:
         self._turn = self._turn or asyncio.Lock()
-        async with self._turn:
+        await self._turn.acquire()
+        try:
+            if self._has_failed:
+                return  # One failure is enough for Orbax, and a second is printed.
+            if self.is_stopped:
+                raise InterruptedError("told to stop")
             # TensorStore is slow on views whose rows are far apart, such as transposed ones.
             await super()._open_and_write(np.ascontiguousarray(value), *args, **kwargs)
+        except BaseException:
+            self._has_failed = True
+            raise
+        finally:
+            with contextlib.suppress(RuntimeError):  # After a failure the event loop is gone.
+                self._turn.release()
+
+
+@contextlib.contextmanager
+def _stopping(handler: _OneByOne) -> Iterator[None]:
+    """Lets signals stop a handler between two arrays, and passes them on when it has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        handler.is_stopped = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        for number in seen[:1]:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Keeps Orbax from warning that a registry for numpy knows no JAX arrays."""
+    """Keeps Orbax from printing tracebacks of failures that are reported in our own words."""
     absl = logging.getLogger("absl")
     level = absl.level
-    absl.setLevel(logging.ERROR)
+    absl.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

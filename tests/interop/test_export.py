@@ -312,6 +312,47 @@ def test_a_file_that_may_not_grow(large, tmp_path):
     assert list(tmp_path.iterdir()) == [] and tree(large) == before
 
 
+@pytest.fixture(scope="module")
+def large_folder(large, tmp_path_factory):
+    """What the large run is for Hugging Face."""
+    out = tmp_path_factory.mktemp("large_folder") / "out"
+    return interop.export_checkpoint(large, out, "gpt2", **QUICK).out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_import_is_stopped_by_a_signal(large_folder, tmp_path, number, code):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interop", "import", str(large_folder), str(tmp_path / "new")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    # While Orbax writes in threads of its own.
+    while not list(tmp_path.glob("new.tmp-*/checkpoints/0/*/ocdbt*/d/*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == code, said
+    assert "nothing was left behind" in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_import_onto_a_full_disk(large_folder, tmp_path):
+    process = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1000; exec {sys.executable} -m interop import {large_folder} "
+         f"{tmp_path / 'new'}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert process.returncode == 74, process.stderr
+    assert "File too large" in process.stderr and "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_at_once_one_wins(large, tmp_path):
     out = tmp_path / "out"
     both = [start(large, out, "--to", "craft-torch", "--probe", "none") for _ in range(2)]
