@@ -81,6 +81,8 @@ def check(source: Source, file: Path) -> int:
             (int(r["position"]), list(r["ids"]), np.asarray(r["logits"])) for r in probe["rows"]
         ]
         tolerance = float(probe["tolerance"])
+        if not rows or not ((tokens >= 0) & (tokens < source.spec.vocab_size)).all():
+            raise ValueError("no logits, or ids outside of the vocabulary")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{file} is no probe: {error!r}") from error
     logits_TV = Reference(source.spec, source.leaves).logits(tokens[None])[0]

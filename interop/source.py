@@ -189,7 +189,12 @@ def _open_run(folder: Path, step: int | None) -> Source:
             f"run {folder} has no finished checkpoint of {which}{have}"
         )
     meta, config = store.meta(step), store.config(step)
-    spec = ModelSpec.from_model_config(config.get("model", {}), meta.get("vocab_size") or 0)
+    try:
+        spec = ModelSpec.from_model_config(config["model"], meta["vocab_size"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CorruptFileError(
+            f"checkpoint {step} of {folder}: its config cannot be understood: {error!r}"
+        ) from error
     tokenizer_file = store.tokenizer_file(step)
     found = orbax.read_params(store.params_folder(step))
     _check_layers(spec, len(found), folder)
@@ -241,7 +246,7 @@ def _open_foreign(place: Path, options: Options) -> Source:
         raw: Tensors = weights.tensors
         tokenizer, manifest = hf_files.read_tokenizer(place), _manifest(place)
         origin = (manifest or {}).get("source", {})
-        run, step, metrics = origin.get("run"), int(origin.get("step", 0)), {}
+        run, step, metrics = origin.get("run"), origin.get("step", 0), {}
     else:
         weights = open_weights(place, options.allow_globals)
         raw, described = _state_dict(weights, place)
@@ -260,6 +265,8 @@ def _open_foreign(place: Path, options: Options) -> Source:
         reading = target.read_config(config)
     except InteropError as error:
         raise type(error)(f"{place}: {error}", **error.details) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{place}: its config cannot be understood: {error}") from error
     _check_layers(reading.spec, len(names.tensors), place)
     _check_allowed(reading.approximations, options.allow_approx, place)
     spec, tensors = _without_zero_biases(
@@ -411,7 +418,14 @@ def _progress(container: Any) -> tuple[int, dict[str, Any]]:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     file = folder / MANIFEST
-    return hf_files.read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    value = hf_files.read_json(file)
+    kinds = {"source": dict, "synthetic": list, "canonical": dict, "dtype": str}
+    is_sound = all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+    if not is_sound or not isinstance(value["source"].get("step"), int):
+        raise CorruptFileError(f"{file} is no manifest of an export; remove it")
+    return value
 
 
 def _check_allowed(crossed: Mapping[str, str], allow_approx: Any, place: Path) -> None:

@@ -310,6 +310,7 @@ def test_configs_that_cannot_be(tmp_path, capsys, change, words):
     ("change", "words"),
     [
         (lambda c: c.pop("n_head"), "hf: config.json lacks n_head; add what is missing"),
+        (lambda c: c.update(resid_pdrop=[]), "its config cannot be understood"),
         (lambda c: c.update(n_layer=1 << 40), "says 1099511627776 layers, and there are 28"),
     ],
 )
@@ -327,6 +328,24 @@ def test_a_config_that_is_no_json(tmp_path, capsys):
     (folder / "config.json").write_text("{")
     code, said = bring(capsys, tmp_path, folder)
     assert code == 65 and "not readable JSON" in said
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"source": {"step": "x"}}'])
+def test_a_manifest_that_is_none(tmp_path, capsys, content):
+    folder = write_folder(tmp_path / "hf", tensors())
+    (folder / "interop_manifest.json").write_text(content)
+    code, said = bring(capsys, tmp_path, folder)
+    assert code == 65 and "interop_manifest.json" in said
+
+
+@pytest.mark.parametrize("change", [{"rows": []}, {"tokens": [97]}, {"tokens": None}])
+def test_a_probe_that_is_none(tmp_path, capsys, change):
+    folder = write_folder(tmp_path / "hf", tensors())
+    row = {"position": 0, "ids": [0], "logits": [0.0]}
+    probe = {"tokens": [0], "tolerance": 1.0, "rows": [row]} | change
+    (folder / "probe.json").write_text(json.dumps(probe))
+    code, said = bring(capsys, tmp_path, folder)
+    assert code == 65 and "probe.json is no probe" in said
 
 
 def test_folders_without_a_model(tmp_path, capsys):
