@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from craft_jax.errors import UsageError
-from interop.errors import DtypeError
+from interop.errors import DtypeError, listed
 from interop.tensors import DTYPES, LazyTensor, Tensors, bits
 
 _NAMES = {
@@ -121,6 +121,20 @@ def count_nonfinite(array: np.ndarray) -> int:
         int(np.count_nonzero((flat[i : i + _SLAB].view(unsigned) & mask) == mask))
         for i in range(0, flat.size, _SLAB)
     )
+
+
+def nonfinite_notes(counts: Mapping[str, int], strict: bool) -> list[str]:
+    """Returns a warning about tensors that hold NaN or infinities; empty if none does.
+
+    Raises:
+      DtypeError: one does, and `strict` refuses that.
+    """
+    if not counts:
+        return []
+    text = f"{sum(counts.values())} values are NaN or infinite, in {listed(counts)}"
+    if strict:
+        raise DtypeError(f"{text}; refused because of --strict-finite")
+    return [f"warning: {text}"]
 
 
 def digest(array: np.ndarray) -> str:

@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from craft_jax import outputs
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
 from interop import cast, hf_files, pipeline, source
-from interop.errors import DtypeError, ParityError, listed
+from interop.errors import ParityError, listed
 from interop.files import atomic
 from interop.files.safetensors import SafetensorsWriter
 from interop.files.torch_writer import Placeholder, TorchFileWriter
-from interop.files.weights import index_json, parse_size, plan_shards
+from interop.files.weights import INDEX, index_json, parse_size, plan_shards
 from interop.mapping import Mapping as Rules
 from interop.source import MANIFEST, Options, Source
 from interop.spec import ModelSpec
@@ -276,7 +277,7 @@ def export_checkpoint(
         else:
             place.mkdir()
             _write_folder(made, place, record, workers)
-        notes += record.remarks(strict_finite)
+        notes += cast.nonfinite_notes(record.nonfinite, strict_finite)
         if verify != "none":
             _read_back(made, place, record, workers)
         if wants_probe and not is_file:
@@ -285,7 +286,7 @@ def export_checkpoint(
             verified=verify, probe=wants_probe and not is_file, notes=tuple(notes)
         )
         if not is_file:
-            (place / MANIFEST).write_text(hf_files.json_text(manifest), encoding="utf-8")
+            outputs.write_json(place / MANIFEST, manifest)
         if verify == "logits":
             module = importlib.import_module("interop.verification")
             held = dataclasses.replace(made.source, spec=made.spec)
@@ -323,22 +324,12 @@ class _Record:
         self._made = made
         self.digests: dict[str, str] = {}
         self.canonical: dict[str, str] = {}
-        self._nonfinite: dict[str, int] = {}
+        self.nonfinite: dict[str, int] = {}
 
     def add(self, done: pipeline.Done) -> None:
         self.digests |= done.digests
         self.canonical |= done.canonical
-        self._nonfinite |= done.nonfinite
-
-    def remarks(self, strict: bool) -> list[str]:
-        """Returns a warning about values that are not finite, or raises."""
-        if not self._nonfinite:
-            return []
-        total = sum(self._nonfinite.values())
-        text = f"{total} values are NaN or infinite, in {listed(self._nonfinite)}"
-        if strict:
-            raise DtypeError(f"{text}; refused because of --strict-finite")
-        return [f"warning: {text}"]
+        self.nonfinite |= done.nonfinite
 
     def manifest(self, *, verified: str, probe: bool, notes: tuple[str, ...]) -> dict[str, Any]:
         made = self._made
@@ -407,7 +398,7 @@ def _write_folder(made: Plan, place: Path, record: _Record, workers: int | None)
             writer.abort()
         raise
     if len(shards) > 1:
-        _text(place / "model.safetensors.index.json", index_json(shards, made.stored))
+        outputs.write_json(place / INDEX, index_json(shards, made.stored))
     _write_configs(made, place)
 
 
@@ -421,15 +412,10 @@ def _write_configs(made: Plan, place: Path) -> None:
         (place / _MODELING.name).write_bytes(_MODELING.read_bytes())
     else:
         generation = hf_files.generation_config(made.tokenizer, made.spec.vocab_size)
-        _text(place / hf_files.GENERATION, generation)
-    _text(place / hf_files.CONFIG, config)
+        outputs.write_json(place / hf_files.GENERATION, generation)
+    outputs.write_json(place / hf_files.CONFIG, config)
     if made.tokenizer:
-        for name, text in hf_files.tokenizer_files(made.tokenizer, made.spec.max_seq_len).items():
-            (place / name).write_text(text, encoding="utf-8")
-
-
-def _text(path: Path, value: Any) -> None:
-    path.write_text(hf_files.json_text(value), encoding="utf-8")
+        hf_files.write_tokenizer(place, made.tokenizer, made.spec.max_seq_len)
 
 
 def _write_file(made: Plan, place: Path, record: _Record, workers: int | None, verify: str) -> None:

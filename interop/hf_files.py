@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from craft_jax import outputs
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import CraftError
 from interop.errors import CorruptFileError
@@ -54,8 +55,8 @@ def generation_config(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str,
     return found
 
 
-def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
-    """Returns the text of the tokenizer's files, by name.
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Writes the files of a tokenizer.
 
     Text never turns into a special token by spelling one, there as here.
     """
@@ -68,7 +69,8 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     if tokenizer.end_id is not None:
         token = tokenizer.token(tokenizer.end_id)
         described |= {"bos_token": token, "eos_token": token}
-    return {TOKENIZER: tokenizer.json, _TOKENIZER_CONFIG: json_text(described)}
+    outputs.write_text(folder / TOKENIZER, tokenizer.json)
+    outputs.write_json(folder / _TOKENIZER_CONFIG, described)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -108,8 +110,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} holds {type(value).__name__}, not an object")
     return value
-
-
-def json_text(value: Any) -> str:
-    """Returns JSON as it is written to files."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -18,7 +18,7 @@ from craft_jax.checkpointing import CheckpointStore
 from craft_jax.errors import StorageError, UsageError
 from craft_jax.outputs import Checkpoints
 from interop import cast, live, pipeline, source
-from interop.errors import DiskSpaceError, DtypeError, ParityError, listed
+from interop.errors import DiskSpaceError, ParityError, listed
 from interop.export import PROBE_LIMIT, model_digest
 from interop.files import atomic, orbax
 from interop.source import CRAFT, Options, Source
@@ -107,10 +107,13 @@ def import_checkpoint(
     opened = dataclasses.replace(opened, tokenizer=source.tokenizer_of(opened, tokenizer))
     opened = source.with_dtype(opened, cast.named(dtype))
     atomic.check_place(out, [opened.path], overwrite)
+    survey = pipeline.survey(
+        opened.leaves, digests=verify == "bits", workers=workers, budget=max_memory
+    )
     notes = [
         *opened.notes,
         *(f"{name}: {reason}" for name, reason in opened.approximations.items()),
-        *_finite(opened.leaves, strict_finite, workers, max_memory),
+        *cast.nonfinite_notes(survey.nonfinite, strict_finite),
     ]
     if opened.tokenizer is None:
         notes.append("tokenizer: the source has none; commands that read text need --tokenizer")
@@ -119,29 +122,11 @@ def import_checkpoint(
         write_run(opened, out, place, spill=dtype != "keep")
         sha256 = None
         if verify == "bits":
-            digests = _read_back(opened, place, workers, max_memory)
-            sha256 = model_digest(digests)
-            notes += _changed_since(opened, digests)
+            _read_back(opened, place, survey.digests, workers, max_memory)
+            sha256 = model_digest(survey.digests)
+            notes += _changed_since(opened, survey.digests)
         compared = _compare_probe(opened, probe)
     return Imported(out=out, source=opened, model_sha256=sha256, probe=compared, notes=tuple(notes))
-
-
-def _finite(leaves: Tensors, strict: bool, workers: int | None, budget: int | None) -> list[str]:
-    names = list(leaves)
-    counts = pipeline.ordered(
-        lambda name: cast.count_nonfinite(leaves[name].read()),
-        names,
-        lambda name: leaves[name].nbytes,
-        workers=workers,
-        budget=budget,
-    )
-    odd = {name: count for name, count in zip(names, counts, strict=True) if count}
-    if not odd:
-        return []
-    text = f"{sum(odd.values())} values are NaN or infinite, in {listed(odd)}"
-    if strict:
-        raise DtypeError(f"{text}; refused because of --strict-finite")
-    return [f"warning: {text}"]
 
 
 def write_run(opened: Source, out: Path, place: Path, spill: bool) -> None:
@@ -224,15 +209,18 @@ def _changed_since(opened: Source, digests: Mapping[str, str]) -> list[str]:
 
 
 def _read_back(
-    opened: Source, place: Path, workers: int | None, budget: int | None
-) -> dict[str, str]:
-    """Compares the checkpoint with the source, by digests of the leaves; returns these.
+    opened: Source,
+    place: Path,
+    before: Mapping[str, str],
+    workers: int | None,
+    budget: int | None,
+) -> None:
+    """Compares the checkpoint with the digests of the source's leaves.
 
     Raises:
       ParityError: they differ; names the leaves.
     """
     written = orbax.read_params(Checkpoints(place / "checkpoints").params_folder(0))
-    before = pipeline.digests(opened.leaves, workers=workers, budget=budget)
     after = pipeline.digests(written, workers=workers, budget=budget)
     wrong = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     wrong += [n for n, leaf in opened.leaves.items() if written[n].dtype != leaf.dtype]
@@ -241,7 +229,6 @@ def _read_back(
             f"{len(wrong)} leaves read back from the checkpoint differ from the source: "
             + listed(wrong)
         )
-    return before
 
 
 def _compare_probe(opened: Source, probe: str) -> int | None:

@@ -86,6 +86,37 @@ def digests(
     return dict(zip(names, found, strict=True))
 
 
+class Survey(NamedTuple):
+    """What one reading of a model's leaves found.
+
+    Attributes:
+      digests: of the leaves; empty if they were not asked for.
+      nonfinite: how many values of each leaf are NaN or infinite, where there are any.
+    """
+
+    digests: dict[str, str]
+    nonfinite: dict[str, int]
+
+
+def survey(
+    leaves: Tensors, *, digests: bool, workers: int | None = None, budget: int | None = None
+) -> Survey:
+    """Reads every leaf once."""
+
+    def look(name: str) -> tuple[int, str]:
+        array = np.ascontiguousarray(leaves[name].read())
+        return cast.count_nonfinite(array), cast.digest(array) if digests else ""
+
+    names = list(leaves)
+    costs = {name: 2 * leaves[name].nbytes for name in names}
+    found = ordered(look, names, costs.__getitem__, workers=workers, budget=budget)
+    rows = dict(zip(names, found, strict=True))
+    return Survey(
+        {name: digest for name, (_, digest) in rows.items() if digests},
+        {name: count for name, (count, _) in rows.items() if count},
+    )
+
+
 def ordered(
     work: Callable[[T], R],
     items: Sequence[T],

@@ -170,14 +170,12 @@ def _structure(a: Source, b: Source) -> Checked:
 
 def _strict_load(model: Source) -> list[str]:
     """Compares names and shapes with those of PyTorch's own module, built without memory."""
-    assert model.tensors is not None
+    assert model.tensors is not None and model.rules is not None
     if not _can_run(model):
         return []
     answer, _ = _ask(model, {"what": "structure"})
     wanted = {name: tuple(shape) for name, shape in answer["tensors"].items()}
-    spec = model.spec
-    rules = TARGETS[model.kind].table(spec).bind(spec.num_layers)
-    extra = {alias.name for alias in rules.aliases} | {buffer.name for buffer in rules.buffers}
+    extra = {one.name for one in (*model.rules.aliases, *model.rules.buffers)}
     missing = [name for name in wanted if name not in model.tensors and name not in extra]
     beyond = [name for name in model.tensors if name not in wanted and name not in extra]
     shapes = [

@@ -62,6 +62,17 @@ _READ = frozenset(
 )
 
 
+def guessed_sizes(shapes: Mapping[str, tuple[int, ...]], num_heads: int | None) -> dict[str, Any]:
+    """Returns the sizes that tensors of GPT-2's names tell, under GPT-2's names of settings."""
+    vocab_size, width = shapes["transformer.wte.weight"]
+    return {
+        "vocab_size": vocab_size,
+        "n_embd": width,
+        "n_head": need_heads(width, num_heads),
+        "n_layer": count_layers(shapes, "transformer.h."),
+    }
+
+
 def is_causal_mask(array: np.ndarray) -> bool:
     """Whether an array (1, 1, n, n) is the lower triangle of ones that GPT-2 files carry."""
     if array.ndim != 4 or array.shape[:2] != (1, 1) or array.shape[2] != array.shape[3]:
@@ -178,14 +189,9 @@ class GPT2(Target):
     def guess_config(
         self, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None
     ) -> dict[str, Any]:
-        vocab_size, width = shapes["transformer.wte.weight"]
-        return {
-            "vocab_size": vocab_size,
-            "n_embd": width,
-            "n_head": need_heads(width, num_heads),
+        return guessed_sizes(shapes, num_heads) | {
             "n_positions": shapes["transformer.wpe.weight"][0],
             "n_inner": shapes["transformer.h.0.mlp.c_fc.weight"][1],
-            "n_layer": count_layers(shapes, "transformer.h."),
             "tie_word_embeddings": "lm_head.weight" not in shapes,
         }
 

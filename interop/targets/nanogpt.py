@@ -15,11 +15,9 @@ from interop.targets.base import (
     Limit,
     Reading,
     Target,
-    count_layers,
     demand,
-    need_heads,
 )
-from interop.targets.gpt2 import is_causal_mask
+from interop.targets.gpt2 import guessed_sizes, is_causal_mask
 
 
 class NanoGPT(Target):
@@ -123,13 +121,8 @@ class NanoGPT(Target):
     def guess_config(
         self, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None
     ) -> dict[str, Any]:
-        vocab_size, width = shapes["transformer.wte.weight"]
-        return {
-            "vocab_size": vocab_size,
-            "n_embd": width,
-            "n_head": need_heads(width, num_heads),
+        return guessed_sizes(shapes, num_heads) | {
             "block_size": shapes["transformer.wpe.weight"][0],
-            "n_layer": count_layers(shapes, "transformer.h."),
             "bias": "transformer.ln_f.bias" in shapes,
         }
 

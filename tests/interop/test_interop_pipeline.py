@@ -1,3 +1,6 @@
+import collections
+import dataclasses
+import functools
 import threading
 import time
 
@@ -6,7 +9,7 @@ import pytest
 
 from interop import pipeline
 from interop.targets import TARGETS
-from interop.tensors import same_bits
+from interop.tensors import lazy, same_bits
 from tests.interop.models import random_leaves, spec
 
 
@@ -69,3 +72,24 @@ def test_forward_gives_tensors_and_both_digests(workers):
     assert made["lm_head.weight"] is made["transformer.wte.weight"]
     assert canonical == pipeline.digests(leaves, workers=workers)
     assert set(digests) == set(lazy)
+
+
+def test_a_survey_reads_each_leaf_once():
+    leaves = random_leaves(spec(num_layers=1))
+    odd = leaves["final_norm.bias"].read().copy()
+    odd[:2] = [np.nan, np.inf]
+    reads = collections.Counter()
+
+    def counted(name, array):
+        reads[name] += 1
+        return array
+
+    watched = {
+        name: dataclasses.replace(leaf, read=functools.partial(counted, name, leaf.read()))
+        for name, leaf in (leaves | {"final_norm.bias": lazy(odd)}).items()
+    }
+    found = pipeline.survey(watched, digests=True)
+    assert found.nonfinite == {"final_norm.bias": 2}
+    assert set(reads) == set(leaves) and set(reads.values()) == {1}
+    assert found.digests == pipeline.digests(watched)
+    assert pipeline.survey(watched, digests=False).digests == {}

@@ -1,6 +1,5 @@
 """Exports and imports stay small, whatever the size of the model; measured as a whole process."""
 
-import os
 import subprocess
 import sys
 import time
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import environment
 from tests.interop.models import make_run, spec
 
 MB = 10**6
@@ -25,7 +24,7 @@ def peak(*words):
     """Runs a command and returns the largest RssAnon seen, in bytes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "interop", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

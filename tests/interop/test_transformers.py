@@ -1,7 +1,6 @@
 """What a user of transformers sees: loading without a word, the same tokens, the same text."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from craft_jax.data import tokenizers
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 from interop.source import open_source
 from interop.tensors import same_bits
-from tests.conftest import ROOT, command, environment, micro
+from tests.conftest import command, environment, micro
 from tests.interop.models import make_run, spec
 
 torch = pytest.importorskip("torch")
@@ -152,7 +151,7 @@ def test_a_trained_run_makes_the_same_100_tokens(tmp_path, text_file):
     )
     done = subprocess.run(
         [sys.executable, "-m", "interop", "export", workdir / "models" / "r", tmp_path / "out"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,3 @@
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from craft_jax.training import state as states
 from interop.errors import CorruptFileError, UncommittedCheckpointError
 from interop.files.orbax import read_params
 from interop.tensors import same_bits
-from tests.conftest import ROOT
+from tests.conftest import environment
 from tests.interop.models import make_run, random_leaves, spec
 
 
@@ -58,7 +57,7 @@ def test_neither_jax_nor_orbax_is_needed(trained):
         "found = read_params(Path(sys.argv[1])); [leaf.read() for leaf in found.values()]; "
         "sys.exit(any(name in sys.modules for name in ('jax', 'orbax', 'torch', 'flax')))"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = environment()
     subprocess.run([sys.executable, "-c", code, str(trained[0])], env=env, check=True)
 
 

@@ -596,8 +596,6 @@ def test_abort_and_close_leave_no_open_file(tmp_path):
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("no /proc")
     before = count()
     for i, end in enumerate(["close", "abort"]):
         writer = SafetensorsWriter(tmp_path / f"{i}", described({"a": np.ones(1)}), {})
