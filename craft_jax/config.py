@@ -21,17 +21,20 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict
 
 from craft_jax import plugins, schema
-from craft_jax.data.pipeline import DataConfig, is_tokenizer_path
+from craft_jax.data.pairs import TASKS
+from craft_jax.data.pipeline import DataConfig, is_pairs_path, is_tokenizer_path
 from craft_jax.data.tokenizers import KINDS
-from craft_jax.errors import ConfigError
-from craft_jax.models.base import Model
+from craft_jax.errors import ConfigError, UsageError
+from craft_jax.models.base import EncoderDecoderModel, Model
 from craft_jax.models.gpt import GPT
+from craft_jax.models.seq2seq import Transformer
+from craft_jax.models.transformer import TransformerLM
 from craft_jax.optim import OptimConfig
 from craft_jax.schema import Contradiction, setting
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training.trainer import TrainingConfig
 
-MODELS: dict[str, type[Model]] = {"gpt": GPT}
+MODELS: dict[str, type[Model]] = {"gpt": GPT, "transformer": TransformerLM, "seq2seq": Transformer}
 
 # What users of other frameworks type, for "did you mean".
 _ALIASES = {
@@ -110,6 +113,39 @@ class ExperimentConfig:
                 f"data.vocab_size={data.vocab_size} is more than model.vocab_size={vocab}; "
                 "leave model.vocab_size out, or make it at least as large",
             )
+        if wrong := self._wrong_pairs:
+            yield Contradiction(("model.name", "data.pairs"), wrong)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the model reads a source and writes a target."""
+        return issubclass(self.model_class, EncoderDecoderModel)
+
+    def check_pairs(self) -> None:
+        """Checks that model and data are both of pairs, or neither is.
+
+        A run that was imported names no data yet, so its saved config is not checked for this.
+
+        Raises:
+          UsageError: they are not.
+        """
+        if wrong := self._wrong_pairs:
+            raise UsageError(wrong)
+
+    @property
+    def _wrong_pairs(self) -> str | None:
+        name, data = self.model.name, self.data
+        if data.pairs and not self.reads_pairs:
+            return (
+                f"model.name={name} does not read data.pairs={data.pairs}; use model.name=seq2seq, "
+                "or leave data.pairs out"
+            )
+        if self.reads_pairs and not (data.pairs or data.dataset):
+            return (
+                f"model.name={name} reads pairs, but data.pairs is empty: name yours with "
+                f"--config.data.pairs=PATH, or one of {', '.join(TASKS)}"
+            )
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the config as plain JSON, section by section."""
@@ -303,6 +339,7 @@ def from_values(
     sections["data"], sections["training"] = _absolute(sections["data"], sections["training"])
     if check_files:
         found.add("data.tokenizer", *_missing_tokenizer(sections["data"].tokenizer))
+        found.add("data.pairs", *_missing_pairs(sections["data"].pairs))
     for section, value in sections.items():
         for field, problem in schema.out_of_bounds(value, section):
             found.add(field, problem)
@@ -311,7 +348,7 @@ def from_values(
         **{s: schema.repaired(value, s, found.fields) for s, value in sections.items()},
     )
     # A run that was imported names no text yet.
-    not_checked = found.fields if check_files else found.fields | {"data.path"}
+    not_checked = found.fields if check_files else found.fields | {"data.path", "data.pairs"}
     for part in (*(getattr(config, section) for section in sections), config):
         found.add("", *schema.contradictions(part, not_checked))
     if found.lines:
@@ -325,6 +362,14 @@ def _missing_tokenizer(tokenizer: str | None) -> Iterator[str]:
         close = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         yield f"data.tokenizer={name!r} is not one of {', '.join(KINDS)}, nor a file{hint}"
+
+
+def _missing_pairs(pairs: str | None) -> Iterator[str]:
+    if pairs and is_pairs_path(pairs) and not os.path.exists(pairs):
+        name = os.path.basename(pairs)
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield f"data.pairs={name!r} is not one of {', '.join(TASKS)}, nor a file{hint}"
 
 
 class _Mistakes:
@@ -409,6 +454,8 @@ def _absolute(data: DataConfig, training: TrainingConfig) -> tuple[DataConfig, T
         changes["path"] = str(Path(data.path).expanduser().absolute())
     if data.tokenizer and is_tokenizer_path(data.tokenizer):
         changes["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
+    if data.pairs and is_pairs_path(data.pairs):
+        changes["pairs"] = str(Path(data.pairs).expanduser().absolute())
     if data.dataset:
         changes["dataset"] = plugins.absolute(data.dataset)
     callbacks = tuple(map(plugins.absolute, training.callbacks))

@@ -23,6 +23,23 @@ class LossSums(NamedTuple):
     correct: jax.Array
 
 
+class PairSums(NamedTuple):
+    """Sums over the targets of a batch of pairs; scalars, at least float32.
+
+    Attributes:
+      loss, weight, correct: as in `LossSums`.
+      exact: rows whose every target the model ranks first, given the targets before it; greedy
+        decoding gives just these rows back whole.
+      rows: rows that have a target.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+    exact: jax.Array
+    rows: jax.Array
+
+
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array | None = None
 ) -> LossSums:
@@ -44,3 +61,16 @@ def cross_entropy(
     return LossSums(
         (losses_BT * weights_BT).sum(), weights_BT.sum(), (correct_BT * weights_BT).sum()
     )
+
+
+def pair_cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> PairSums:
+    """Cross-entropy of targets that are one sequence in each row; see `cross_entropy`."""
+    sums = cross_entropy(logits_BTV, targets_BT, weights_BT)
+    counts_BT = weights_BT > 0
+    wrong_B = jnp.any((jnp.argmax(logits_BTV, axis=-1) != targets_BT) & counts_BT, axis=-1)
+    is_row_B = jnp.any(counts_BT, axis=-1)
+    dtype = sums.loss.dtype
+    exact, rows = (jnp.sum(x, dtype=dtype) for x in (is_row_B & ~wrong_B, is_row_B))
+    return PairSums(*sums, exact=exact, rows=rows)

@@ -38,6 +38,7 @@ examples:
   python -m craft_jax.main --run=latest                        # continue
   python -m craft_jax.main evaluate --run=latest
   python -m craft_jax.main generate --run=latest --prompt="def " --max_new_tokens=200
+  python -m craft_jax.main generate --run=latest --prompt="def " --num_beams=4
   python -m craft_jax.main visualize --run=one --run=another
   python -m craft_jax.main prepare --config=configs/gpt.py
   python -m craft_jax.main runs
@@ -160,7 +161,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("--tokenizer", help="the same as --config.data.tokenizer")
     if command == "evaluate":
         add("--split", choices=("val", "train"), default="val", help="what to evaluate on")
-        add("--text", help="a text file to evaluate on instead")
+        add("--text", help="a text file to evaluate on instead; .tsv or .jsonl for pairs")
     if command == "generate":
         _add_sampling(parser)
     return parser
@@ -168,16 +169,18 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", action="append", help="text to continue; repeat it for several")
+    add("--prompt", action="append", help="text to continue, or a source; repeat it for several")
     add("--prompt_file", help="a file with a prompt in each line; - for standard input")
     add("--max_new_tokens", type=int, default=200, help="tokens per sample (default: 200)")
     add("--num_samples", type=int, default=1, help="samples of each prompt (default: 1)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    add("--temperature", type=float, help="0 takes the likeliest (default: 0.8; 0 for pairs)")
     add("--top_k", type=int, help="only the k likeliest tokens")
     add("--top_p", type=float, default=1.0, help="only the likeliest with this probability")
     add("--min_p", type=float, default=0.0, help="none below this part of the likeliest's")
     add("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition")
     add("--seed", type=int, default=0, help="of the randomness (default: 0)")
+    add("--num_beams", type=int, default=1, help="above 1: search instead of sampling (default: 1)")
+    add("--length_penalty", type=float, default=0.0, help="above 0 prefers longer texts of beams")
 
 
 if __name__ == "__main__":

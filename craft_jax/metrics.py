@@ -25,3 +25,23 @@ def from_sums(*, loss: float, weight: float, correct: float, num_bytes: int | No
         "accuracy": correct / weight,
         "tokens": int(weight),
     }
+
+
+def from_pair_sums(
+    *, loss: float, weight: float, correct: float, exact: float, rows: float
+) -> dict:
+    """Returns the metrics of one pass over a split of pairs.
+
+    Args:
+      loss, weight, correct: as for `from_sums`, over the targets.
+      exact: number of pairs of which greedy decoding gives the whole target.
+      rows: number of pairs.
+
+    Returns:
+      `loss` (nats per token), `perplexity`, `accuracy` (of tokens, given the right ones before),
+      `exact_match`, `tokens`, `pairs`.
+    """
+    metrics = from_sums(loss=loss, weight=weight, correct=correct, num_bytes=None)
+    del metrics["bits_per_byte"]
+    tokens = metrics.pop("tokens")
+    return {**metrics, "exact_match": exact / rows, "tokens": tokens, "pairs": int(rows)}

@@ -102,17 +102,19 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Returns AdamW (Loshchilov & Hutter 2019) without its learning rate.
 
     Its updates are to be multiplied by minus the learning rate. Weight decay applies to parameters
-    of two or more dimensions: kernels and embeddings, not biases and norms.
+    of two or more dimensions: kernels and embeddings, not biases, norms and constants.
     """
     steps = []
     if config.clip_norm is not None:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
     steps.append(optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps))
     if config.weight_decay:
-        steps.append(optax.add_decayed_weights(config.weight_decay, mask=is_matrix))
+        steps.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
     return optax.chain(*steps)
 
 
-def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns, for each parameter path, whether it has two or more dimensions."""
-    return {path: value.ndim >= 2 for path, value in params.items()}
+def decays(params: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns, for each parameter path, whether it decays: matrices do, but for constants."""
+    return {
+        path: value.ndim >= 2 and not path.endswith(".constant") for path, value in params.items()
+    }

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from craft_jax import config as configs
 from craft_jax import outputs
@@ -108,14 +108,21 @@ class Run:
         prompt: str | Sequence[str] = "",
         *,
         max_new_tokens: int = 200,
+        num_beams: int = 1,
+        length_penalty: float = 0.0,
         seed: int = 0,
         **sampling: Any,
     ) -> Any:
         """Returns the prompt and its continuation; a list of them for a list of prompts.
 
+        For a model of pairs the prompt is a source, and its target alone is returned, the likeliest
+        one unless a temperature is given.
+
         Args:
           prompt: text; empty for a new document.
           max_new_tokens: how much is added.
+          num_beams: more than 1 searches with so many beams instead of sampling.
+          length_penalty: of the beams, see `Generator.beam_search`.
           seed: of the randomness.
           **sampling: see `SamplingConfig`.
 
@@ -123,16 +130,27 @@ class Run:
           UsageError: an impossible value, or a prompt that the model cannot take.
         """
         tokenizer = self.need_tokenizer()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = [prompt_ids(tokenizer, p) for p in prompts]
-        made = self.generator.generate(
-            self.compute_params,
-            ids,
-            max_new_tokens=max_new_tokens,
-            config=SamplingConfig(**sampling),
-            seed=seed,
-        )
-        texts = [p + tokenizer.decode(new) for p, new in zip(prompts, made, strict=True)]
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        is_pair = self.config.reads_pairs
+        rows = encode_prompts(tokenizer, texts, is_pair=is_pair)
+        options = {"max_new_tokens": max_new_tokens, "sources": rows.sources}
+        check_beams(num_beams, length_penalty, [*sampling, *(["seed"] if seed else [])])
+        if num_beams > 1:
+            found = self.generator.beam_search(
+                self.compute_params,
+                rows.prompts,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                **options,
+            )
+            made = [new for new, _ in found]
+        else:
+            config = SamplingConfig(**({"temperature": 0.0} if is_pair else {}) | sampling)
+            made = self.generator.generate(
+                self.compute_params, rows.prompts, config=config, seed=seed, **options
+            )
+        before = [""] * len(texts) if is_pair else texts
+        texts = [text + tokenizer.decode(new) for text, new in zip(before, made, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -175,6 +193,59 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if tokenizer.end_id is not None:
         return [tokenizer.end_id]
     return [0] if tokenizer.unknown_characters("\n") else tokenizer.encode("\n").tolist()
+
+
+def check_beams(num_beams: int, length_penalty: float, sampling: Sequence[str]) -> None:
+    """Checks that a search is not asked to sample, nor sampling to search.
+
+    Args:
+      num_beams, length_penalty: see `Generator.beam_search`.
+      sampling: names of the options of sampling that were given.
+
+    Raises:
+      UsageError: it is.
+    """
+    if num_beams > 1 and sampling:
+        raise UsageError(
+            f"--num_beams={num_beams} searches for the likeliest text and samples nothing; leave "
+            f"{', '.join(f'--{name}' for name in sampling)} out"
+        )
+    if num_beams < 1:
+        raise UsageError(f"--num_beams={num_beams} must be 1 (no search) or more")
+    if num_beams == 1 and length_penalty:
+        raise UsageError(
+            f"--length_penalty={length_penalty} is for a search; give --num_beams of 2 or more"
+        )
+
+
+class PromptRows(NamedTuple):
+    """What a generator is given for some texts.
+
+    Attributes:
+      prompts: ids that new tokens follow.
+      sources: ids of what an encoder-decoder reads; None for other models.
+    """
+
+    prompts: list[list[int]]
+    sources: list[list[int]] | None
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, is_pair: bool) -> PromptRows:
+    """Returns texts as prompts or, for a model of pairs, as sources.
+
+    Raises:
+      UsageError: characters that the tokenizer does not know, or an empty source.
+    """
+    if not is_pair:
+        return PromptRows([prompt_ids(tokenizer, text) for text in texts], None)
+    if tokenizer.end_id is None:
+        raise UsageError("the tokenizer has no end token, and a model of pairs needs one")
+    for number, text in enumerate(texts, start=1):
+        if not text:
+            which = f"source {number} of {len(texts)}" if len(texts) > 1 else "the source"
+            raise UsageError(f"{which} is empty; a model of pairs needs a text to read")
+    sources = [[*tokenizer.encode(text, "the source").tolist(), tokenizer.end_id] for text in texts]
+    return PromptRows([[tokenizer.end_id] for _ in texts], sources)
 
 
 def with_vocab_size(model: Any, vocab_size: int) -> Any:

@@ -13,7 +13,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from craft_jax.errors import (
@@ -116,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
             "export",
             "write a run for PyTorch",
             ("ckpt", "a run, or one of its checkpoints"),
-            ("out", "the folder (for nanogpt: the file) to make"),
+            ("out", "the folder to make; the file for nanogpt, torch-... and craft"),
         )
     )
     _add_import(
@@ -146,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--to", default="auto", help="auto (default), hf, gpt2, nanogpt or craft-torch")
-    add("--family", help="of Hugging Face: gpt2")
+    add("--to", default="auto", help="auto (default), hf, craft, or a target: see `targets`")
+    add("--family", help="of Hugging Face: gpt2, biogpt or opt")
     add("--dtype", default="keep", help="keep (default), fp32, bf16, fp16 or fp64")
     add("--max-shard-size", default="5GB", help="of a safetensors file (default: 5GB)")
     add("--trim-vocab", action="store_true", help="leave out rows that stand for no token")
@@ -177,9 +176,9 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--from", dest="kind", default="auto", help="auto (default), hf, or a target's name")
+    add("--from", dest="kind", default="auto", help="auto (default), hf, craft, or a target's name")
     add("--n-head", type=int, help="attention heads, for tensors without a config")
-    add("--config", help="a config file, for tensors without one")
+    add("--config", help="a config for tensors without one: a file, or '{...}'")
     add("--strip-prefix", help="the prefix of the tensors that count")
     add("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors to leave out")
     add("--drop-zero-bias", action="store_true", help="read biases that are all zero as none")
@@ -204,7 +203,7 @@ def _options(args: argparse.Namespace) -> Any:
     return importlib.import_module("interop.source").Options(
         kind=args.kind,
         num_heads=args.n_head,
-        config=Path(args.config) if args.config else None,
+        config=args.config,
         strip_prefix=args.strip_prefix,
         ignore_keys=tuple(args.ignore_keys),
         allow_approx=args.allow_approx,
@@ -259,11 +258,15 @@ def _export_lines(done: Any) -> list[str]:
         script = shlex.quote(str(done.out / "verify.py"))
         lines.append(f"probe      python {script} proves it wherever it is loaded")
     folder = shlex.quote(str(done.out.parent))
+    model_class = "CraftForSeq2Seq" if plan.spec.num_decoder_layers else "CraftForCausalLM"
     usage = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{done.out}")',
-        "craft-torch": f'CraftForCausalLM.from_pretrained("{done.out}"), in modeling_craft.py',
+        "craft-torch": f'{model_class}.from_pretrained("{done.out}"), in modeling_craft.py',
         "nanogpt": f"python sample.py --init_from=resume --out_dir={folder}"
         + ("" if done.out.name == "ckpt.pt" else ", with the file named ckpt.pt"),
+        "torch": f'module.load_state_dict(torch.load("{done.out}")), a module as docs/interop.md '
+        "builds it",
+        "craft": f'torch.load("{done.out}")["model_state_dict"], in Craft itself',
     }
     return [*lines, f"load       {usage[plan.target.container]}"]
 
@@ -377,7 +380,7 @@ def _targets(args: argparse.Namespace) -> int:
     lines = []
     for answer in answers:
         exact = "exact" if answer.exact else "not exact"
-        lines.append(f"{answer.target:<12} {exact:<10} {targets[answer.target].summary}")
+        lines.append(f"{answer.target:<18} {exact:<10} {targets[answer.target].summary}")
         lines += [f"  {reason}" for reason in answer.reasons]
         if answer.approximations and answer.is_possible:
             lines.append(f"  --allow-approx={','.join(answer.approximations)} accepts that")

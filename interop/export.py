@@ -17,7 +17,7 @@ from typing import Any
 from craft_jax import outputs
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
-from interop import cast, hf_files, pipeline, source
+from interop import cast, craft_tokenizers, folds, hf_files, pipeline, source
 from interop.errors import ParityError, listed
 from interop.files import atomic
 from interop.files.safetensors import SafetensorsWriter
@@ -27,7 +27,7 @@ from interop.mapping import Mapping as Rules
 from interop.source import MANIFEST, Options, Source
 from interop.spec import ModelSpec
 from interop.targets import Target, choose
-from interop.targets.base import Allowed
+from interop.targets.base import FILES, Allowed, Facts
 from interop.tensors import Abstract
 
 logger = logging.getLogger(__name__)
@@ -197,8 +197,11 @@ def plan(
     allowed = Allowed.of(allow_approx)
     chosen = choose(opened.spec, target, family, allowed)
     reading = chosen.fit(opened.spec, allowed)
+    if reading.spec != opened.spec:
+        found = folds.towards(opened.spec, opened.leaves, reading.spec)
+        opened = dataclasses.replace(opened, spec=reading.spec, leaves=found)
     rules = chosen.mapping(reading.spec)
-    if chosen.container == "nanogpt" and max_shard_size != _SHARD_SIZE:
+    if chosen.container in FILES and max_shard_size != _SHARD_SIZE:
         raise UsageError(f"--max-shard-size={max_shard_size}: {chosen.name} is one file")
     return Plan(
         source=opened,
@@ -247,7 +250,7 @@ def export_checkpoint(
 
     Args:
       ckpt: a run, a checkpoint, or anything else that `open_source` opens.
-      out: the folder or, for nanogpt, the file to make.
+      out: the folder or, for nanogpt, torch-... and craft-..., the file to make.
       target: the name of a target, `hf`, or `auto`.
       overwrite: take the place of what is there, in one step.
       verify: none, bits (read back and compared), or logits (also computed in float64 by both).
@@ -263,7 +266,7 @@ def export_checkpoint(
     _one_of("--probe", probe, _PROBE)
     out = Path(out).expanduser()
     made = plan(ckpt, target, **planned)
-    is_file = made.target.container == "nanogpt"
+    is_file = made.target.container in FILES
     inputs = [made.source.path] if made.source.path.exists() else []
     atomic.check_place(out, inputs, overwrite, is_folder=not is_file)
     wants_probe = probe == "always" or (probe == "auto" and made.source.num_params <= PROBE_LIMIT)
@@ -305,9 +308,10 @@ def _remarks(made: Plan) -> list[str]:
     found = [f"{name}: {reason}" for name, reason in made.approximations.items()]
     if made.tokenizer is None:
         found.append("tokenizer: the run has none, so none is written")
-    elif made.target.container == "nanogpt":
+    elif made.target.container in FILES and not _facts(made).vocabulary:
         found.append(
-            "tokenizer: a nanoGPT file holds none; give it again with --tokenizer on import"
+            f"tokenizer: a {made.target.name} file does not hold it; give it again with "
+            "--tokenizer on import"
         )
     if made.rules.synthetic:
         found.append(
@@ -420,15 +424,10 @@ def _write_configs(made: Plan, place: Path) -> None:
 
 def _write_file(made: Plan, place: Path, record: _Record, workers: int | None, verify: str) -> None:
     key = {name: one.targets[0] for one in made.rules.rules for name in one.targets}
-    value = {
-        "model": collections.OrderedDict(
-            (name, Placeholder(key[name], tensor)) for name, tensor in made.tensors.items()
-        ),
-        "model_args": made.target.write_config(made.spec),
-        "iter_num": made.source.step,
-        "best_val_loss": float(made.source.metrics.get("val_loss", 1e9)),
-        "config": {},
-    }
+    tensors = collections.OrderedDict(
+        (name, Placeholder(key[name], tensor)) for name, tensor in made.tensors.items()
+    )
+    value = made.target.contents(tensors, made.spec, _facts(made))
     with TorchFileWriter(place, value) as writer:
         for done in pipeline.forward(
             made.rules, made.source.leaves, workers=workers, budget=made.budget
@@ -442,9 +441,20 @@ def _write_file(made: Plan, place: Path, record: _Record, workers: int | None, v
         writer.close()
 
 
+def _facts(made: Plan) -> Facts:
+    """Returns what a file may tell beside the model."""
+    val_loss = made.source.metrics.get("val_loss")
+    facts = Facts(step=made.source.step, val_loss=None if val_loss is None else float(val_loss))
+    if made.target.container != "craft" or made.tokenizer is None:
+        return facts
+    vocabulary = craft_tokenizers.vocabulary_of(made.tokenizer)
+    special = craft_tokenizers.special_of(made.tokenizer) or {}
+    return dataclasses.replace(facts, vocabulary=vocabulary, special_tokens=special)
+
+
 def _reopened(place: Path, made: Plan) -> Source:
-    made_up = bool(made.rules.synthetic)
-    return source.open_source(place, Options(kind=made.target.name, drop_zero_bias=made_up))
+    recorded = {"synthetic": list(made.rules.synthetic), "spec": dataclasses.asdict(made.spec)}
+    return source.open_source(place, Options(kind=made.target.name, recorded=recorded))
 
 
 def _read_back(made: Plan, place: Path, record: _Record, workers: int | None) -> None:

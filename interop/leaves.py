@@ -12,37 +12,69 @@ Shape = tuple[int, ...]
 
 
 def patterns(spec: ModelSpec) -> dict[str, Shape]:
-    """Returns the shape of each parameter, `{i}` for the layer, in the order of the forward."""
-    d, f = spec.d_model, spec.d_ff
+    """Returns the shape of each parameter, in the order of the forward.
 
-    def norm(name: str) -> dict[str, Shape]:
-        bias = {f"{name}.bias": (d,)} if spec.bias else {}
-        return {f"{name}.scale": (d,)} | bias
-
-    def dense(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
-        bias = {f"{name}.bias": (outputs,)} if spec.bias else {}
-        return {f"{name}.kernel": (inputs, outputs)} | bias
-
-    block = norm("attn_norm")
-    for name in ("query", "key", "value", "out"):
-        block |= dense(f"attn.{name}", d, d)
-    block |= norm("mlp_norm") | dense("mlp.up", d, f) | dense("mlp.down", f, d)
-    found = {
-        "token_embedding.embedding": (spec.vocab_size, d),
-        "position_embedding.embedding": (spec.max_seq_len, d),
-        **{f"blocks.{{i}}.{name}": shape for name, shape in block.items()},
-        **norm("final_norm"),
-    }
+    `{i}` stands for the layer, `{j}` for the layer of a decoder beside an encoder.
+    """
+    rows, d = spec.vocab_size, spec.d_model
+    if spec.num_decoder_layers:
+        embedding = "source_embedding.embedding"
+        own = {} if spec.share_embeddings else {embedding: (rows, d)}
+        found = {
+            **own,
+            **_positions("source_positions", spec),
+            **_block("encoder.{i}", spec, has_cross=False),
+            **_norm("encoder_norm", d, spec.has_final_norm_bias),
+            "target_embedding.embedding": (rows, d),
+            **_positions("target_positions", spec),
+            **_block("decoder.{j}", spec, has_cross=True),
+            **_norm("decoder_norm", d, spec.has_final_norm_bias),
+        }
+    else:
+        found = {
+            "token_embedding.embedding": (rows, d),
+            **_positions("position_embedding", spec),
+            **_block("blocks.{i}", spec, has_cross=spec.cross_attention != "none"),
+            **(_norm("final_norm", d, spec.has_final_norm_bias) if spec.final_norm else {}),
+        }
     if not spec.tie_embeddings:
-        found["head.embedding"] = (spec.vocab_size, d)
+        found["head.embedding"] = (rows, d)
+    if spec.head_bias:
+        found["head.bias"] = (rows,)
     return found
+
+
+def _positions(name: str, spec: ModelSpec) -> dict[str, Shape]:
+    leaf = "constant" if spec.positions == "sinusoidal" else "embedding"
+    return {f"{name}.{leaf}": (spec.max_seq_len, spec.d_model)}
+
+
+def _norm(name: str, d: int, has_bias: bool) -> dict[str, Shape]:
+    return {f"{name}.scale": (d,)} | ({f"{name}.bias": (d,)} if has_bias else {})
+
+
+def _dense(name: str, inputs: int, outputs: int, spec: ModelSpec) -> dict[str, Shape]:
+    bias = {f"{name}.bias": (outputs,)} if spec.bias else {}
+    return {f"{name}.kernel": (inputs, outputs)} | bias
+
+
+def _block(name: str, spec: ModelSpec, has_cross: bool) -> dict[str, Shape]:
+    d, f = spec.d_model, spec.d_ff
+    found: dict[str, Shape] = {}
+    for part in ("attn", "cross") if has_cross else ("attn",):
+        found |= _norm(f"{name}.{part}_norm", d, spec.has_norm_bias)
+        for dense in ("query", "key", "value", "out"):
+            found |= _dense(f"{name}.{part}.{dense}", d, d, spec)
+    found |= _norm(f"{name}.mlp_norm", d, spec.has_norm_bias)
+    return found | _dense(f"{name}.mlp.up", d, f, spec) | _dense(f"{name}.mlp.down", f, d, spec)
 
 
 def leaves(spec: ModelSpec) -> dict[str, Abstract]:
     """Returns every parameter of a model, by path, as float32."""
     found, dtype = {}, np.dtype(np.float32)
+    counts = {"{i}": spec.num_layers, "{j}": spec.num_decoder_layers}
     for pattern, shape in patterns(spec).items():
-        layers = range(spec.num_layers) if "{i}" in pattern else range(1)
-        for i in layers:
-            found[pattern.replace("{i}", str(i))] = Abstract(shape, dtype)
+        mark = next((mark for mark in counts if mark in pattern), None)
+        for i in range(counts[mark]) if mark else range(1):
+            found[pattern.replace(mark, str(i)) if mark else pattern] = Abstract(shape, dtype)
     return found

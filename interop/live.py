@@ -17,6 +17,9 @@ from interop.source import CRAFT, Source
 from interop.spec import ModelSpec
 from interop.tensors import LazyTensor, Tensors
 
+Inputs = Mapping[str, np.ndarray]
+"""`tokens` (B, T) and, for an encoder-decoder, `source` (B, S) and `source_mask` (bool)."""
+
 
 def source_of(model: Any) -> Source:
     """Returns a model with its parameters as something that can be exported.
@@ -83,28 +86,42 @@ class Reference:
                 name: jax.numpy.asarray(leaf.read().astype(np.float64))
                 for name, leaf in leaves.items()
             }
-            self._forward = jax.jit(lambda params, t: self._definition.merge(params)(t)[0])
+            self._forward = jax.jit(
+                lambda params, inputs: self._apply(self._definition.merge(params), inputs)
+            )
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Returns logits_BTV, float64."""
+    def logits(self, inputs: Inputs) -> np.ndarray:
+        """Returns logits_BTV, float64, of `tokens` and, for an encoder-decoder, its source."""
         with _float64():
-            return np.asarray(self._forward(self._params, tokens_BT))
+            return np.asarray(self._forward(self._params, inputs))
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """Returns the likeliest continuation; it may grow up to the model's context."""
+    def greedy(self, prompt: list[int], count: int, inputs: Inputs) -> list[int]:
+        """Returns the likeliest continuation, of the first source; up to the model's context."""
         tokens = list(prompt)
         width = min(self._spec.max_seq_len, len(prompt) + count)
+        first = {name: array[:1] for name, array in inputs.items()}
         while len(tokens) < width:
             padded = np.zeros((1, width), np.int32)
             padded[0, : len(tokens)] = tokens
-            tokens.append(int(np.argmax(self.logits(padded)[0, len(tokens) - 1])))
+            logits_BTV = self.logits(first | {"tokens": padded})
+            tokens.append(int(np.argmax(logits_BTV[0, len(tokens) - 1])))
         return tokens[len(prompt) :]
 
-    def states(self, tokens_BT: np.ndarray, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def states(self, inputs: Inputs, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Returns what the submodules at some paths put out, float64."""
         with _float64():
             model = self._definition.merge(self._params)
-            return _observed(model, lambda: model(jax.numpy.asarray(tokens_BT)), paths)
+            arrays = {name: jax.numpy.asarray(array) for name, array in inputs.items()}
+            return _observed(model, lambda: self._apply(model, arrays), paths)
+
+    @staticmethod
+    def _apply(model: Model, inputs: Mapping[str, Any]) -> jax.Array:
+        source = {
+            name: inputs[key]
+            for name, key in (("source_BS", "source"), ("source_mask_BS", "source_mask"))
+            if key in inputs
+        }
+        return model(inputs["tokens"], **source)[0]
 
 
 class _float64:  # noqa: N801

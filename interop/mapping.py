@@ -1,15 +1,17 @@
 """The engine: a table of rules between the leaves of a craft_jax model and a target's tensors.
 
-A `Table` is written once for each target, with `{i}` for the number of a layer. Bound to a model it
-is a `Mapping`, which is read in both directions: lazily, array by array, and first of all on
-abstract shapes, so that whatever is missing, left over or of another shape is known before a byte
-is read. Numpy only.
+A `Table` is written once for each target, with `{i}` for the number of a layer, and `{j}` for that
+of a decoder's beside an encoder. Bound to a model it is a `Mapping`, which is read in both
+directions: lazily, array by array, and first of all on abstract shapes, so that whatever is
+missing, left over or of another shape is known before a byte is read. Numpy only.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,10 +23,11 @@ from interop.errors import (
     listed,
     nearest,
 )
-from interop.ops import Chain, Op, check_tied
+from interop.ops import Chain, Op, Tie, check_tied
 from interop.tensors import Abstract, LazyTensor, Tensors
 
 Abstracts = dict[str, Abstract]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +56,33 @@ class Rule:
         """The operations as one."""
         return Chain(self.ops)
 
-    def at_layer(self, i: int) -> "Rule":
-        """Returns the rule of one layer."""
-
-        def fill(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(name.replace("{i}", str(i)) for name in names)
-
-        like = self.like.replace("{i}", str(i)) if self.like else None
-        return Rule(fill(self.sources), fill(self.targets), self.ops, like)
+    def found(self, targets: Collection[str]) -> tuple[str, ...]:
+        """The tensors to read where a file holds `targets`: of one under several names, those."""
+        is_tie = bool(self.ops) and isinstance(self.ops[-1], Tie)
+        there = tuple(name for name in self.targets if name in targets)
+        return there if is_tie and there else self.targets
 
     @property
-    def is_per_layer(self) -> bool:
-        """Whether the rule stands for one rule in each layer."""
-        return any("{i}" in name for name in (*self.sources, *self.targets))
+    def mark(self) -> str | None:
+        """What stands for the layer in its names, if it stands for one rule in each."""
+        return _mark(*self.sources, *self.targets)
+
+    def at_layer(self, i: int) -> "Rule":
+        """Returns the rule of one layer."""
+        mark = self.mark or MARKS[0]
+
+        def fill(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name.replace(mark, str(i)) for name in names)
+
+        like = self.like.replace(mark, str(i)) if self.like else None
+        return Rule(fill(self.sources), fill(self.targets), self.ops, like)
+
+
+MARKS = ("{i}", "{j}")
+
+
+def _mark(*names: str) -> str | None:
+    return next((mark for mark in MARKS for name in names if mark in name), None)
 
 
 def rule(sources: str | Sequence[str], targets: str | Sequence[str], *ops: Op, like=None) -> Rule:
@@ -129,52 +146,44 @@ class Table:
     buffers: tuple[Buffer, ...] = ()
     taps: tuple[Tap, ...] = ()
 
-    def bind(self, num_layers: int) -> "Mapping":
+    def bind(self, num_layers: int, num_decoder_layers: int = 0) -> "Mapping":
         """Returns the rules of a model with so many layers."""
+        counts = dict(zip(MARKS, (num_layers, num_decoder_layers), strict=True))
 
         def each(name: str) -> list[str]:
-            if "{i}" not in name:
-                return [name]
-            return [name.replace("{i}", str(i)) for i in range(num_layers)]
+            mark = _mark(name)
+            return [name.replace(mark, str(i)) for i in range(counts[mark])] if mark else [name]
+
+        def tap_at(tap: Tap, i: int) -> Tap:
+            mark = _mark(tap.source)
+            source, target = (name.replace(mark, str(i)) for name in (tap.source, tap.target))
+            return Tap(source, target, tap.causes)
 
         return Mapping(
-            rules=tuple(_in_layers(self.rules, num_layers)),
+            rules=tuple(_in_layers(self.rules, lambda r: r.mark, Rule.at_layer, counts)),
             aliases=self.aliases,
             buffers=tuple(
                 dataclasses.replace(buffer, name=name)
                 for buffer in self.buffers
                 for name in each(buffer.name)
             ),
-            taps=tuple(_taps(self.taps, num_layers)),
+            taps=tuple(_in_layers(self.taps, lambda tap: _mark(tap.source), tap_at, counts)),
         )
 
 
-def _in_layers(rules: Iterable[Rule], num_layers: int) -> Iterable[Rule]:
-    """Expands neighbouring rules of a layer together: all of layer 0, then all of layer 1."""
-    waiting: list[Rule] = []
-    for one in (*rules, None):
-        if one is not None and one.is_per_layer:
-            waiting.append(one)
-            continue
-        yield from (r.at_layer(i) for i in range(num_layers) for r in waiting)
-        waiting = []
-        if one is not None:
-            yield one
-
-
-def _taps(taps: Iterable[Tap], num_layers: int) -> Iterable[Tap]:
-    waiting: list[Tap] = []
-    for tap in (*taps, None):
-        if tap is not None and "{i}" in tap.source:
-            waiting.append(tap)
-            continue
-        for i in range(num_layers):
-            for t in waiting:
-                source, target = (name.replace("{i}", str(i)) for name in (t.source, t.target))
-                yield Tap(source, target, t.causes)
-        waiting = []
-        if tap is not None:
-            yield tap
+def _in_layers(
+    items: Iterable[T],
+    mark_of: Callable[[T], str | None],
+    at_layer: Callable[[T, int], T],
+    counts: dict[str, int],
+) -> Iterable[T]:
+    """Expands neighbouring items of a layer together: all of layer 0, then all of layer 1."""
+    for mark, group in itertools.groupby(items, mark_of):
+        if mark is None:
+            yield from group
+        else:
+            in_layer = list(group)
+            yield from (at_layer(one, i) for i in range(counts[mark]) for one in in_layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +212,7 @@ class Mapping:
 
     @property
     def synthetic(self) -> tuple[str, ...]:
-        """Target tensors that no leaf goes into."""
+        """Target tensors that no leaf goes into: zeros."""
         return tuple(name for one in self.rules if not one.sources for name in one.targets)
 
     def shapes(self, sources: dict[str, Abstract] | Tensors) -> Abstracts:
@@ -276,7 +285,7 @@ class Mapping:
         self._check_constants(targets)
 
         def read(one: Rule, index: int) -> np.ndarray:
-            arrays = tuple(targets[name].read() for name in one.targets)
+            arrays = tuple(targets[name].read() for name in one.found(targets))
             shapes = tuple(sources[name] for name in one.sources)
             try:
                 return one.chain.inverse(arrays, shapes)[index]
@@ -289,7 +298,7 @@ class Mapping:
         return {
             name: LazyTensor(
                 sources[name].shape,
-                targets[one.targets[0]].dtype,
+                targets[one.found(targets)[0]].dtype,
                 functools.partial(read, one, index),
             )
             for one in self.rules
@@ -300,7 +309,8 @@ class Mapping:
         allowed = {*expected, *ignore}
         allowed.update(alias.name for alias in self.aliases)
         allowed.update(buffer.name for buffer in self.buffers)
-        missing = [name for name in expected if name not in targets]
+        needed = [name for one in self.rules for name in one.found(targets)]
+        missing = [name for name in needed if name not in targets]
         extra = [name for name in targets if name not in allowed]
         if missing:
             raise _missing(missing, extra or targets, "the file", len(expected))
@@ -316,7 +326,7 @@ class Mapping:
             f"{name} is {list(targets[name].shape)}, not {list(want.shape)}"
             + _shape_hint(targets[name].shape, want.shape)
             for name, want in expected.items()
-            if targets[name].shape != want.shape
+            if name in targets and targets[name].shape != want.shape
         ]
         if wrong:
             raise ShapeMismatchError(

@@ -11,6 +11,8 @@ from interop.errors import AmbiguousSourceError, CollidingKeysError, listed
 
 # Path segments that wrappers add, in any order and at any depth.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Heads stand beside what a prefix is about.
+_HEADS = ("lm_head.", "output_projection.")
 _LEGACY = {"gamma": "weight", "beta": "bias"}
 
 V = TypeVar("V")
@@ -72,7 +74,7 @@ def cleaned(
             )
         names = {original: name.removeprefix(prefix) for original, name in names.items()}
     if missing:
-        head = ("lm_head.", missing)
+        head = (*_HEADS, missing)
         names = {o: n if n.startswith(head) else missing + n for o, n in names.items()}
     names = {original: _modern(name) for original, name in names.items()}
     _check_distinct(names)

@@ -7,11 +7,18 @@ ways. All operations return views where they can; whoever writes an array makes 
 
 import abc
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from interop.errors import DtypeError, ShapeMismatchError, TiedWeightsError
+from interop.errors import (
+    DtypeError,
+    ShapeMismatchError,
+    TiedWeightsError,
+    UnexpectedKeysError,
+)
 from interop.tensors import Abstract, same_bits
 
 Arrays = tuple[np.ndarray, ...]
@@ -133,6 +140,65 @@ class Zeros(Op):
                 "for any"
             )
         return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetRows(Op):
+    """Zero rows before the first, which nothing reads: some tables of positions begin later."""
+
+    count: int
+
+    def shapes(self, sources: Abstracts) -> Abstracts:
+        (source,) = sources
+        return (Abstract((source.shape[0] + self.count, *source.shape[1:]), source.dtype),)
+
+    def forward(self, sources: Arrays) -> Arrays:
+        (source,) = sources
+        empty = np.zeros((self.count, *source.shape[1:]), source.dtype)
+        return (np.concatenate([empty, source]),)
+
+    def inverse(self, targets: Arrays, sources: Abstracts) -> Arrays:
+        return (targets[0][self.count :],)
+
+
+class SinusoidBuffer(Op):
+    """A table of sines (rows, d) as a buffer (1, rows, d); coming back, its values are checked."""
+
+    def shapes(self, sources: Abstracts) -> Abstracts:
+        (source,) = sources
+        return (Abstract((1, *source.shape), source.dtype),)
+
+    def forward(self, sources: Arrays) -> Arrays:
+        return (sources[0][None],)
+
+    def inverse(self, targets: Arrays, sources: Abstracts) -> Arrays:
+        check_sinusoids(targets[0][0])
+        return (targets[0][0],)
+
+
+def check_sinusoids(table_PD: np.ndarray) -> None:
+    """Checks that a table holds the sines and cosines of Vaswani et al. 2017, section 3.5.
+
+    Whoever computed it rounded the angle, which grows with the position, to float32.
+
+    Raises:
+      UnexpectedKeysError: it holds something else.
+    """
+    rows, d = table_PD.shape
+    position_P1 = np.arange(rows)[:, None]
+    angle_PI = position_P1 * np.exp(np.arange(0, d, 2) * (-math.log(10000.0) / d))[None, :]
+    wanted_PD = np.zeros((rows, d))
+    wanted_PD[:, 0::2], wanted_PD[:, 1::2] = np.sin(angle_PI), np.cos(angle_PI)[:, : d // 2]
+    rounding = float(ml_dtypes.finfo(table_PD.dtype).eps)
+    allowed_P1 = 1e-6 + rounding + 2.0**-22 * position_P1
+    with np.errstate(invalid="ignore"):
+        is_near_PD = np.abs(table_PD.astype(np.float64) - wanted_PD) <= allowed_P1
+    if not is_near_PD.all():
+        p, i = (int(axis[0]) for axis in np.nonzero(~is_near_PD))
+        raise UnexpectedKeysError(
+            f"the value at position {p}, column {i} is {float(table_PD[p, i]):g} and not "
+            f"{wanted_PD[p, i]:g}: this is no table of sinusoidal positions"
+        )
 
 
 def check_tied(a: np.ndarray, b: np.ndarray) -> None:

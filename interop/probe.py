@@ -45,7 +45,12 @@ def compute(reference: Reference, source: Source) -> dict[str, Any]:
     rng = np.random.default_rng(_SEED)
     tokens = rng.integers(0, vocab_size, min(context, _MAX_TOKENS))
     tokens[0], tokens[-1] = 0, vocab_size - 1
-    logits_TV = reference.logits(tokens[None].astype(np.int32))[0]
+    inputs = {"tokens": tokens[None].astype(np.int32)}
+    reads = {}
+    if source.spec.num_decoder_layers:
+        reads["source"] = rng.integers(0, vocab_size, min(context, _MAX_TOKENS)).tolist()
+        inputs |= _read(reads)
+    logits_TV = reference.logits(inputs)[0]
     last = len(tokens) - 1
     chosen = sorted({0, last, *rng.integers(0, len(tokens), _NUM_POSITIONS - 2).tolist()})
     rows = []
@@ -57,11 +62,20 @@ def compute(reference: Reference, source: Source) -> dict[str, Any]:
     return {
         "about": "float64 logits of craft_jax; python verify.py compares them",
         "tolerance": TOLERANCE,
+        **reads,
         "tokens": tokens.tolist(),
         "rows": rows,
         "prompt": prompt,
-        "greedy": reference.greedy(prompt, _NEW),
+        "greedy": reference.greedy(prompt, _NEW, inputs),
     }
+
+
+def _read(probe: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns what an encoder reads of a probe."""
+    if "source" not in probe:
+        return {}
+    source_BS = np.asarray(probe["source"], np.int32)[None]
+    return {"source": source_BS, "source_mask": np.ones(source_BS.shape, bool)}
 
 
 def check(source: Source, file: Path) -> int:
@@ -81,11 +95,14 @@ def check(source: Source, file: Path) -> int:
             (int(r["position"]), list(r["ids"]), np.asarray(r["logits"])) for r in probe["rows"]
         ]
         tolerance = float(probe["tolerance"])
-        if not rows or not ((tokens >= 0) & (tokens < source.spec.vocab_size)).all():
+        reads = _read(probe)
+        ids = np.concatenate([tokens, reads.get("source", tokens[None])[0]])
+        if not rows or not ((ids >= 0) & (ids < source.spec.vocab_size)).all():
             raise ValueError("no logits, or ids outside of the vocabulary")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{file} is no probe: {error!r}") from error
-    logits_TV = Reference(source.spec, source.leaves).logits(tokens[None])[0]
+    reference = Reference(source.spec, source.leaves)
+    logits_TV = reference.logits({"tokens": tokens[None], **reads})[0]
     worst = max(
         float(np.max(np.abs(logits_TV[p, ids] - want) / np.maximum(1, np.abs(want))))
         for p, ids, want in rows

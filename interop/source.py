@@ -4,10 +4,11 @@ What comes out is a `Source`: what the model is, and its leaves by the names of 
 read one by one. Only headers and configs are read here.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from craft_jax import outputs
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import CraftError, UsageError
 from craft_jax.outputs import Checkpoints
-from interop import cast, hf_files
+from interop import cast, craft_tokenizers, folds, hf_files
 from interop.errors import (
     AmbiguousSourceError,
     CorruptFileError,
@@ -30,12 +31,14 @@ from interop.errors import (
 )
 from interop.files import orbax
 from interop.files.pickles import Stub
+from interop.files.plain import plain
+from interop.files.torchfile import read_record
 from interop.files.weights import Weights, open_weights
 from interop.leaves import leaves
 from interop.mapping import Mapping as Rules
 from interop.names import cleaned
 from interop.spec import ModelSpec
-from interop.targets import TARGETS, Target
+from interop.targets import GROUPS, TARGETS, Target, craft
 from interop.targets.base import Allowed
 from interop.tensors import LazyTensor, Tensors
 
@@ -51,29 +54,55 @@ class Options:
     """What a person may say about a source.
 
     Attributes:
-      kind: `auto`, or the name of a target; `hf` for a Hugging Face folder.
+      kind: `auto`, or the name of a target; `hf` for a Hugging Face folder, `craft` for a file or
+        folder of Craft.
       num_heads: for tensors without a config.
-      config: a config file for tensors without one.
+      config: a config for tensors without one: a file, or JSON that begins with `{`.
       strip_prefix, ignore_keys: see `names.cleaned`.
       allow_approx: approximations, see `Allowed`.
       allow_globals: names that a pickle may mention; they become inert stubs.
       drop_zero_bias: read biases that are all zero as no biases.
+      recorded: the part of a manifest that an export has not written yet when it reads back.
     """
 
     kind: str = "auto"
     num_heads: int | None = None
-    config: Path | None = None
+    config: str | Path | None = None
     strip_prefix: str | None = None
     ignore_keys: tuple[str, ...] = ()
     allow_approx: Any = None
     allow_globals: tuple[str, ...] = ()
     drop_zero_bias: bool = False
+    recorded: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        if self.kind not in ("auto", "hf", *TARGETS):
-            kinds = ", ".join(("auto", "hf", *TARGETS))
+        if self.kind not in GROUPS and self.kind not in TARGETS:
+            kinds = ", ".join((*GROUPS, *TARGETS))
             raise UsageError(f"--from {self.kind} is not one of {kinds}")
         Allowed.of(self.allow_approx)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets that the source may be in the form of."""
+        return tuple(TARGETS[name] for name in GROUPS.get(self.kind, (self.kind,)))
+
+    def given_config(self) -> dict[str, Any] | None:
+        """Returns the config that was given, or None.
+
+        Raises:
+          UsageError: there is no such file.
+          CorruptFileError: it is no JSON object.
+        """
+        if self.config is None:
+            return None
+        if str(self.config).lstrip().startswith("{"):
+            try:
+                return dict(json.loads(str(self.config)))
+            except ValueError as error:
+                raise UsageError(f"--config {self.config}: no JSON: {error}") from None
+        if not Path(self.config).is_file():
+            raise UsageError(f"--config {self.config}: no such file")
+        return hf_files.read_json(Path(self.config))
 
     def check_unused(self, place: str) -> None:
         """Checks that nothing is said about a source that is a run, which knows all of it itself.
@@ -111,6 +140,7 @@ class Source:
       metrics: of the last evaluation, where they are known.
       rules: between leaves and `tensors`; None for a run.
       tensors: by the target's names; None for a run.
+      original: the names of these in the file, where wrappers have changed them.
       manifest: what the export that wrote it recorded, if one did.
       approximations: what had to be crossed to read it, reason by name.
       notes: what else is worth knowing, one line each.
@@ -126,6 +156,7 @@ class Source:
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
     tensors: Tensors | None = None
+    original: Mapping[str, str] = dataclasses.field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None
     approximations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -240,67 +271,85 @@ def _position(expected: Mapping[str, Any]) -> Any:
 
 def _open_foreign(place: Path, options: Options) -> Source:
     if place.is_dir():
-        config = _folder_config(place, options)
-        target = _target_of_config(config, place, options)
+        config: Mapping[str, Any] | None = _folder_config(place, options)
+        declared = _declared(config, place, options)
         weights = open_weights(place, options.allow_globals)
         raw: Tensors = weights.tensors
-        tokenizer, manifest = hf_files.read_tokenizer(place), _manifest(place)
-        origin = (manifest or {}).get("source", {})
-        run, step, metrics = origin.get("run"), origin.get("step", 0), {}
+        target = declared or _recognised(raw, place, dataclasses.replace(options, kind="craft"))
+        manifest, around = _manifest_in(place), {}
+        step, metrics = (manifest or {}).get("source", {}).get("step", 0), {}
     else:
         weights = open_weights(place, options.allow_globals)
-        raw, described = _state_dict(weights, place)
-        target, config = _of_file(raw, described, place, options)
-        tokenizer, manifest, run = None, None, None
-        step, metrics = _progress(weights.container)
+        raw, found = _state_dict(weights, place)
+        around = plain(found or {})
+        manifest = _manifest_of(place)
+        target, config = _of_file(raw, around, manifest, place, options)
+        step, metrics = _progress(around)
     names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
     notes = list(weights.notes)
     if names.found:
         notes.append(f"names: took away {', '.join(names.found)}")
-    if config is None:
-        shapes = {name: tensor.shape for name, tensor in names.tensors.items()}
-        config = _guessed(target, shapes, options.num_heads, place)
-        notes.append(f"no config: {json.dumps(config)}, the rest as {target.name} has it")
     try:
-        reading = target.read_config(config)
-    except InteropError as error:
-        raise type(error)(f"{place}: {error}", **error.details) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(f"{place}: its config cannot be understood: {error}") from error
+        complete = target.complete_config(config, names.tensors, options.num_heads)
+        reading = target.read_config(complete)
+    except (InteropError, UsageError) as error:
+        details = getattr(error, "details", {})
+        raise type(error)(f"{place}: {error}", **details) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = (
+            f"without a config, the sizes of {target.name} are read from its tensors, and {error} "
+            "is missing or has another shape"
+            if config is None or isinstance(error, KeyError)
+            else f"its config cannot be understood: {error}"
+        )
+        raise CorruptFileError(f"{place}: {what}") from error
+    if config is None:
+        notes.append(f"no config: {json.dumps(complete)}, the rest as {target.name} has it")
     _check_layers(reading.spec, len(names.tensors), place)
     _check_allowed(reading.approximations, options.allow_approx, place)
-    spec, tensors = _without_zero_biases(
-        reading.spec, target, names.tensors, manifest, options.drop_zero_bias, notes
-    )
+    spec = _as_recorded(reading.spec, manifest)
+    spec, tensors = _without_made_up(spec, target, names.tensors, manifest, options, notes)
     rules = target.mapping(spec)
     expected = leaves(spec)
     try:
-        found = rules.inverse(tensors, expected)
+        inverse = rules.inverse(tensors, expected)
     except InteropError as error:
         raise type(error)(f"{place}: {error}", **error.details) from None
+    if checked := [buffer.name for buffer in rules.buffers if buffer.name in tensors]:
+        notes.append(f"buffers: {listed(checked)}, with the values that they must have")
+    approximations = dict(reading.approximations)
+    # Allowing everything does not ask for this: without it, the model is read exactly.
+    asked = folds.CROSS in Allowed.of(options.allow_approx).names
+    if asked and spec.cross_attention in folds.CONSTANT:
+        folded = folds.without_cross_attention(spec)
+        inverse = folds.towards(spec, inverse, folded)
+        approximations[folds.CROSS] = "the constant of the cross-attention is now in a bias"
+        spec, rules, expected = folded, None, leaves(folded)
     return Source(
         path=place,
-        run=run,
+        run=(manifest or {}).get("source", {}).get("run"),
         kind=target.name,
         spec=spec,
-        leaves={name: found[name] for name in expected},
-        tokenizer=tokenizer,
+        leaves={name: inverse[name] for name in expected},
+        tokenizer=_tokenizer_in(place, around, target, notes),
         step=step,
         metrics=metrics,
         rules=rules,
         tensors=tensors,
+        original=names.original,
         manifest=manifest,
-        approximations=reading.approximations,
+        approximations=approximations,
         notes=tuple(notes),
     )
 
 
-def _folder_config(folder: Path, options: Options) -> dict[str, Any] | None:
-    file = options.config or folder / hf_files.CONFIG
+def _folder_config(folder: Path, options: Options) -> dict[str, Any]:
+    given = options.given_config()
+    if given is not None:
+        return given
+    file = folder / hf_files.CONFIG
     if file.is_file():
         return hf_files.read_json(file)
-    if options.config:
-        raise UsageError(f"--config {file}: no such file")
     there = listed(sorted(p.name for p in folder.iterdir())) or "nothing"
     if (folder / "adapter_config.json").is_file():
         raise UnknownArchitectureError(
@@ -311,13 +360,16 @@ def _folder_config(folder: Path, options: Options) -> dict[str, Any] | None:
     )
 
 
-def _target_of_config(config: Mapping[str, Any], place: Path, options: Options) -> Target:
+def _declared(config: Mapping[str, Any], place: Path, options: Options) -> Target | None:
+    """Returns the target that a config names; None for one of Craft's, which name no library."""
     kind = config.get("model_type")
     if options.kind in TARGETS:
         return TARGETS[options.kind]
-    for target in TARGETS.values():
+    for target in options.targets:
         if kind is not None and target.model_type == kind:
             return target
+    if options.kind == "craft" or {"d_model", "n_head"} <= set(craft.settings_in(config) or ()):
+        return None
     known = ", ".join(t.model_type for t in TARGETS.values() if t.model_type)
     architectures = ", ".join(config.get("architectures") or ["unnamed"])
     raise UnknownArchitectureError(
@@ -361,30 +413,43 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _of_file(
-    raw: Tensors, around: Mapping[str, Any] | None, place: Path, options: Options
+    raw: Tensors,
+    around: Mapping[str, Any],
+    manifest: Mapping[str, Any] | None,
+    place: Path,
+    options: Options,
 ) -> tuple[Target, Mapping[str, Any] | None]:
     """Finds the target that a file is in the form of, and its config if it has one."""
-    config = hf_files.read_json(options.config) if options.config else None
+    config = options.given_config()
+    written_by = (manifest or {}).get("target")
     if options.kind in TARGETS:
         target = TARGETS[options.kind]
-    elif config and config.get("model_type"):
-        target = _target_of_config(config, place, options)
+    elif written_by in TARGETS and TARGETS[written_by] in options.targets:
+        target = TARGETS[written_by]
     else:
-        target = _recognised(raw, place, options)
-    if config is None and around is not None:
-        described = around.get("model_args")
-        config = described if isinstance(described, Mapping) else None
+        declared = _declared(config, place, options) if config and "model_type" in config else None
+        target = declared or _recognised(raw, place, options)
+    if config is None:
+        config = target.config_in(around)
+    if config is None and manifest is not None and written_by == target.name:
+        config = manifest.get("spec") if target.container == "torch" else None
     return target, config
 
 
 def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
-    for target in TARGETS.values():
-        names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
-        if target.recognises({name: tensor.shape for name, tensor in names.tensors.items()}):
-            return target
+    problem: InteropError | None = None
+    for target in options.targets:
+        try:
+            names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
+            if target.recognises({name: tensor.shape for name, tensor in names.tensors.items()}):
+                return target
+        except AmbiguousSourceError as error:
+            problem = problem or type(error)(f"{place}: {error}", **error.details)
+    if problem is not None:
+        raise problem
     raise UnknownArchitectureError(
         f"{place}: no architecture that interop knows has tensors like {listed(raw)}; it reads "
-        + ", ".join(TARGETS)
+        + ", ".join(target.name for target in options.targets)
     )
 
 
@@ -395,32 +460,46 @@ def _anchors(target: Target) -> list[tuple[str, str]]:
     return [(target.anchor, ""), *short]
 
 
-def _guessed(
-    target: Target, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None, place: Path
-) -> dict[str, Any]:
-    try:
-        return target.guess_config(shapes, num_heads)
-    except (KeyError, ValueError) as error:
-        raise CorruptFileError(
-            f"{place}: without a config, the sizes of {target.name} are read from its tensors, and "
-            f"{error} is missing or has another shape"
-        ) from None
-
-
-def _progress(container: Any) -> tuple[int, dict[str, Any]]:
+def _progress(around: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Returns the step and the validation loss of a training checkpoint."""
-    if not isinstance(container, Mapping):
-        return 0, {}
-    step, loss = container.get("iter_num", 0), container.get("best_val_loss")
+    step = around.get("iter_num", around.get("global_step", 0))
+    loss = around.get("best_val_loss", around.get("best_val_metric"))
     metrics = {"val_loss": loss} if isinstance(loss, float) else {}
     return (step if isinstance(step, int) else 0), metrics
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def _tokenizer_in(
+    place: Path, around: Mapping[str, Any], target: Target, notes: list[str]
+) -> Tokenizer | None:
+    """Returns the tokenizer that a file holds or a folder has, or None."""
+    folder = place if place.is_dir() else place.parent
+    found = hf_files.read_tokenizer(place) if place.is_dir() else None
+    if found is not None or target.container != "craft":
+        return found
+    found = craft_tokenizers.of_container(around) or craft_tokenizers.read_folder(folder)
+    if found is None and (note := craft_tokenizers.sentencepiece_note(folder)):
+        notes.append(note)
+    return found
+
+
+def _manifest_in(folder: Path) -> dict[str, Any] | None:
     file = folder / MANIFEST
-    if not file.is_file():
+    return _checked_manifest(hf_files.read_json(file), file) if file.is_file() else None
+
+
+def _manifest_of(file: Path) -> dict[str, Any] | None:
+    """Returns the manifest that an export put into a file of PyTorch, or None."""
+    record = read_record(file, MANIFEST)
+    if record is None:
         return None
-    value = hf_files.read_json(file)
+    try:
+        value = json.loads(record)
+    except ValueError as error:
+        raise CorruptFileError(f"{file}: its {MANIFEST} is no JSON: {error}") from error
+    return _checked_manifest(value if isinstance(value, dict) else {}, file)
+
+
+def _checked_manifest(value: dict[str, Any], file: Path) -> dict[str, Any]:
     kinds = {"source": dict, "synthetic": list, "canonical": dict, "dtype": str}
     is_sound = all(isinstance(value.get(name), kind) for name, kind in kinds.items())
     if not is_sound or not isinstance(value["source"].get("step"), int):
@@ -439,32 +518,71 @@ def _check_allowed(crossed: Mapping[str, str], allow_approx: Any, place: Path) -
         )
 
 
-def _without_zero_biases(
+_MADE_UP = ("bias", "norm_bias", "final_norm_bias", "cross_attention")
+"""Attributes by which a model may have less than a target demands."""
+
+
+def _as_recorded(spec: ModelSpec, manifest: Mapping[str, Any] | None) -> ModelSpec:
+    """Returns a spec in the family that an export wrote down, if it is the same model in that."""
+    name = (manifest or {}).get("spec", {}).get("name")
+    try:
+        return dataclasses.replace(spec, name=name) if isinstance(name, str) else spec
+    except UnknownArchitectureError:
+        return spec
+
+
+def _without_made_up(
     spec: ModelSpec,
     target: Target,
     tensors: Tensors,
     manifest: Mapping[str, Any] | None,
-    drop: bool,
+    options: Options,
     notes: list[str],
 ) -> tuple[ModelSpec, Tensors]:
-    """Reads biases that an export made up, or that the user says mean nothing, as no biases."""
-    recorded = tuple((manifest or {}).get("synthetic", ()))
-    if not spec.bias or not (recorded or drop):
-        return spec, tensors
-    bare = dataclasses.replace(spec, bias=False)
-    made_up = target.mapping(bare).synthetic
-    if not made_up or (not drop and set(made_up) != set(recorded)):
-        return spec, tensors
-    used = [name for name in made_up if name in tensors and np.any(tensors[name].read())]
-    if used:
-        if drop:
+    """Reads zeros that an export made up, or that the user says mean nothing, as nothing."""
+    record = options.recorded or manifest or {}
+    recorded, drop = tuple(record.get("synthetic", ())), options.drop_zero_bias
+    if target.mapping(spec).synthetic:
+        return spec, tensors  # The config says it already, and the table checks them.
+    for bare in _barer(spec, record if recorded else {}, drop):
+        made_up = target.mapping(bare).synthetic
+        if not made_up or (not drop and set(made_up) != set(recorded)):
+            continue
+        used = [name for name in made_up if name in tensors and np.any(tensors[name].read())]
+        if not used:
+            notes.append(f"biases: all {len(made_up)} are zeros, read as no biases")
+            return bare, tensors
+        if not drop:
+            notes.append(
+                f"biases: {len(used)} of those that were made up as zeros are zero no more"
+            )
+            return spec, tensors
+    if drop and spec.bias:
+        made_up = target.mapping(dataclasses.replace(spec, **_NO_BIAS)).synthetic
+        used = [name for name in made_up if name in tensors and np.any(tensors[name].read())]
+        if used:
             raise ShapeMismatchError(
                 f"--drop-zero-bias: {len(used)} biases are not zero: {listed(used)}; leave it out"
             )
-        notes.append(f"biases: {len(used)} of those that were made up as zeros are zero no more")
-        return spec, tensors
-    notes.append(f"biases: all {len(made_up)} are zeros, read as no biases")
-    return bare, tensors
+    return spec, tensors
+
+
+_NO_BIAS = {"bias": False, "norm_bias": False, "final_norm_bias": False}
+
+
+def _barer(spec: ModelSpec, record: Mapping[str, Any], drop: bool) -> Iterator[ModelSpec]:
+    """Yields specs with less: what a manifest says, or else without biases."""
+    candidates: list[dict[str, Any]] = []
+    if recorded := record.get("spec"):
+        # Manifests from before layer norms had a setting of their own say bias alone.
+        candidates.append({name: recorded.get(name) for name in _MADE_UP if name in recorded})
+        candidates[0].setdefault("norm_bias", None)
+        candidates[0].setdefault("final_norm_bias", None)
+    if drop and spec.bias:
+        candidates += [_NO_BIAS, {"norm_bias": False, "final_norm_bias": False}]
+    for changes in candidates:
+        with contextlib.suppress(UnknownArchitectureError):
+            yield dataclasses.replace(spec, **changes)
 
 
 def with_dtype(source: Source, dtype: np.dtype | None) -> Source:
@@ -535,8 +653,13 @@ def _open_tokenizer(place: Path) -> Tokenizer | None:
             raise CorruptFileError("the run has no tokenizer")
         return Tokenizer.load(file)
     if place.is_dir():
-        found = hf_files.read_tokenizer(place)
+        found = hf_files.read_tokenizer(place) or craft_tokenizers.read_folder(place)
         if found is None:
             raise CorruptFileError("the folder has no tokenizer.json")
+        return found
+    if place.name == craft_tokenizers.VOCAB or place.suffix == ".pkl":
+        found = craft_tokenizers.read_file(place)
+        if found is None:
+            raise CorruptFileError("there is no vocabulary in it")
         return found
     return Tokenizer.load(place)

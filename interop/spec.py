@@ -6,32 +6,90 @@ goes into either. It carries every attribute that changes a number, and nothing 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 
-FAMILIES = ("gpt",)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+POSITIONS = ("learned", "sinusoidal")
+CROSS_ATTENTION = ("none", "zeros", "empty", "source")
+
+
+class Family(NamedTuple):
+    """A model of craft_jax, as its config describes it.
+
+    Attributes:
+      fixed: attributes of `ModelSpec` that are no choice of this family, and so not in its config.
+      added: fields that its config has not always had, and what their absence means.
+    """
+
+    fixed: Mapping[str, Any]
+    added: Mapping[str, Any] = {}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of its config."""
+        names = (field.name for field in dataclasses.fields(ModelSpec))
+        return tuple(name for name in names if name not in self.fixed)
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt": Family(
+        fixed={
+            "num_decoder_layers": 0,
+            "norm_first": True,
+            "final_norm": True,
+            "positions": "learned",
+            "embedding_scale": False,
+            "cross_attention": "none",
+            "share_embeddings": False,
+            "final_norm_bias": None,
+        },
+        added={"norm_bias": None, "head_bias": False},
+    ),
+    "transformer": Family(fixed={"num_decoder_layers": 0, "share_embeddings": False}),
+    "seq2seq": Family(
+        fixed={
+            "final_norm": True,
+            "cross_attention": "source",
+            "norm_bias": None,
+            "final_norm_bias": None,
+        },
+    ),
+}
+"""By the name in craft_jax's registry of models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The semantics of a decoder of pre-norm blocks; the names are those of `GPTConfig`.
+    """The semantics of a model; the names are those of craft_jax's configs.
 
     Attributes:
       name: the family in craft_jax's registry of models.
-      vocab_size: rows of the token embedding, with those that only pad it.
-      num_layers, num_heads, d_model, d_ff, max_seq_len: sizes.
+      vocab_size: rows of each token embedding, with those that only pad it.
+      num_layers: blocks; of the encoder, if there is a decoder beside it.
+      num_decoder_layers: blocks of the decoder; 0 for a language model.
+      num_heads, d_model, d_ff, max_seq_len: sizes.
       dropout: while training.
       activation: one of `ACTIVATIONS`; gelu is the exact one.
-      bias: whether dense layers and layer norms have biases.
-      tie_embeddings: whether the head is the token embedding.
+      bias: whether dense layers have biases.
+      norm_bias: whether the layer norms of the blocks have; always None where that is `bias`.
+      final_norm: whether a layer norm follows the last block.
+      final_norm_bias: whether that one has a bias; always None where the others have the same.
+      norm_first: layer norms before attention and MLP, not after the sums.
       norm_eps: epsilon of the layer norms.
+      positions: one of `POSITIONS`.
+      embedding_scale: whether embedded tokens are multiplied by the root of `d_model`.
+      cross_attention: to nothing, to one zero vector, to a memory of length 0, or to a source.
+      tie_embeddings: whether the head is the embedding of what it predicts.
+      share_embeddings: whether source and target have one embedding.
+      head_bias: whether the head has a bias.
     """
 
     name: str = "gpt"
     vocab_size: int
     num_layers: int
+    num_decoder_layers: int = 0
     num_heads: int
     d_model: int
     d_ff: int
@@ -39,29 +97,96 @@ class ModelSpec:
     dropout: float = 0.0
     activation: str
     bias: bool
-    tie_embeddings: bool
+    norm_bias: bool | None = None
+    norm_first: bool = True
     norm_eps: float
+    final_norm: bool = True
+    final_norm_bias: bool | None = None
+    positions: str = "learned"
+    embedding_scale: bool = False
+    cross_attention: str = "none"
+    tie_embeddings: bool
+    share_embeddings: bool = False
+    head_bias: bool = False
 
     def __post_init__(self):
+        # One way to say it, so that equal models have equal specs.
+        if self.norm_bias == self.bias:
+            object.__setattr__(self, "norm_bias", None)
+        if not self.final_norm or self.final_norm_bias == self.has_norm_bias:
+            object.__setattr__(self, "final_norm_bias", None)
+        if problems := [*self._impossible(), *self._not_of_the_family()]:
+            raise UnknownArchitectureError(
+                f"this is not a model of craft_jax: {'; '.join(problems)}", problems=problems
+            )
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether the layer norms of the blocks have biases."""
+        return self.bias if self.norm_bias is None else self.norm_bias
+
+    @property
+    def has_final_norm_bias(self) -> bool:
+        """Whether the last layer norm has a bias."""
+        return self.has_norm_bias if self.final_norm_bias is None else self.final_norm_bias
+
+    def _impossible(self) -> list[str]:
+        sizes = ("vocab_size", "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len")
         problems = [
             f"{field}={getattr(self, field)!r} is not a whole number above 0"
-            for field in ("vocab_size", "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len")
+            for field in sizes
             if not _is_positive_int(getattr(self, field))
         ]
         if not problems and self.d_model % self.num_heads:
             problems.append(f"num_heads={self.num_heads} does not divide d_model={self.d_model}")
-        if self.activation not in ACTIVATIONS:
-            problems.append(
-                f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}"
-            )
+        for field, choices in (
+            ("activation", ACTIVATIONS),
+            ("positions", POSITIONS),
+            ("cross_attention", CROSS_ATTENTION),
+        ):
+            if getattr(self, field) not in choices:
+                value = getattr(self, field)
+                problems.append(f"{field}={value!r} is not one of {', '.join(choices)}")
         if not (isinstance(self.norm_eps, (int, float)) and self.norm_eps > 0):
             problems.append(f"norm_eps={self.norm_eps!r} is not above 0")
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             problems.append(f"dropout={self.dropout!r} is not in [0, 1)")
-        if problems:
-            raise UnknownArchitectureError(
-                f"this is not a model of craft_jax: {'; '.join(problems)}", problems=problems
-            )
+        flags = (
+            "bias norm_first final_norm embedding_scale tie_embeddings share_embeddings head_bias"
+        )
+        values = {flag: getattr(self, flag) for flag in flags.split()}
+        values |= {flag: getattr(self, f"has_{flag}") for flag in ("norm_bias", "final_norm_bias")}
+        problems += [
+            f"{flag}={value!r} is not true or false"
+            for flag, value in values.items()
+            if not isinstance(value, bool)
+        ]
+        return problems
+
+    def _not_of_the_family(self) -> list[str]:
+        if self.name not in FAMILIES:
+            return [f"name={self.name!r} is not one of {', '.join(FAMILIES)}"]
+        problems = [
+            f"{field}={getattr(self, field)!r}, which {self.name} cannot have"
+            for field, value in FAMILIES[self.name].fixed.items()
+            if getattr(self, field) != value
+        ]
+        if self.name == "seq2seq" and not _is_positive_int(self.num_decoder_layers):
+            problems.append(f"num_decoder_layers={self.num_decoder_layers!r} is not above 0")
+        if self.name != "seq2seq" and self.cross_attention == "source":
+            problems.append(f"cross_attention='source', which {self.name} cannot have")
+        return problems
+
+    @classmethod
+    def simplest(cls, **attributes: Any) -> "ModelSpec":
+        """Returns the spec of a language model, in the first family that can be it: gpt, if so."""
+        for name in ("gpt", "transformer"):
+            try:
+                return cls(name=name, **attributes)
+            except UnknownArchitectureError:
+                if name == "transformer":
+                    raise
+        raise AssertionError
 
     @classmethod
     def from_model_config(cls, model: Mapping[str, Any], vocab_size: int) -> "ModelSpec":
@@ -80,29 +205,33 @@ class ModelSpec:
                 f"model.name={name}: interop knows {', '.join(FAMILIES)}; a model of your own "
                 "needs a table of its own, see docs/interop.md"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(model) - known):
+        family = FAMILIES[name]
+        if unknown := sorted(set(model) - set(family.fields)):
             raise NotRepresentableError(
                 f"model.{unknown[0]}={model[unknown[0]]!r} is a setting that this version of "
                 "interop does not know, so nothing is exported; use the version that wrote the run"
             )
-        if lacking := sorted(known - set(model)):
+        if lacking := sorted(set(family.fields) - {*model, *family.added}):
             raise NotRepresentableError(f"the saved config lacks model.{', model.'.join(lacking)}")
-        values = dict(model)
+        values = {**family.fixed, **family.added, **model}
         values["vocab_size"] = max(values["vocab_size"] or 0, vocab_size)
         values["d_ff"] = values["d_ff"] or 4 * values["d_model"]
         return cls(**values)
 
     def model_config(self) -> dict[str, Any]:
         """Returns the `model` section of a config."""
-        return dataclasses.asdict(self)
+        return {field: getattr(self, field) for field in FAMILIES[self.name].fields}
 
     def differences(self, other: "ModelSpec") -> list[str]:
-        """Returns one line for each attribute that differs and changes numbers."""
+        """Returns one line for each attribute that differs and changes numbers.
+
+        The family does not: a gpt is a transformer whose choices are made.
+        """
         return [
             f"{field.name} is {getattr(self, field.name)!r} and {getattr(other, field.name)!r}"
             for field in dataclasses.fields(self)
-            if field.name != "dropout" and getattr(self, field.name) != getattr(other, field.name)
+            if field.name not in ("name", "dropout")
+            and getattr(self, field.name) != getattr(other, field.name)
         ]
 
 

@@ -78,3 +78,14 @@ def bits(array: np.ndarray) -> np.ndarray:
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have the same dtype, shape and bits."""
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
+
+
+def is_one(tensors: Tensors, name: str, other: str) -> bool:
+    """Whether two names stand for one array: it is stored once, or `other` has its bits."""
+    if other not in tensors:
+        return True
+    a, b = tensors[name], tensors[other]
+    memory = getattr(a, "memory", None)
+    if memory is not None and memory == getattr(b, "memory", None):
+        return True
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and same_bits(a.read(), b.read())

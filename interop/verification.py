@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from craft_jax.errors import UsageError
-from interop import cast, pipeline, source
+from interop import cast, folds, pipeline, source
 from interop.errors import InteropError, MissingDependencyError, listed
 from interop.mapping import Tap
 from interop.source import CRAFT, Options, Source
+from interop.spec import ModelSpec
 from interop.targets import TARGETS
+from interop.targets.base import FILES
 from interop.tensors import LazyTensor, bits
 
 LEVELS = ("structure", "bits", "logits", "generate")
@@ -106,6 +108,9 @@ def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
         if not manifest:
             return model
         dtype = manifest.get("dtype", "keep")
+        if crossed := {folds.CROSS, folds.SCALE} & set(manifest.get("approximations", ())):
+            model = _folded(model, crossed)
+            notes.append(f"compared after the same {', '.join(sorted(crossed))}")
         tokens = model.tokenizer.vocab_size if model.tokenizer else model.spec.vocab_size
         if manifest.get("trimmed") and model.spec.vocab_size > tokens:
             model, _ = source.trimmed(model)
@@ -117,6 +122,16 @@ def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
         return model
 
     return follow(a, b.manifest), follow(b, a.manifest), notes
+
+
+def _folded(model: Source, names: set[str]) -> Source:
+    spec = model.spec
+    if folds.CROSS in names and spec.cross_attention in folds.CONSTANT:
+        spec = folds.without_cross_attention(spec)
+    if folds.SCALE in names and spec.embedding_scale:
+        spec = dataclasses.replace(spec, embedding_scale=False, tie_embeddings=False)
+    found = folds.towards(model.spec, model.leaves, spec)
+    return dataclasses.replace(model, spec=spec, leaves=found)
 
 
 def compare(
@@ -256,18 +271,19 @@ def _in_words(row: dict[str, Any], a: Source, b: Source) -> str:
 
 
 def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
-    if a.spec.vocab_size != b.spec.vocab_size or a.spec.max_seq_len != b.spec.max_seq_len:
+    sizes = ("vocab_size", "max_seq_len", "num_decoder_layers")
+    if any(getattr(a.spec, name) != getattr(b.spec, name) for name in sizes):
         return a.spec.differences(b.spec), {}
     length = min(seq_len or a.spec.max_seq_len, a.spec.max_seq_len)
-    tokens_BT = _tokens(a.spec.vocab_size, length)
+    inputs = _inputs(a.spec, length)
     taps = _taps(a, b)
-    x_BTV, x_states = _run(a, tokens_BT, taps)
-    y_BTV, y_states = _run(b, tokens_BT, taps)
+    x_BTV, x_states = _run(a, inputs, taps)
+    y_BTV, y_states = _run(b, inputs, taps)
     ratio = np.abs(x_BTV - y_BTV) / np.maximum(1, np.maximum(np.abs(x_BTV), np.abs(y_BTV)))
     worst = float(np.max(ratio)) if np.isfinite(ratio).all() else float("inf")
     agree = float(np.mean(x_BTV.argmax(-1) == y_BTV.argmax(-1)))
     figures = {
-        "tokens": list(tokens_BT.shape),
+        "tokens": list(inputs["tokens"].shape),
         "largest": worst,
         "tolerance": TOLERANCE,
         "same_top_token": agree,
@@ -286,30 +302,41 @@ def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
     return problems, figures
 
 
-def _tokens(vocab_size: int, length: int) -> np.ndarray:
-    tokens_BT = np.random.default_rng(_SEED).integers(0, vocab_size, (2, length), np.int32)
-    tokens_BT[0, 0], tokens_BT[-1, -1] = 0, vocab_size - 1
-    return tokens_BT
+def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
+    """Returns ids of two rows, the least and the largest among them, and what an encoder reads."""
+    rng = np.random.default_rng(_SEED)
+    tokens_BT = rng.integers(0, spec.vocab_size, (2, length), np.int32)
+    tokens_BT[0, 0], tokens_BT[-1, -1] = 0, spec.vocab_size - 1
+    if not spec.num_decoder_layers:
+        return {"tokens": tokens_BT}
+    source_BS = rng.integers(0, spec.vocab_size, (2, spec.max_seq_len), np.int32)
+    mask_BS = np.ones(source_BS.shape, bool)
+    mask_BS[1, (spec.max_seq_len + 1) // 2 :] = False
+    return {"tokens": tokens_BT, "source": source_BS, "source_mask": mask_BS}
 
 
 def _taps(a: Source, b: Source) -> tuple[Tap, ...]:
     """The places where both models can be looked into, in the order of the forward pass."""
-    kind = next((model.kind for model in (a, b) if model.kind != CRAFT), "craft-torch")
-    return TARGETS[kind].mapping(a.spec).taps
+    places = [
+        {tap.source: tap for tap in TARGETS[model.kind].mapping(model.spec).taps}
+        for model in (a, b)
+        if model.kind != CRAFT
+    ] or [{tap.source: tap for tap in TARGETS["craft-torch"].mapping(a.spec).taps}]
+    return tuple(tap for name, tap in places[0].items() if all(name in p for p in places))
 
 
 def _run(
-    model: Source, tokens_BT: np.ndarray, taps: tuple[Tap, ...]
+    model: Source, inputs: dict[str, np.ndarray], taps: tuple[Tap, ...]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns float64 logits, and the states at the taps."""
     if model.kind == CRAFT:
         reference = _live().Reference(model.spec, model.leaves)
-        states = reference.states(tokens_BT, tuple(tap.source for tap in taps))
-        return reference.logits(tokens_BT), [states[tap.source] for tap in taps]
-    own = TARGETS[model.kind].mapping(model.spec).taps
-    paths = [tap.target for tap in own]
+        states = reference.states(inputs, tuple(tap.source for tap in taps))
+        return reference.logits(inputs), [states[tap.source] for tap in taps]
+    own = {tap.source: tap.target for tap in TARGETS[model.kind].mapping(model.spec).taps}
+    paths = [own[tap.source] for tap in taps]
     request = {"what": "logits", "dtype": "float64", "taps": paths}
-    answer, arrays = _ask(model, request, tokens_BT)
+    answer, arrays = _ask(model, request, inputs)
     if answer["loading"]:
         raise InteropError(f"{model.path} does not fill PyTorch's model: {answer['loading']}")
     return arrays["logits"], [arrays[f"tap {path}"] for path in paths]
@@ -341,7 +368,7 @@ def _can_run(model: Source) -> bool:
 
 
 def _ask(
-    model: Source, request: dict[str, Any], tokens_BT: np.ndarray | None = None
+    model: Source, request: dict[str, Any], inputs: dict[str, np.ndarray] | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Runs the torch side of a model in a process of its own.
 
@@ -355,15 +382,17 @@ def _ask(
         raise MissingDependencyError(
             f"running {model.path} needs {what}: pip install 'craft_jax[torch,hf]'"
         )
-    if target.container != "nanogpt" and not model.path.is_dir():
+    if target.container not in FILES and not model.path.is_dir():
         raise UsageError(
             f"{model.path} is a file without a config, which PyTorch cannot run; import it, export "
             "it to a folder, and verify that"
         )
     request = request | {
         "container": target.container,
+        "target": target.name,
         "path": str(model.path.absolute()),
-        "model_args": target.write_config(model.spec),
+        "model": dataclasses.asdict(model.spec),
+        "names": {name: model.original.get(name, name) for name in _weights(model)},
     }
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent.parent),
@@ -374,8 +403,7 @@ def _ask(
     with tempfile.TemporaryDirectory(prefix="interop_") as folder:
         place = Path(folder)
         (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        if tokens_BT is not None:
-            np.save(place / "tokens.npy", tokens_BT)
+        np.savez(place / "inputs.npz", **(inputs or {}))
         done = subprocess.run(
             [sys.executable, str(_WORKER), folder],
             env=environment,
@@ -391,15 +419,23 @@ def _ask(
             return answer, dict(arrays)
 
 
+def _weights(model: Source) -> list[str]:
+    """Returns the names of the tensors that PyTorch's module loads: all but constants."""
+    assert model.tensors is not None and model.rules is not None
+    constants = {buffer.name for buffer in model.rules.buffers}
+    return [name for name in model.tensors if name not in constants]
+
+
 # Generate.
 
 
 def _generate(a: Source, b: Source) -> Checked:
     problems = _tokenizer_problems(a, b)
     context = min(a.spec.max_seq_len, b.spec.max_seq_len)
-    prompt = _tokens(a.spec.vocab_size, max(1, min(16, context // 2)))[0].tolist()
+    inputs = _inputs(a.spec, max(1, min(16, context // 2)))
+    prompt = inputs["tokens"][0].tolist()
     count = min(_NEW, context - len(prompt))
-    x, y = (_greedy(model, prompt, count) for model in (a, b))
+    x, y = (_greedy(model, prompt, count, inputs) for model in (a, b))
     if x != y:
         first = next((i for i, (s, t) in enumerate(zip(x, y, strict=False)) if s != t), 0)
         problems.append(f"greedy tokens differ from number {first} on: {x[first:]} and {y[first:]}")
@@ -408,11 +444,13 @@ def _generate(a: Source, b: Source) -> Checked:
     return problems, {"said": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
 
 
-def _greedy(model: Source, prompt: list[int], count: int) -> list[int]:
+def _greedy(
+    model: Source, prompt: list[int], count: int, inputs: dict[str, np.ndarray]
+) -> list[int]:
     if model.kind == CRAFT:
-        return _live().Reference(model.spec, model.leaves).greedy(prompt, count)
+        return _live().Reference(model.spec, model.leaves).greedy(prompt, count, inputs)
     request = {"what": "greedy", "dtype": "float64", "prompt": prompt, "new": count}
-    return _ask(model, request, np.asarray([prompt], np.int32))[0]["greedy"]
+    return _ask(model, request, inputs)[0]["greedy"]
 
 
 def _tokenizer_problems(a: Source, b: Source) -> list[str]:

@@ -17,18 +17,16 @@ MARK = "<!-- tables -->"
 
 
 def tables() -> str:
-    """Returns a table of every section: field, type, default, bounds and meaning."""
+    """Returns the tables of all sections; that of the model once for each registered model."""
     defaults = configs.from_values({})
     parts = []
     for section in configs.SECTIONS:
-        value = getattr(defaults, section)
-        rows = [
-            f"| `{field.name}` | {_type(field.type)} | {_shown(field.default)} | "
-            f"{field.metadata['help']}{_bounds(field.metadata)} |"
-            for field in dataclasses.fields(value)
-        ]
-        head = f"## {section}\n\n| field | type | default | meaning |\n|---|---|---|---|"
-        parts.append("\n".join([head, *rows]))
+        parts.append(f"## {section}")
+        if section != "model":
+            parts.append(_table(type(getattr(defaults, section))))
+            continue
+        for name, model in configs.MODELS.items():
+            parts += [f"### model.name={name}", _table(model.Config)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -36,6 +34,16 @@ def page() -> str:
     """Returns the page as it should be."""
     by_hand, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
     return f"{by_hand}{MARK}\n\n{tables()}"
+
+
+def _table(cls: type) -> str:
+    """Returns a row for each field: type, default, meaning and bounds."""
+    rows = [
+        f"| `{field.name}` | {_type(field.type)} | {_shown(field.default)} | "
+        f"{field.metadata['help']}{_bounds(field.metadata)} |"
+        for field in dataclasses.fields(cls)
+    ]
+    return "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows])
 
 
 def _type(kind: object) -> str:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from craft_jax import config as configs
 from craft_jax.config import ExperimentConfig, Override
-from craft_jax.errors import ConfigError
+from craft_jax.errors import ConfigError, UsageError
 
 MISTAKES = """
 from ml_collections import ConfigDict
@@ -95,6 +95,10 @@ def test_five_mistakes_in_one_report(tmp_path):
         ("model.vocab_size=300", "data.vocab_size=1024 is more than model.vocab_size=300"),
         ("data.source=files", "needs data.path"),
         ("parallel.fsdp=-1", "at most one axis"),
+        ("model.name=seq2seq", "but data.pairs is empty: name yours with --config.data.pairs="),
+        ("data.pairs=dates", "model.name=gpt does not read data.pairs=dates; use model.name=seq2"),
+        ("data.pairs=dats", "is not one of dates, reverse, sort, nor a file; did you mean 'dates'"),
+        ("data.num_pairs=0", "must be at least 1"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, expected):
@@ -148,6 +152,32 @@ def test_a_later_value_replaces_an_earlier_one():
     assert config.model.num_layers == 3
     assert config.optim.learning_rate == 1.0
     assert isinstance(config.optim.learning_rate, float)
+
+
+def test_pairs_and_their_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.tsv").write_text("a\tb\n", encoding="utf-8")
+    values = {"model": {"name": "seq2seq"}, "data": {"pairs": "mine.tsv"}}
+    config = configs.from_values(values)
+    assert config.data.pairs == str(tmp_path / "mine.tsv")
+    assert config.reads_pairs
+    config.check_pairs()
+    # A dataset of the user's own may be of pairs.
+    assert problems({"model": {"name": "seq2seq"}, "data": {"dataset": "own.py:Data"}}) == []
+    assert "contradicts data.path=" in problems(values, "data.path=x.txt")[0]
+    assert "contradicts data.dataset=" in problems(values, "data.dataset=own.py:Data")[0]
+
+
+def test_a_saved_config_may_name_no_pairs_yet():
+    """That of an imported run; what trains or evaluates it asks for them."""
+    saved = configs.from_values({}).to_json() | {"model": {"name": "seq2seq"}}
+    config = configs.load(None, saved=saved)
+    with pytest.raises(UsageError, match=r"name yours with --config\.data\.pairs=PATH"):
+        config.check_pairs()
+    configs.load(None, [Override("data.pairs", "sort")], saved).check_pairs()
+    text = configs.load(None, [Override("data.pairs", "sort")], configs.from_values({}).to_json())
+    with pytest.raises(UsageError, match="does not read data.pairs=sort"):
+        text.check_pairs()
 
 
 def test_json_round_trip():
@@ -238,7 +268,8 @@ def test_any_single_mutation_ends_in_a_config_or_in_one_line_each():
 
 
 def test_every_field_has_a_help_text():
-    for section in configs.SECTIONS:
-        value = getattr(configs.from_values({}), section)
+    defaults = configs.from_values({})
+    sections = [getattr(defaults, section) for section in configs.SECTIONS]
+    for value in (*sections, *(model.Config for model in configs.MODELS.values())):
         for field in dataclasses.fields(value):
-            assert field.metadata["help"], f"{section}.{field.name}"
+            assert field.metadata["help"], f"{value}: {field.name}"

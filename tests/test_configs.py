@@ -19,6 +19,10 @@ SIZES = {
     "gpt.py:350m": 354_823_168,
     "gpt.py:774m": 774_030_080,
     "gpt.py:1558m": 1_557_611_200,
+    "seq2seq.py": 239_168,
+    "seq2seq.py:dates": 239_168,
+    "seq2seq.py:reverse": 236_992,
+    "seq2seq.py:sort": 236_992,
     "shakespeare_char.py": 10_745_088,
     "shakespeare_char.py:gpu": 10_745_088,
     "shakespeare_char.py:cpu": 804_096,
@@ -37,11 +41,17 @@ SHORT = {
     "training.accumulate": 1,
     "training.sample_every": 0,
 }
+# Pairs are made, and must fit.
+SHORT_PAIRS = {k: v for k, v in SHORT.items() if k != "data.seq_len"} | {"data.num_pairs": 50}
 
 
 def load(name, **values):
     words = [Override(field, str(value)) for field, value in values.items()]
     return configs.load(str(ROOT / "configs" / name), words)
+
+
+def is_of_pairs(name):
+    return name.startswith("seq2seq")
 
 
 def test_every_config_is_here():
@@ -50,21 +60,24 @@ def test_every_config_is_here():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_size(name):
-    config = load(name, **{"data.path": "text.txt"})
+    config = load(name, **({} if is_of_pairs(name) else {"data.path": "text.txt"}))
     vocab_size = 65 if "shakespeare" in name else config.data.vocab_size
+    if is_of_pairs(name):
+        vocab_size = 45 if config.data.pairs == "dates" else 27
     model = runs.with_vocab_size(config.model, vocab_size)
     assert base.define(config.model_class, model).num_params == SIZES[name]
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_it_trains(name, text_file, workdir):
-    words = [f"--config={ROOT / 'configs' / name}", *overrides(SHORT)]
-    assert cli.main([*words, f"--config.data.path={text_file}", f"--workdir={workdir}"]) == 0
+    short = SHORT_PAIRS if is_of_pairs(name) else SHORT | {"data.path": text_file}
+    words = [f"--config={ROOT / 'configs' / name}", *overrides(short)]
+    assert cli.main([*words, f"--workdir={workdir}"]) == 0
     (metrics,) = (workdir / "logs").glob("*.jsonl")
     assert "val_loss" in read_json_lines(metrics)[-1]
 
 
-@pytest.mark.parametrize("name", ["gpt.py:huge", "shakespeare_char.py:tpu"])
+@pytest.mark.parametrize("name", ["gpt.py:huge", "seq2seq.py:hours", "shakespeare_char.py:tpu"])
 def test_a_preset_that_does_not_exist(name):
     with pytest.raises(configs.ConfigError, match="is not one of"):
         load(name)

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,21 +10,25 @@ from craft_jax.errors import UsageError
 from craft_jax.generation import Generator, SamplingConfig, choose
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
+from craft_jax.models.seq2seq import Seq2SeqConfig, Transformer
 
 V = 23
 CONFIG = GPTConfig(vocab_size=V, num_layers=2, num_heads=2, d_model=32, max_seq_len=24)
 GREEDY = SamplingConfig(temperature=0.0)
 
 
+def draw(model_def, seed=0, std=0.2):
+    """Parameters so large that the most likely token depends on the whole context."""
+    keys = jax.random.split(jax.random.key(seed), len(model_def.shapes))
+    return {
+        path: 1.0 * path.endswith("scale") + std * jax.random.normal(key, leaf.shape)
+        for key, (path, leaf) in zip(keys, model_def.shapes.items(), strict=True)
+    }
+
+
 @pytest.fixture(scope="module")
 def params():
-    drawn = jax.jit(lambda k: base.init_params(GPT, CONFIG, k))(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), len(drawn))
-    # Large enough that the most likely token depends on the whole context.
-    return {
-        path: value + 0.2 * jax.random.normal(key, value.shape)
-        for key, (path, value) in zip(keys, drawn.items(), strict=True)
-    }
+    return draw(base.define(GPT, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +125,211 @@ def test_from_a_model(params):
 def test_prompts_that_do_not_fit(params, generator, prompt):
     with pytest.raises(UsageError, match=f"{len(prompt)} tokens; this model takes 1 to 24"):
         generator.generate(params, [prompt], max_new_tokens=1, config=GREEDY)
+
+
+# With sources, and with beams. Small models of both kinds, and what they say of whole texts.
+
+END, SMALL_V, LENGTH = 3, 4, 10
+SMALL = dict(vocab_size=SMALL_V + 2, num_layers=1, num_heads=2, d_model=16, max_seq_len=LENGTH)
+DEFS = {
+    "gpt": base.define(GPT, GPTConfig(**SMALL)),
+    "seq2seq": base.define(Transformer, Seq2SeqConfig(**SMALL, num_decoder_layers=1)),
+}
+PROMPTS = [[END], [0, 1, 2], [END, 2], [1, 1, 1, 1, 1, 0]]
+SOURCES = [[0, END], [1, 2, 0, 0, 1, 2, 0, 1, 2, END], [2, 2, 2, END], [END]]
+
+
+class Small:
+    """A generator of one kind of model, and the same by full forward passes."""
+
+    def __init__(self, kind, end_id=END):
+        self.has_source = kind == "seq2seq"
+        self.model_def = DEFS[kind]
+        self.generator = Generator(
+            self.model_def, max_len=LENGTH, vocab_size=SMALL_V, end_id=end_id
+        )
+        self._logits = jax.jit(self._all_logits)
+
+    def _all_logits(self, params, tokens_BT, source_BS, source_mask_BS):
+        source = {"source_BS": source_BS, "source_mask_BS": source_mask_BS}
+        return self.model_def.merge(params)(tokens_BT, **(source if self.has_source else {}))[0]
+
+    def options(self, rows=slice(None)):
+        return {"sources": SOURCES[rows]} if self.has_source else {}
+
+    def logps(self, params, texts, source):
+        """Log-probabilities of the next token after every token of each text, in float64."""
+        tokens = np.zeros((len(texts), LENGTH), np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = text
+        # The source as it is, without padding.
+        source = np.tile(np.array(source, np.int32), (len(texts), 1))
+        logits = self._logits(params, tokens, source, np.ones(source.shape, bool))
+        logits = np.asarray(logits, np.float64)[..., :SMALL_V]
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    def score(self, params, prompt, new, source, penalty=0.0):
+        text = [*prompt, *new]
+        logps = self.logps(params, [text[:LENGTH]], source)[0]
+        each = [logps[i - 1, text[i]] for i in range(len(prompt), len(text))]
+        return sum(each) / len(each) ** penalty
+
+    def greedy(self, params, prompt, source, limit):
+        new = []
+        while len(new) < limit and END not in new and len(prompt) + len(new) <= LENGTH:
+            text = [*prompt, *new]
+            new.append(int(self.logps(params, [text], source)[0, len(text) - 1].argmax()))
+        return new
+
+
+@pytest.fixture(scope="module", params=DEFS)
+def small(request):
+    return Small(request.param)
+
+
+def ended(new, limit, prompt):
+    """New tokens with the end token that was left out, unless they were cut."""
+    return new if len(new) == min(limit, LENGTH + 1 - len(prompt)) else [*new, END]
+
+
+def test_targets_with_cache_equal_full_forward_and_end_at_the_context():
+    made = Small("seq2seq")
+    lengths = set()
+    for seed in range(6):
+        params = draw(made.model_def, seed, std=0.4)
+        got = made.generator.generate(
+            params, PROMPTS, sources=SOURCES, max_new_tokens=30, config=GREEDY
+        )
+        for prompt, source, new in zip(PROMPTS, SOURCES, got, strict=True):
+            assert ended(new, 30, prompt) == made.greedy(params, prompt, source, 30)
+            lengths.add(len(prompt) + len(new))
+    assert LENGTH + 1 in lengths and len(lengths) > 3
+
+
+def test_sources_of_different_length_equal_one_by_one():
+    made = Small("seq2seq")
+    params = draw(made.model_def)
+    options = {"max_new_tokens": 9, "config": SamplingConfig(temperature=1.2), "seed": 4}
+    together = made.generator.generate(params, PROMPTS, sources=SOURCES, **options)
+    alone = [
+        made.generator.generate(params, [prompt], sources=[source], **options)[0]
+        for prompt, source in zip(PROMPTS, SOURCES, strict=True)
+    ]
+    assert together == alone
+    assert len(set(map(tuple, together))) > 1
+    model = made.model_def.merge(params)
+    got = generation.generate(model, PROMPTS, sources=SOURCES, max_new_tokens=2, config=GREEDY)
+    assert [len(new) for new in got] == [2] * 4
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_beams_never_score_below_greedy_and_say_what_a_text_scores(small, penalty):
+    better = 0
+    for seed in range(25):
+        params = draw(small.model_def, seed, std=0.4)
+        found = small.generator.beam_search(
+            params,
+            PROMPTS,
+            num_beams=3,
+            max_new_tokens=7,
+            length_penalty=penalty,
+            **small.options(),
+        )
+        for prompt, source, (new, score) in zip(PROMPTS, SOURCES, found, strict=True):
+            assert max(new, default=0) < SMALL_V
+            # The best text may end here, or go on: what it scores tells which.
+            scores = [
+                small.score(params, prompt, text, source, penalty)
+                for text in ([*new, END], new)
+                if 0 < len(text) <= min(7, LENGTH + 1 - len(prompt))
+            ]
+            assert min(abs(score - s) for s in scores) < 1e-5
+            greedy = small.greedy(params, prompt, source, 7)
+            least = small.score(params, prompt, greedy, source, penalty)
+            assert score > least - 1e-5
+            better += score > least + 1e-3
+    assert better > 5
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_enough_beams_find_the_best_of_all_texts(small, penalty):
+    limit = 4
+    texts = [
+        text
+        for length in range(1, limit + 1)
+        for text in map(list, itertools.product(range(SMALL_V), repeat=length))
+        if END not in text[:-1] and (text[-1] == END or length == limit)
+    ]
+    for seed in range(4):
+        params = draw(small.model_def, seed, std=0.4)
+        found = small.generator.beam_search(
+            params,
+            PROMPTS[:3],
+            num_beams=130,
+            max_new_tokens=limit,
+            length_penalty=penalty,
+            **small.options(slice(3)),
+        )
+        for prompt, source, (new, score) in zip(PROMPTS, SOURCES, found, strict=False):
+            logps = small.logps(params, [[*prompt, *text] for text in texts], source)
+            scores = [
+                sum(row[len(prompt) + i - 1, token] for i, token in enumerate(text))
+                / len(text) ** penalty
+                for row, text in zip(logps, texts, strict=True)
+            ]
+            best = int(np.argmax(scores))
+            assert score == pytest.approx(scores[best], abs=1e-5)
+            assert new == [token for token in texts[best] if token != END]
+
+
+def test_one_beam_is_greedy(small):
+    for seed in range(6):
+        params = draw(small.model_def, seed, std=0.4)
+        found = small.generator.beam_search(
+            params, PROMPTS, num_beams=1, max_new_tokens=30, **small.options()
+        )
+        for (new, _), prompt, source in zip(found, PROMPTS, SOURCES, strict=True):
+            assert ended(new, 30, prompt) == small.greedy(params, prompt, source, 30)
+
+
+def test_beams_of_a_row_do_not_depend_on_the_others(small):
+    params = draw(small.model_def, 11, std=0.4)
+    options = {"num_beams": 3, "max_new_tokens": 7}
+    together = small.generator.beam_search(params, PROMPTS, **options, **small.options())
+    for i, (new, score) in enumerate(together):
+        rows = slice(i, i + 1)
+        ((alone, alone_score),) = small.generator.beam_search(
+            params, PROMPTS[rows], **options, **small.options(rows)
+        )
+        assert alone == new
+        assert alone_score == pytest.approx(score, abs=1e-5)
+
+
+def test_beams_without_an_end_token():
+    made = Small("gpt", end_id=None)
+    params = draw(made.model_def)
+    found = made.generator.beam_search(params, PROMPTS, num_beams=3, max_new_tokens=6)
+    assert [len(new) for new, _ in found] == [6, 6, 6, 5]
+    assert made.generator.beam_search(params, [[1]], num_beams=3, max_new_tokens=0) == [([], 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("gpt", {"num_beams": 0}, "--num_beams=0 must be 1"),
+        ("gpt", {"length_penalty": -1.0}, "--length_penalty=-1.0 must be 0"),
+        ("gpt", {"length_penalty": float("nan")}, "--length_penalty=nan"),
+        ("gpt", {"sources": [[1]]}, "reads no source"),
+        ("seq2seq", {}, "reads a source for each prompt"),
+        ("seq2seq", {"sources": [[1], [2]]}, "2 sources for 1 prompts"),
+        ("seq2seq", {"sources": [[]]}, "a source has 0 tokens; this model takes 1 to 10"),
+        ("seq2seq", {"sources": [[1] * 11]}, "a source has 11 tokens"),
+    ],
+)
+def test_searches_that_cannot_be(kind, options, message):
+    generator = Generator(DEFS[kind], max_len=LENGTH, vocab_size=SMALL_V, end_id=END)
+    with pytest.raises(UsageError, match=message):
+        generator.beam_search({}, [[1]], **{"num_beams": 2, "max_new_tokens": 3} | options)
 
 
 # How a token is chosen.

@@ -50,7 +50,7 @@ def test_every_command_and_every_line_of_python(tmp_path, monkeypatch, capsys):
             trains = given[2].startswith("--")
             assert cli.main([*given[2:], *(SHORT if trains else [])]) == 0, command
     code = [block for block in CODE if "rule(" not in block]
-    assert len(code) == 3
+    assert len(code) == 4
     for block in code:
         subprocess.run(
             [sys.executable, "-c", block],

@@ -18,3 +18,15 @@ def test_without_text_and_beyond_range():
     got = metrics.from_sums(loss=1e6, weight=1.0, correct=0.0, num_bytes=None)
     assert got["bits_per_byte"] is None
     assert got["perplexity"] == math.inf
+
+
+def test_of_pairs():
+    got = metrics.from_pair_sums(loss=6.0, weight=12.0, correct=9.0, exact=1.0, rows=4.0)
+    assert got == {
+        "loss": 0.5,
+        "perplexity": math.exp(0.5),
+        "accuracy": 0.75,
+        "exact_match": 0.25,
+        "tokens": 12,
+        "pairs": 4,
+    }

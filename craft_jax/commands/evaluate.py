@@ -1,4 +1,4 @@
-"""evaluate: loss, perplexity, bits per byte and accuracy of a run, on a split or on a text."""
+"""evaluate: loss, perplexity, accuracy and more of a run, on a split, a text, or pairs."""
 
 import argparse
 import json
@@ -9,9 +9,9 @@ import jax
 
 from craft_jax import outputs, runs, runtime, sharding
 from craft_jax.commands import report
-from craft_jax.data import pipeline, text
+from craft_jax.data import pairs, pipeline, text
 from craft_jax.data.base import Dataset
-from craft_jax.errors import OK, DataError
+from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.precision import Policy
 from craft_jax.runs import Run
 from craft_jax.sharding import ParallelConfig
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
     data = opened.config.data
+    if args.text and opened.config.reads_pairs:
+        return _file_of_pairs(opened, args.text)
     if args.text:
         dataset = text.from_text(
             text.read_text(Path(args.text)),
@@ -62,6 +64,7 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
         )
         dataset.name = "".join(c if c.isalnum() else "_" for c in Path(args.text).stem)
         return dataset
+    opened.config.check_pairs()
     datasets = pipeline.open_datasets(
         data, workdir=workdir, seed=opened.config.training.seed, tokenizer=opened.tokenizer
     )
@@ -71,7 +74,22 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
             "the data is not what this run was trained on: its text or split has changed"
         )
     if args.split == "train":
-        return text.one_pass(datasets.train)
+        return datasets.train.one_pass()
     if datasets.val is None:
         raise DataError("data.val_fraction=0: the run has no validation split; use --split=train")
     return datasets.val
+
+
+def _file_of_pairs(opened: Run, path: str) -> Dataset:
+    if not pairs.has_pairs_name(path):
+        raise UsageError(
+            f"--text={path}: run {opened.paths.name} reads pairs; name a .tsv or .jsonl file"
+        )
+    data = opened.config.data
+    return pairs.from_file(
+        Path(path),
+        opened.need_tokenizer(),
+        field="--text",
+        seq_len=data.seq_len,
+        batch_size=data.batch_size,
+    )

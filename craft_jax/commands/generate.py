@@ -1,7 +1,8 @@
-"""generate: text from a run, streamed as it is made."""
+"""generate: text from a run, streamed as it is made: what follows prompts, or targets."""
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from craft_jax import outputs, runs
@@ -10,22 +11,29 @@ from craft_jax.data.tokenizers import TextStream
 from craft_jax.errors import OK, UsageError
 from craft_jax.generation import SamplingConfig
 
+_TEMPERATURE = 0.8
+_UNSET = {
+    "temperature": (None, 0.0),  # 0 asks for the likeliest text too.
+    "top_k": (None,),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "seed": (0,),
+    "num_samples": (1,),
+}
+"""Flags of sampling, and the values that a search does not contradict."""
+
 
 def run(args: argparse.Namespace) -> int:
-    """Continues one or several prompts, each `--num_samples` times.
+    """Continues one or several prompts, or writes the targets of sources, `--num_samples` times.
 
     The text goes to standard output and to a file, everything else to standard error.
     """
     workdir = Path(args.workdir).expanduser().absolute()
-    sampling = SamplingConfig(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UsageError("--max_new_tokens and --num_samples must be at least 1")
+    given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
+    runs.check_beams(args.num_beams, args.length_penalty, given)
     opened = runs.open(
         args.run or "latest",
         workdir=workdir,
@@ -33,33 +41,41 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
     )
     tokenizer = opened.need_tokenizer()
+    is_pair = opened.config.reads_pairs
     prompts = _prompts(args)
+    if not prompts:
+        if is_pair:
+            raise UsageError("a model of pairs needs a source: give --prompt=TEXT")
+        prompts = [""]
+    rows = runs.encode_prompts(tokenizer, prompts, is_pair=is_pair)
     context = opened.model_def.config.max_seq_len
-    ids = [runs.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > context:
+    word, tokens = ("source", "tokens and an end") if is_pair else ("prompt", "tokens")
+    for prompt, ids in zip(prompts, rows.sources or rows.prompts, strict=True):
+        if len(ids) > context:
             raise UsageError(
-                f"the prompt {_short(prompt)!r} has {len(row)} tokens, but the context of this "
-                f"model is {context} (model.max_seq_len); shorten it"
+                f"the {word} {_short(prompt)!r} has {len(ids) - is_pair} {tokens}, but the context "
+                f"of this model is {context} (model.max_seq_len); shorten it"
             )
+    sampling = SamplingConfig(
+        temperature=_temperature(args, is_pair),
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
     sampling.check(tokenizer.vocab_size)
     _say(f"run {opened.paths.name}, step {opened.step}")
+    texts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     writer = _Writer(
-        [prompt for prompt in prompts for _ in range(args.num_samples)],
-        [tokenizer.stream() for _ in prompts for _ in range(args.num_samples)],
+        [""] * len(texts) if is_pair else texts,
+        [tokenizer.stream() for _ in texts],
+        has_headings=len(texts) > 1 and not is_pair,
     )
-    stream = opened.generator.stream(
-        opened.compute_params,
-        [row for row in ids for _ in range(args.num_samples)],
-        max_new_tokens=args.max_new_tokens,
-        config=sampling,
-        seed=args.seed,
-        sample_index=[i for _ in prompts for i in range(args.num_samples)],
-        on_refill=lambda kept: writer.note(
-            f"[the context of {context} tokens is full: going on from the last {kept}]"
-        ),
-    )
-    for new in stream:
+    if args.num_beams > 1:
+        made = _search(opened, rows, args, writer)
+    else:
+        made = _sample(opened, rows, args, sampling, writer)
+    for new in made:
         writer.push(new)
     writer.finish()
     file = outputs.sample_file(workdir)
@@ -68,12 +84,65 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
+def _sample(
+    opened: runs.Run,
+    rows: runs.PromptRows,
+    args: argparse.Namespace,
+    sampling: SamplingConfig,
+    writer: "_Writer",
+) -> Iterator[list[list[int]]]:
+    """Yields the new tokens of every sample, some at a time."""
+    times = range(args.num_samples)
+    context = opened.model_def.config.max_seq_len
+    yield from opened.generator.stream(
+        opened.compute_params,
+        [row for row in rows.prompts for _ in times],
+        sources=None if rows.sources is None else [row for row in rows.sources for _ in times],
+        max_new_tokens=args.max_new_tokens,
+        config=sampling,
+        seed=args.seed,
+        sample_index=[i for _ in rows.prompts for i in times],
+        on_refill=lambda kept: writer.note(
+            f"[the context of {context} tokens is full: going on from the last {kept}]"
+        ),
+    )
+
+
+def _search(
+    opened: runs.Run,
+    rows: runs.PromptRows,
+    args: argparse.Namespace,
+    writer: "_Writer",
+) -> Iterator[list[list[int]]]:
+    """Yields the best new tokens of every prompt, at once."""
+    found = opened.generator.beam_search(
+        opened.compute_params,
+        rows.prompts,
+        sources=rows.sources,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
+        length_penalty=args.length_penalty,
+    )
+    yield [new for new, _ in found]
+    context = opened.model_def.config.max_seq_len
+    if any(
+        len(row) + len(new) > context for row, (new, _) in zip(rows.prompts, found, strict=True)
+    ):
+        writer.note(f"[the context of {context} tokens is full: a search ends there]")
+
+
+def _temperature(args: argparse.Namespace, is_pair: bool) -> float:
+    if args.temperature is not None:
+        return args.temperature
+    return 0.0 if is_pair else _TEMPERATURE
+
+
 class _Writer:
     """Shows the first text while it grows, and the others, in order, when all are whole."""
 
-    def __init__(self, prompts: list[str], streams: list[TextStream]):
+    def __init__(self, prompts: list[str], streams: list[TextStream], *, has_headings: bool):
         self._texts, self._streams = list(prompts), streams
-        self._is_alone = len(prompts) == 1
+        self._has_headings = has_headings
         self._notes: set[str] = set()
         self._show(self._heading(0) + prompts[0])
 
@@ -107,7 +176,7 @@ class _Writer:
             self._show(text)
 
     def _heading(self, i: int) -> str:
-        return "" if self._is_alone else f"--- {i + 1} of {len(self._texts)} ---\n"
+        return f"--- {i + 1} of {len(self._texts)} ---\n" if self._has_headings else ""
 
     @staticmethod
     def _show(text: str) -> None:
@@ -116,7 +185,7 @@ class _Writer:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of `--prompt`, and each line of `--prompt_file`; one empty prompt without any."""
+    """The prompts of `--prompt`, and each line of `--prompt_file`."""
     prompts = list(args.prompt or [])
     if args.prompt_file == "-":
         prompts += sys.stdin.read().splitlines() if sys.stdin else []
@@ -129,7 +198,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             prompt.encode()
         except UnicodeEncodeError:
             raise UsageError(f"the prompt {_short(prompt)!a} is not valid UTF-8") from None
-    return prompts or [""]
+    return prompts
 
 
 def _short(prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""prepare: tokenizes the text of a config ahead of training."""
+"""prepare: tokenizes the text of a config ahead of training, or reads its pairs to check them."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from craft_jax import config as configs
 from craft_jax import runs, runtime
+from craft_jax.config import ExperimentConfig
 from craft_jax.data import pipeline
 from craft_jax.errors import OK, UsageError
 
@@ -22,7 +23,23 @@ def run(args: argparse.Namespace) -> int:
     if config.data.dataset:
         raise UsageError(f"data.dataset={config.data.dataset} prepares its own data")
     runtime.setup_logging()
+    if config.data.pairs:
+        print(_pairs_in_words(config, workdir))
+        return OK
     cache = pipeline.prepare(config.data, workdir)
     print(json.dumps(cache.manifest, indent=2, ensure_ascii=False))
     print(cache.path)
     return OK
+
+
+def _pairs_in_words(config: ExperimentConfig, workdir: Path) -> str:
+    data = pipeline.open_datasets(config.data, workdir=workdir, seed=config.training.seed)
+    counts = [
+        f"{len(split.pairs):,} {verb}"
+        for split, verb in ((data.train, "train"), (data.val, "validate"))
+        if split is not None
+    ]
+    return (
+        f"data.pairs={config.data.pairs}: pairs need no preparation; {', '.join(counts)}, "
+        f"{data.train.vocab_size} tokens in the vocabulary"
+    )

@@ -66,16 +66,16 @@ def header(
     say("parameters")
     for row in parameter_table(model_def):
         say("  %s", row)
-    tokens = config.data.batch_size * config.data.seq_len
-    say(
-        "batch      %s sequences of %s tokens: %s tokens per step; an epoch is %s steps",
-        f"{config.data.batch_size:,}",
-        f"{config.data.seq_len:,}",
-        f"{tokens:,}",
-        f"{len(datasets.train):,}",
-    )
+    say("batch      %s; an epoch is %s steps", _batch(config), f"{len(datasets.train):,}")
     say("run        %s", paths.folder)
     say("log        %s", paths.log)
+
+
+def _batch(config: ExperimentConfig) -> str:
+    rows, length = config.data.batch_size, config.data.seq_len
+    if config.reads_pairs:
+        return f"{rows:,} pairs, up to {length:,} tokens in a source and in a target"
+    return f"{rows:,} sequences of {length:,} tokens: {rows * length:,} tokens per step"
 
 
 def parameter_table(model_def: ModelDef) -> list[str]:
@@ -108,10 +108,12 @@ def ending(
     paths: RunPaths,
     picture: Path,
     command: Callable[..., str],
+    source: str | None,
 ) -> None:
-    """Says how it went, what was written, and what to do next."""
+    """Says how it went, what was written, and what to do next; `source` is one to try, of pairs."""
     shown = [("training loss", metrics["loss"]), ("validation loss", metrics.get("val_loss"))]
     shown.append(("bits per byte", metrics.get("val_bits_per_byte")))
+    shown.append(("exact match", metrics.get("val_exact_match")))
     words = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
     logger.info("finished: %s", words)
     for name, path in (
@@ -123,9 +125,10 @@ def ending(
         ("picture", picture),
     ):
         logger.info("  %-11s %s", name, path)
+    prompt = [] if source is None else [f"--prompt={source}"]
     logger.info("next")
     logger.info("  evaluate    %s", command(paths, command="evaluate"))
-    logger.info("  sample      %s", command(paths, command="generate"))
+    logger.info("  sample      %s", command(paths, *prompt, command="generate"))
     logger.info("  resume      %s", command(paths, f"--config.training.num_steps={2 * num_steps}"))
 
 

@@ -33,7 +33,7 @@ from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import OK, ConfigError, UsageError
 from craft_jax.generation import SamplingConfig
 from craft_jax.models import base
-from craft_jax.models.base import GenerativeModel, ModelDef
+from craft_jax.models.base import GenerativeModel, ModelDef, Params
 from craft_jax.outputs import RunPaths
 from craft_jax.precision import Policy
 from craft_jax.training import language
@@ -51,6 +51,7 @@ from craft_jax.training.trainer import Trainer, TrainingConfig
 logger = logging.getLogger(__name__)
 
 _LAST_SAMPLE_FACTOR = 4
+_SAMPLED_PAIRS = 5
 _SAMPLING = SamplingConfig(temperature=0.8)
 
 
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return OK
     if found is None and origin and config.data.tokenizer == origin.given.tokenizer:
         tokenizer_file = origin.given.tokenizer
+    config.check_pairs()
     datasets = pipeline.open_datasets(
         config.data,
         workdir=workdir,
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             outputs.write_json(paths.config, config.to_json())
         store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
         store.remove_leftovers()
-        sampler = _Sampler.make(config, model_def, datasets.train.tokenizer)
+        sampler = _make_sampler(config, model_def, datasets)
         unit = language.trainer_for(config.model_class).unit
         callbacks = [
             *_callbacks(config.training, sampler, paths, unit),
@@ -303,7 +305,10 @@ def _assemble(
 
 
 def _callbacks(
-    training: TrainingConfig, sampler: "_Sampler | None", paths: RunPaths, unit: str
+    training: TrainingConfig,
+    sampler: "_Sampler | _PairSampler | None",
+    paths: RunPaths,
+    unit: str,
 ) -> list[Callback]:
     """The project's own callbacks, in the order in which they are called."""
     callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
@@ -312,13 +317,7 @@ def _callbacks(
         def show(step: int, text: str) -> None:
             report.sample(step, text, paths.samples)
 
-        callbacks.append(
-            SampleCallback(
-                training.sample_every,
-                lambda state: sampler(state, training.sample_tokens),
-                show,
-            )
-        )
+        callbacks.append(SampleCallback(training.sample_every, sampler, show))
     callbacks += [
         CheckpointCallback(training.checkpoint_every),
         ConsoleLogger(training.log_every, unit),
@@ -331,26 +330,18 @@ def _callbacks(
 class _Sampler:
     """Text from a state that is being trained."""
 
+    source: str | None = None
+
     def __init__(self, config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer):
         self._generator = runs.make_generator(config, model_def, tokenizer, stop_at_end=False)
         self._policy = Policy.named(config.training.precision)
-        self._tokenizer = tokenizer
+        self._num_tokens, self._tokenizer = config.training.sample_tokens, tokenizer
 
-    @classmethod
-    def make(
-        cls, config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer | None
-    ) -> "_Sampler | None":
-        """Returns a sampler, or None where there is no text or the model does not generate."""
-        if tokenizer is None or not issubclass(config.model_class, GenerativeModel):
-            return None
-        return cls(config, model_def, tokenizer)
-
-    def __call__(self, state: TrainState, num_tokens: int) -> str:
-        params = jax.device_put(dict(state.params), jax.local_devices()[0])
+    def __call__(self, state: TrainState, is_last: bool = False) -> str:
         new = self._generator.generate(
-            self._policy.cast(params),
+            _sampling_params(state, self._policy),
             [runs.prompt_ids(self._tokenizer, "")],
-            max_new_tokens=num_tokens,
+            max_new_tokens=self._num_tokens * (_LAST_SAMPLE_FACTOR if is_last else 1),
             config=_SAMPLING,
             seed=int(state.step),
         )
@@ -361,19 +352,81 @@ class _Sampler:
         return "\n".join(map(self._tokenizer.decode, documents))
 
 
+class _PairSampler:
+    """Targets of some sources that validate, from a state that is being trained.
+
+    Attributes:
+      source: the text of one of them.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        model_def: ModelDef,
+        datasets: Datasets,
+        tokenizer: Tokenizer,
+    ):
+        self._generator = runs.make_generator(config, model_def, tokenizer)
+        self._policy = Policy.named(config.training.precision)
+        batch = (datasets.val or datasets.train).batch(0)
+        rows = [n for n, weights in enumerate(batch["weights"]) if weights.any()][:_SAMPLED_PAIRS]
+        self._sources = [batch["source"][n][batch["source_mask"][n]].tolist() for n in rows]
+        self._starts = [batch["tokens"][n][:1].tolist() for n in rows]
+        self._num_tokens = batch["targets"].shape[1]
+        self._tokenizer = tokenizer
+        self._source_texts = [tokenizer.decode(ids) for ids in self._sources]
+        self._targets = [
+            tokenizer.decode(batch["targets"][n][batch["weights"][n] > 0]) for n in rows
+        ]
+        self.source = self._source_texts[0]
+
+    def __call__(self, state: TrainState, is_last: bool = False) -> str:
+        del is_last  # The same pairs every time, so that they can be compared.
+        made = self._generator.generate(
+            _sampling_params(state, self._policy),
+            self._starts,
+            sources=self._sources,
+            max_new_tokens=self._num_tokens,
+            config=SamplingConfig(temperature=0.0),
+        )
+        lines = []
+        for source, new, right in zip(self._source_texts, made, self._targets, strict=True):
+            text = self._tokenizer.decode(new)
+            lines.append(f"{source} -> {text}" + ("" if text == right else f"  (right: {right})"))
+        return "\n".join(lines)
+
+
+def _make_sampler(
+    config: ExperimentConfig, model_def: ModelDef, datasets: Datasets
+) -> _Sampler | _PairSampler | None:
+    """Returns a sampler, or None where there is no text or the model does not generate."""
+    tokenizer = datasets.train.tokenizer
+    if tokenizer is None or not issubclass(config.model_class, GenerativeModel):
+        return None
+    if config.reads_pairs:
+        return _PairSampler(config, model_def, datasets, tokenizer)
+    return _Sampler(config, model_def, tokenizer)
+
+
+def _sampling_params(state: TrainState, policy: Policy) -> Params:
+    """Returns the parameters on one device, in the dtype that computes."""
+    return policy.cast(jax.device_put(dict(state.params), jax.local_devices()[0]))
+
+
 def _finish(
     config: ExperimentConfig,
     trainer: Trainer,
-    sampler: _Sampler | None,
+    sampler: _Sampler | _PairSampler | None,
     paths: RunPaths,
     metrics: Mapping[str, Any],
 ) -> None:
     """Leaves behind a longer sample and a picture, and says where everything is."""
     if sampler:
-        num_tokens = _LAST_SAMPLE_FACTOR * config.training.sample_tokens
-        report.sample(int(trainer.state.step), sampler(trainer.state, num_tokens), paths.samples)
+        text = sampler(trainer.state, is_last=True)
+        report.sample(int(trainer.state.step), text, paths.samples)
     picture = visualize.draw_runs([paths])
-    report.ending(metrics, config.training.num_steps, paths, picture, _command)
+    source = sampler.source if sampler else None
+    report.ending(metrics, config.training.num_steps, paths, picture, _command, source)
 
 
 def _command(paths: RunPaths, *more: str, command: str = "") -> str:

@@ -34,7 +34,9 @@ class Dataset(abc.ABC):
         """Returns batch `step` (from 0), a pure function of the seed and `step`.
 
         Every array has the batch as its first axis. Language models read `tokens` and `targets`,
-        int32 (B, T), and, where some targets do not count, `weights`, float32 (B, T).
+        int32 (B, T), and, where some targets do not count, `weights`, float32 (B, T). Those that
+        have a source read `source`, int32 (B, S), and `source_mask`, bool (B, S), false for
+        padding, as well.
 
         A training set answers any step; a validation set those below `len(self)`.
         """
@@ -42,3 +44,7 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int:
         """Returns the number of batches in one pass."""
+
+    def one_pass(self) -> "Dataset":
+        """Returns a training set as a validation set: all of it once, in order."""
+        return self

@@ -1,7 +1,7 @@
 """From the `data` section of a config to datasets: the one page that joins the rooms of `data/`.
 
 `prepare` turns a source into a token cache; `open_datasets` gives the training and validation
-batches, from that cache or from a dataset class of the user's own.
+batches, from that cache, from pairs of text, or from a dataset class of the user's own.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from craft_jax import plugins
-from craft_jax.data import cache, sources, text
+from craft_jax.data import cache, pairs, sources, text
 from craft_jax.data.base import Dataset
 from craft_jax.data.cache import TokenCache
 from craft_jax.data.tokenizers import KINDS, Tokenizer
@@ -36,13 +36,29 @@ class DataConfig:
         1024, "tokens in the vocabulary that bpe trains; others ignore it", minimum=257
     )
     val_fraction: float = setting(
-        0.1, "the part of the text, at its end, that validates", minimum=0, below=1
+        0.1,
+        "the part of the text, or of a file's pairs, at its end, that validates",
+        minimum=0,
+        below=1,
     )
     max_val_chars: int | None = setting(
         None, "the most characters that validate; none for no limit", minimum=1
     )
-    seq_len: int = setting(128, "tokens in a training window", minimum=1)
-    batch_size: int = setting(16, "windows per optimizer step, over all devices", minimum=1)
+    pairs: str | None = setting(
+        None,
+        "pairs of text instead of running text: dates, reverse or sort (made here), or the path of "
+        "a .tsv or .jsonl file (fields source, target)",
+    )
+    num_pairs: int = setting(20000, "made pairs that train", minimum=1)
+    seq_len: int = setting(
+        128,
+        "tokens in a training window; of pairs, the most in a source and in a target, end token "
+        "included",
+        minimum=1,
+    )
+    batch_size: int = setting(
+        16, "windows or pairs per optimizer step, over all devices", minimum=1
+    )
     dataset: str | None = setting(
         None, "a dataset class of your own, path/file.py:Class; replaces the text pipeline"
     )
@@ -56,6 +72,13 @@ class DataConfig:
             yield Contradiction(
                 ("data.source", "data.path"),
                 f"data.source=stdlib contradicts data.path={self.path}; leave one of them out",
+            )
+        other = "path" if self.path else "dataset" if self.dataset else None
+        if self.pairs and other:
+            yield Contradiction(
+                ("data.pairs", f"data.{other}"),
+                f"data.pairs={self.pairs} contradicts data.{other}={getattr(self, other)}; leave "
+                "one of them out",
             )
 
 
@@ -103,7 +126,8 @@ def open_datasets(
 
     Raises:
       ConfigError: `data.dataset` names a class that cannot be used.
-      UsageError, DataError, StorageError: see `prepare`; also a split shorter than one window.
+      UsageError, DataError, StorageError: see `prepare`; also a split shorter than one window, and
+        pairs that cannot be used.
     """
     if config.dataset:
         cls = plugins.load(config.dataset, "data.dataset", Dataset)
@@ -113,6 +137,21 @@ def open_datasets(
             raise ConfigError(
                 f"data.dataset={config.dataset} is built as Class(config, split, seed): {error}"
             ) from error
+        return Datasets(*splits)
+    if config.pairs:
+        given = tokenizer or config.tokenizer
+        if given is None:
+            raise UsageError(NO_TOKENIZER)
+        splits = pairs.open_pairs(
+            config.pairs,
+            num_pairs=config.num_pairs,
+            val_fraction=config.val_fraction,
+            tokenizer=given,
+            vocab_size=config.vocab_size,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=seed,
+        )
         return Datasets(*splits)
     tokens = prepare(config, workdir, tokenizer)
     options = {"seq_len": config.seq_len, "batch_size": config.batch_size, "seed": seed}
@@ -125,3 +164,8 @@ def open_datasets(
 def is_tokenizer_path(tokenizer: str) -> bool:
     """Whether `data.tokenizer` names a file rather than a kind."""
     return tokenizer not in KINDS
+
+
+def is_pairs_path(name: str) -> bool:
+    """Whether `data.pairs` names a file rather than a task."""
+    return name not in pairs.TASKS

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -137,7 +138,9 @@ def open_source(kind: str, path: str | None, text_field: str = "text") -> Source
     origin = f"data.path={path}"
     target = Path(path).expanduser()
     root, paths = _find_files(target, origin)
-    return Source(name=_plain(target), origin=origin, root=root, paths=paths, text_field=text_field)
+    return Source(
+        name=plain_name(target), origin=origin, root=root, paths=paths, text_field=text_field
+    )
 
 
 def _find_files(target: Path, origin: str) -> tuple[Path, tuple[Path, ...]]:
@@ -174,36 +177,44 @@ def _is_text_name(path: Path) -> bool:
     return not name.startswith(".") and Path(name).suffix in _TEXT_SUFFIXES
 
 
-def _plain(target: Path) -> str:
+def plain_name(target: Path) -> str:
     """Turns a path into a word for file names: letters, digits and underscores."""
     word = "".join(c if c.isalnum() else "_" for c in target.name.split(".")[0]).strip("_")
     return word or "text"
 
 
-def _open_plain(path: Path) -> BinaryIO:
+def _open_plain(path: Path, field: str = "data.path") -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"data.path: cannot read {path}: {error.strerror}") from error
+        raise DataError(f"{field}: cannot read {path}: {error.strerror}") from error
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    """Yields the bytes of a file, unpacked if its name ends in .gz."""
-    with _open_plain(path) as plain:
+def blocks(path: Path, field: str = "data.path") -> Iterator[bytes]:
+    """Yields the bytes of a file, unpacked if its name ends in .gz.
+
+    Args:
+      path: the file.
+      field: the config field or flag that names it, for messages.
+
+    Raises:
+      DataError: it cannot be read, or unpacked.
+    """
+    with _open_plain(path, field) as plain:
         file = gzip.GzipFile(fileobj=plain) if path.suffix == ".gz" else plain
         try:
             while block := file.read(_BLOCK_BYTES):
                 yield block
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"data.path: {path} is not a whole gzip file: {error}") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{field}: {path} is not a whole gzip file: {error}") from error
         except OSError as error:
-            raise DataError(f"data.path: cannot read {path}: {error}") from error
+            raise DataError(f"{field}: cannot read {path}: {error}") from error
 
 
 def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
-    for block in _blocks(path):
+    for block in blocks(path):
         yield _decode(decoder, block, path, offset)
         offset += len(block)
     yield _decode(decoder, b"", path, offset, final=True)

@@ -51,6 +51,12 @@ class TrainingWindows(Dataset):
         starts = [self._start(n) for n in range(first, first + self.batch_size)]
         return _cut_windows(self.tokens_N, starts, self.seq_len)
 
+    def one_pass(self) -> Dataset:
+        windows = ValidationWindows(self.tokens_N, seq_len=self.seq_len, batch_size=self.batch_size)
+        return _described(
+            windows, tokenizer=self.tokenizer, num_bytes=self.num_bytes, name=self.name
+        )
+
     def _start(self, n: int) -> int:
         offset = _epoch_offset(self._seed, n // self._windows, self._offsets)
         return offset + int(self._order[n]) * self.seq_len
@@ -133,18 +139,6 @@ def from_text(text: str, tokenizer: Tokenizer, *, seq_len: int, batch_size: int)
     seq_len = min(seq_len, len(tokens_N) - 1)
     dataset = ValidationWindows(tokens_N, seq_len=seq_len, batch_size=batch_size)
     return _described(dataset, tokenizer=tokenizer, num_bytes=len(text.encode()))
-
-
-def one_pass(dataset: Dataset) -> Dataset:
-    """Returns a training set as a validation set: all of its text once, in order."""
-    if not isinstance(dataset, TrainingWindows):
-        return dataset
-    windows = ValidationWindows(
-        dataset.tokens_N, seq_len=dataset.seq_len, batch_size=dataset.batch_size
-    )
-    return _described(
-        windows, tokenizer=dataset.tokenizer, num_bytes=dataset.num_bytes, name=dataset.name
-    )
 
 
 def _described(dataset: Dataset, *, tokenizer: Tokenizer, **attributes: object) -> Dataset:

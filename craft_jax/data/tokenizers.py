@@ -7,7 +7,7 @@ special token by spelling one: `<|endoftext|>` in a document is encoded as ordin
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from craft_jax.errors import DataError, UsageError
 
 KINDS = ("char", "byte", "bpe")
 END_TOKEN = "<|endoftext|>"
-_END_TOKENS = (END_TOKEN, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>")
+_END_TOKENS = (END_TOKEN, "</s>", "<eos>", "<EOS>", "[EOS]", "<|end_of_text|>", "<|eot_id|>")
 _MAX_NAMED = 10
 
 
@@ -39,10 +39,13 @@ class Tokenizer:
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.end_id = next((vocabulary[t] for t in _END_TOKENS if t in vocabulary), None)
-        # A character vocabulary is the only kind that has texts which it cannot spell.
+        # A character vocabulary is the only kind that has texts which it cannot spell, unless one
+        # of its tokens stands for whatever is unknown.
+        model = inner.model
         self._characters = (
             {token for token in vocabulary if len(token) == 1}
-            if isinstance(inner.model, models.WordLevel)
+            if isinstance(model, models.WordLevel)
+            and model.unk_token not in inner.get_vocab(with_added_tokens=False)
             else None
         )
 
@@ -77,7 +80,8 @@ class Tokenizer:
         """Returns the ids of `text`, int32 (T,).
 
         Raises:
-          UsageError: a character vocabulary lacks some of its characters; names them.
+          UsageError: a character vocabulary lacks some of its characters, and a token for what is
+            unknown; names them.
         """
         if unknown := self.unknown_characters(text):
             named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:_MAX_NAMED])
@@ -103,7 +107,7 @@ class Tokenizer:
         return self._inner.id_to_token(token_id)
 
     def unknown_characters(self, text: str) -> list[str]:
-        """Returns the characters of `text` that have no id, sorted."""
+        """Returns the characters of `text` that have no id, nor a token that stands for them."""
         return [] if self._characters is None else sorted(set(text) - self._characters)
 
     def stream(self) -> "TextStream":
@@ -140,11 +144,24 @@ def characters(alphabet: Iterable[str], end_token: bool) -> Tokenizer:
       end_token: adds an id that ends documents, after all others.
     """
     vocabulary = {character: i for i, character in enumerate(sorted(set(alphabet)))}
-    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+    return numbered_characters(vocabulary, [END_TOKEN] if end_token else [])
+
+
+def numbered_characters(
+    vocabulary: Mapping[str, int], special: Iterable[str] = (), unknown: str | None = None
+) -> Tokenizer:
+    """Builds a tokenizer that gives each character the id that a vocabulary says.
+
+    Args:
+      vocabulary: id by character, and by special token where those have ids of their own.
+      special: tokens that are no text; those without an id get the next ones.
+      unknown: the token of `vocabulary` that stands for characters without an id; None for none.
+    """
+    inner = tokenizers.Tokenizer(models.WordLevel(dict(vocabulary), unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    if end_token:
-        inner.add_special_tokens([END_TOKEN])
+    if special := list(special):
+        inner.add_special_tokens(special)
     return Tokenizer(inner)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from craft_jax import losses
@@ -105,6 +106,50 @@ class LanguageModel(GenerativeModel):
         """Returns the summed cross-entropy of `targets` (B, T) given `tokens` (B, T)."""
         x_BTD, _ = self.hidden(batch["tokens"], key=key, remat=remat)
         return losses.cross_entropy(self.logits(x_BTD), batch["targets"], batch.get("weights"))
+
+
+class EncoderDecoderModel(LanguageModel):
+    """A language model of targets that each belong to a source.
+
+    Without a cache, `hidden` and the call take the source as `source_BS` (int32) and
+    `source_mask_BS` (bool, false for padding); a cache that `init_cache_from` made holds it.
+    """
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        source_BS: jax.Array,
+        source_mask_BS: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> jax.Array:
+        """Returns what the decoder reads of a source: memory_BSD."""
+
+    @abc.abstractmethod
+    def init_cache_from(
+        self, source_BS: jax.Array, source_mask_BS: jax.Array | None, max_len: int, dtype: Any
+    ) -> Cache:
+        """Returns a cache that holds the source, and targets of up to `max_len` tokens."""
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
+        return self.init_cache_from(jnp.zeros((batch_size, 0), jnp.int32), None, max_len, dtype)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
+        **source: jax.Array,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns logits_BTV, in at least float32, and the cache with these tokens added.
+
+        Args:
+          tokens_BT, cache, key: as for any language model.
+          **source: `source_BS`, `source_mask_BS`, `mask_BT`: see `hidden`.
+        """
+        x_BTD, cache = self.hidden(tokens_BT, cache, key=key, **source)
+        return self.logits(x_BTD), cache
 
 
 M = TypeVar("M", bound=Model)

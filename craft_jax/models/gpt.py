@@ -5,33 +5,26 @@ H heads, K head width, F hidden, V vocabulary.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, final
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from craft_jax.models.base import LanguageModel
-from craft_jax.models.layers import (
-    ACTIVATIONS,
-    Embedding,
-    LayerNorm,
-    Linear,
-    causal_attention,
-    dropout,
-)
+from craft_jax.models.blocks import MLP, Attention, Cached, KVCache, residual_std, split_keys
+from craft_jax.models.layers import Embedding, Head, LayerNorm, dropout
 from craft_jax.schema import Contradiction, setting
-
-_INIT_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     """The architecture of a GPT."""
 
-    name: str = setting("gpt", "gpt, or a model class of your own, path/file.py:Class")
+    name: str = setting(
+        "gpt", "gpt, transformer, seq2seq, or a model class of your own, path/file.py:Class"
+    )
     vocab_size: int | None = setting(
         None, "rows of the token embedding; none for the tokenizer's size", minimum=1
     )
@@ -47,104 +40,57 @@ class GPTConfig:
         "gelu", "gelu (exact), gelu_tanh, relu or silu"
     )
     bias: bool = setting(True, "whether dense layers and layer norms have biases")
+    norm_bias: bool | None = setting(
+        None, "whether layer norms have biases; none for the same as bias"
+    )
     tie_embeddings: bool = setting(True, "whether the head is the token embedding")
+    head_bias: bool = setting(False, "whether the head has a bias")
     norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0)
 
     def contradictions(self) -> Iterator[Contradiction]:
-        if self.d_model % self.num_heads:
-            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
-            below = max(n for n in divisors if n <= self.num_heads)
-            above = min((n for n in divisors if n > below), default=self.d_model)
-            yield Contradiction(
-                ("model.num_heads", "model.d_model"),
-                f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; "
-                f"try {below} or {above}",
-            )
+        yield from heads_divide(self)
 
     @property
     def hidden_width(self) -> int:
         """The hidden width of the MLP."""
         return self.d_ff or 4 * self.d_model
 
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far.
-
-    Attributes:
-      keys: k_BSHK of each layer, zeros where nothing was written yet.
-      values: v_BSHK of each layer.
-      length_B: tokens in each row, int32; the next token stands at this position.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    length_B: jax.Array
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        """What every layer norm is built with."""
+        use_bias = self.bias if self.norm_bias is None else self.norm_bias
+        return {"use_bias": use_bias, "eps": self.norm_eps}
 
 
-class Attention(nnx.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        d, bias = config.d_model, config.bias
-        self.query = Linear(d, d, use_bias=bias, rngs=rngs)
-        self.key = Linear(d, d, use_bias=bias, rngs=rngs)
-        self.value = Linear(d, d, use_bias=bias, rngs=rngs)
-        self.out = Linear(d, d, use_bias=bias, init_std=_residual_std(config), rngs=rngs)
-        self.num_heads, self.dropout = config.num_heads, config.dropout
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        cached: tuple[jax.Array, jax.Array, jax.Array] | None,
-        key: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns y_BTD and, if `cached` (k_BSHK, v_BSHK, length_B) was given, the new k and v."""
-        B, T, D = x_BTD.shape
-        heads = (B, T, self.num_heads, D // self.num_heads)
-        q_BTHK, k_BTHK, v_BTHK = (
-            dense(x_BTD).reshape(heads) for dense in (self.query, self.key, self.value)
+def heads_divide(config: Any) -> Iterator[Contradiction]:
+    """Yields what is wrong where `num_heads` does not divide `d_model`."""
+    if config.d_model % config.num_heads:
+        divisors = [n for n in range(1, config.d_model + 1) if config.d_model % n == 0]
+        below = max(n for n in divisors if n <= config.num_heads)
+        above = min((n for n in divisors if n > below), default=config.d_model)
+        yield Contradiction(
+            ("model.num_heads", "model.d_model"),
+            f"model.num_heads={config.num_heads} does not divide model.d_model={config.d_model}; "
+            f"try {below} or {above}",
         )
-        if cached is None:
-            y_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout_rate=self.dropout, key=key)
-            return self.out(y_BTHK.reshape(B, T, D)), None
-        old_k_BSHK, old_v_BSHK, length_B = cached
-        k_BSHK = _write(old_k_BSHK, k_BTHK, length_B)
-        v_BSHK = _write(old_v_BSHK, v_BTHK, length_B)
-        y_BTHK = causal_attention(q_BTHK, k_BSHK, v_BSHK, offset_B=length_B)
-        return self.out(y_BTHK.reshape(B, T, D)), (k_BSHK, v_BSHK)
-
-
-class MLP(nnx.Module):
-    """Two dense layers with an activation between them."""
-
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        d, f, bias = config.d_model, config.hidden_width, config.bias
-        self.up = Linear(d, f, use_bias=bias, rngs=rngs)
-        self.down = Linear(f, d, use_bias=bias, init_std=_residual_std(config), rngs=rngs)
-        self.activation = config.activation
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        norm = {"use_bias": config.bias, "eps": config.norm_eps, "rngs": rngs}
-        self.attn_norm = LayerNorm(config.d_model, **norm)
-        self.attn = Attention(config, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.d_model, **norm)
-        self.mlp = MLP(config, rngs=rngs)
+        d, out_std = config.d_model, residual_std(2 * config.num_layers)
+        dense = {"use_bias": config.bias, "out_std": out_std, "rngs": rngs}
+        self.attn_norm = LayerNorm(d, **config.norm_options)
+        self.attn = Attention(d, config.num_heads, dropout=config.dropout, **dense)
+        self.mlp_norm = LayerNorm(d, **config.norm_options)
+        self.mlp = MLP(d, config.hidden_width, activation=config.activation, **dense)
         self.dropout = config.dropout
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-        key: jax.Array | None = None,
+        self, x_BTD: jax.Array, cached: Cached | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        attn_key, residual_key, mlp_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        attn_key, residual_key, mlp_key = split_keys(key, 3)
         y_BTD, kv = self.attn(self.attn_norm(x_BTD), cached, attn_key)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, residual_key)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
@@ -160,23 +106,18 @@ class GPT(LanguageModel):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         assert config.vocab_size is not None, "model.vocab_size comes from the tokenizer"
         self.config = config
-        self.token_embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs)
-        self.position_embedding = Embedding(config.max_seq_len, config.d_model, rngs=rngs)
+        rows, d = config.vocab_size, config.d_model
+        self.token_embedding = Embedding(rows, d, rngs=rngs)
+        self.position_embedding = Embedding(config.max_seq_len, d, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = LayerNorm(
-            config.d_model, use_bias=config.bias, eps=config.norm_eps, rngs=rngs
-        )
-        self.head = (
-            None
-            if config.tie_embeddings
-            else Embedding(config.vocab_size, config.d_model, rngs=rngs)
-        )
+        self.final_norm = LayerNorm(d, **config.norm_options)
+        is_tied = config.tie_embeddings
+        self.head = Head(rows, d, is_tied=is_tied, use_bias=config.head_bias, rngs=rngs)
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> KVCache:
-        config = self.config
-        shape = (batch_size, max_len, config.num_heads, config.d_model // config.num_heads)
-        layers = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-        return KVCache(layers, layers, jnp.zeros((batch_size,), jnp.int32))
+        heads = self.config.num_heads
+        shape = (batch_size, max_len, heads, self.config.d_model // heads)
+        return KVCache.empty(self.config.num_layers, shape, dtype)
 
     def hidden(
         self,
@@ -189,9 +130,7 @@ class GPT(LanguageModel):
         T = tokens_BT.shape[1]
         if self.config.max_seq_len < T:
             raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
-        keys = [None] * (len(self.blocks) + 1)
-        if key is not None and self.config.dropout:
-            keys = list(jax.random.split(key, len(keys)))
+        keys = split_keys(key if self.config.dropout else None, len(self.blocks) + 1)
         position_BT = jnp.arange(T)[None, :]
         if cache is not None:
             position_BT = position_BT + cache.length_B[:, None]
@@ -200,8 +139,7 @@ class GPT(LanguageModel):
         kvs = []
         apply = nnx.remat(Block.__call__) if remat else Block.__call__
         for i, block in enumerate(self.blocks):
-            cached = (cache.keys[i], cache.values[i], cache.length_B) if cache else None
-            x_BTD, kv = apply(block, x_BTD, cached, keys[i])
+            x_BTD, kv = apply(block, x_BTD, cache.layer(i) if cache else None, keys[i])
             kvs.append(kv)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:
@@ -210,20 +148,4 @@ class GPT(LanguageModel):
         return x_BTD, KVCache(new_keys, new_values, cache.length_B + T)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        return (self.head or self.token_embedding).attend(x_BTD)
-
-
-def _residual_std(config: GPTConfig) -> float:
-    """GPT-2 scales what adds to the residual stream by 1/sqrt(its number of summands)."""
-    return _INIT_STD / math.sqrt(2 * config.num_layers)
-
-
-def _write(cache_BSHK: jax.Array, new_BTHK: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Puts T new positions into each row of a cache, from `start_B` on."""
-
-    def write_row(cache_SHK, new_THK, start):
-        return jax.lax.dynamic_update_slice(
-            cache_SHK, new_THK.astype(cache_SHK.dtype), (start, 0, 0)
-        )
-
-    return jax.vmap(write_row)(cache_BSHK, new_BTHK, start_B)
+        return self.head(x_BTD, self.token_embedding.embedding[...])

@@ -1,4 +1,4 @@
-"""Building blocks of the models: dense layers, embedding, normalisation, attention.
+"""Building blocks of the models: dense layers, embedding, head, normalisation, attention.
 
 Arrays flow in and out; the modules hold `nnx.Param` leaves and nothing else. No dtype policy, no
 sharding and no randomness lives here: the dtype is that of the arguments, and dropout takes a key
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from craft_jax.models.cpu import blocked_attention
@@ -104,15 +105,73 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0)
 
     def attend(self, x: Array) -> Array:
-        """Inner products of x (..., D) with every row: (..., V), at least float32.
+        """Inner products of x (..., D) with every row: (..., V), at least float32."""
+        return attend(x, self.embedding[...])
 
-        The operands keep their promoted dtype (bfloat16 stays bfloat16); only the sum is wide.
-        """
-        table_VD = self.embedding[...]
-        dtype = jnp.promote_types(x.dtype, table_VD.dtype)
-        x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
-        logits_MV = _wide_einsum("md,vd->mv", x_MD, table_VD.astype(dtype))
-        return logits_MV.reshape(*x.shape[:-1], table_VD.shape[0])
+
+def attend(x: Array, table_VD: Array) -> Array:
+    """Inner products of x (..., D) with every row of a table: (..., V), at least float32.
+
+    The operands keep their promoted dtype (bfloat16 stays bfloat16); only the sum is wide.
+    """
+    dtype = jnp.promote_types(x.dtype, table_VD.dtype)
+    x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
+    logits_MV = _wide_einsum("md,vd->mv", x_MD, table_VD.astype(dtype))
+    return logits_MV.reshape(*x.shape[:-1], table_VD.shape[0])
+
+
+class Head(nnx.Module):
+    """Logits of hidden states: inner products with the rows of a table, and a bias.
+
+    Attributes:
+        embedding: (vocab_size, d_model), drawn from N(0, 0.02); None where the table is that of
+            the token embedding.
+        bias: (vocab_size,), zeros; None without bias.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, *, is_tied: bool, use_bias: bool, rngs: nnx.Rngs
+    ):
+        own = None if is_tied else Embedding(vocab_size, d_model, rngs=rngs).embedding
+        self.embedding = own
+        self.bias = nnx.Param(jnp.zeros((vocab_size,))) if use_bias else None
+
+    def __call__(self, x: Array, tied_VD: Array) -> Array:
+        """Maps x (..., D) to logits (..., V), at least float32; `tied_VD` serves if it is tied."""
+        table_VD = tied_VD if self.embedding is None else self.embedding[...]
+        logits = attend(x, table_VD)
+        if self.bias is None:
+            return logits
+        bias_V = self.bias[...].astype(logits.dtype)
+        return logits + bias_V.reshape(*(1,) * (logits.ndim - 1), -1)
+
+
+class Sinusoids(nnx.Module):
+    """A table of positions that never trains: sines and cosines (arXiv:1706.03762, section 3.5).
+
+    The table is held, not computed anew, so that one which came from elsewhere keeps its bits:
+    libraries round these numbers differently.
+
+    Attributes:
+        constant: (max_len, d_model); a leaf of this name has no gradient and does not decay.
+    """
+
+    def __init__(self, max_len: int, d_model: int):
+        self.constant = nnx.Param(jnp.asarray(sinusoids(max_len, d_model), jnp.float32))
+
+    def __call__(self, positions: Array) -> Array:
+        """Looks integer positions (...) up: (..., D) in the dtype of the table."""
+        return jnp.take(jax.lax.stop_gradient(self.constant[...]), positions, axis=0)
+
+
+def sinusoids(max_len: int, d_model: int) -> np.ndarray:
+    """The table of `Sinusoids`, float64: sin(p / 10000^(2i/D)) at 2i, its cosine at 2i + 1."""
+    rate_I = np.exp(np.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
+    angle_PI = np.arange(max_len)[:, None] * rate_I[None, :]
+    table_PD = np.zeros((max_len, d_model))
+    table_PD[:, 0::2] = np.sin(angle_PI)
+    table_PD[:, 1::2] = np.cos(angle_PI)[:, : d_model // 2]
+    return table_PD
 
 
 class LayerNorm(nnx.Module):
@@ -286,21 +345,44 @@ def reference_attention(
     key: Array | None = None,
 ) -> Array:
     """`causal_attention` written plainly: the definition that the fast paths are tested against."""
+    query_BT = jnp.arange(q_BTHK.shape[1])[None, :]
+    if offset_B is not None:
+        query_BT = query_BT + offset_B[:, None]
+    visible_BTS = jnp.arange(k_BSNK.shape[1])[None, None, :] <= query_BT[:, :, None]
+    return attention(q_BTHK, k_BSNK, v_BSNK, visible_BTS, dropout_rate=dropout_rate, key=key)
+
+
+def attention(
+    q_BTHK: Array,
+    k_BSNK: Array,
+    v_BSNK: Array,
+    visible_BTS: Array | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    key: Array | None = None,
+) -> Array:
+    """Multi-head attention to any set of keys; grouped-query if N < H. See `causal_attention`.
+
+    Args:
+        q_BTHK, k_BSNK, v_BSNK: queries, keys and values. Without a key, S = 0, the result is 0.
+        visible_BTS: bool, what each query attends to, B and T of which may be 1; None: everything.
+            A query that sees nothing gets the mean of all values.
+        dropout_rate, key: as for `causal_attention`.
+
+    Returns:
+        y_BTHK in the dtype of q.
+    """
     B, T, H, K = q_BTHK.shape
     S, N = k_BSNK.shape[1:3]
     dtype = q_BTHK.dtype
-    wide = _at_least_float32(dtype)
-
+    if S == 0:
+        return jnp.zeros_like(q_BTHK)
     q_BTNGK = q_BTHK.reshape(B, T, N, H // N, K)
     scores_BNGTS = _wide_einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK)
     scores_BHTS = scores_BNGTS.reshape(B, H, T, S) / math.sqrt(K)
-
-    query_BT = jnp.arange(T)[None, :]
-    if offset_B is not None:
-        query_BT = query_BT + offset_B[:, None]
-    visible_BTS = jnp.arange(S)[None, None, :] <= query_BT[:, :, None]
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(wide).min)
-
+    if visible_BTS is not None:
+        lowest = jnp.finfo(_at_least_float32(dtype)).min
+        scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, lowest)
     probs_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1), dropout_rate, key)
     probs_BNGTS = probs_BHTS.astype(dtype).reshape(B, N, H // N, T, S)
     return jnp.einsum("BNGTS,BSNK->BTNGK", probs_BNGTS, v_BSNK).reshape(B, T, H, K)

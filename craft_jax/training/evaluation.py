@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from craft_jax import sharding
 from craft_jax.data.base import Dataset
 from craft_jax.data.loading import prefetch
-from craft_jax.losses import LossSums
+from craft_jax.losses import LossSums, PairSums
 from craft_jax.models.base import ModelDef, Params
 from craft_jax.precision import Policy
 from craft_jax.training.step import make_eval_step
@@ -25,17 +25,17 @@ class Evaluator:
         self._eval_step, self._mesh = jax.jit(make_eval_step(model_def, policy)), mesh
 
     def __call__(self, params: Params, data: Dataset) -> dict[str, float]:
-        """Returns the sums of `LossSums` over all batches.
+        """Returns the sums over all batches, each by its name in what the loss returns.
 
         Batches are added in float64 and in order, so equal parameters give equal results.
         """
-        total = dict.fromkeys(LossSums._fields, 0.0)
+        total: dict[str, float] = {}
 
-        def add(sums: LossSums) -> None:
+        def add(sums: LossSums | PairSums) -> None:
             for name, value in sums._asdict().items():
-                total[name] += float(value)
+                total[name] = total.get(name, 0.0) + float(value)
 
-        waiting: LossSums | None = None
+        waiting: LossSums | PairSums | None = None
         for batch in prefetch(
             lambda i: sharding.put_batch(data.batch(i), self._mesh), 0, len(data)
         ):

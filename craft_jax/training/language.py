@@ -7,7 +7,7 @@ import numpy as np
 
 from craft_jax import metrics
 from craft_jax.data.base import Dataset
-from craft_jax.models.base import LanguageModel, Model
+from craft_jax.models.base import EncoderDecoderModel, LanguageModel, Model
 from craft_jax.training.trainer import Trainer
 
 
@@ -24,6 +24,19 @@ class LanguageModelTrainer(Trainer):
         return metrics.from_sums(**sums, num_bytes=data.num_bytes)
 
 
+class Seq2SeqTrainer(LanguageModelTrainer):
+    """A trainer of models that read a source: their losses are `PairSums`."""
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> int:
+        return int(batch["source_mask"].sum() + (batch["weights"] > 0).sum())
+
+    @staticmethod
+    def evaluation_metrics(sums: Mapping[str, float], data: Dataset) -> dict[str, Any]:
+        return metrics.from_pair_sums(**sums)
+
+
 def trainer_for(model_class: type[Model]) -> type[Trainer]:
     """Returns the trainer class that fits a model class."""
+    if issubclass(model_class, EncoderDecoderModel):
+        return Seq2SeqTrainer
     return LanguageModelTrainer if issubclass(model_class, LanguageModel) else Trainer

@@ -18,7 +18,12 @@ from craft_jax.training.callbacks import Callback, StepRecord
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = {"loss": "validation loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+_SHOWN = {
+    "loss": "validation loss",
+    "bits_per_byte": "bits per byte",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+}
 
 
 class _Logger(Callback):
@@ -82,7 +87,9 @@ class ConsoleLogger(Callback):
 
     def on_evaluate_end(self, record: StepRecord) -> None:
         values = {name: record.metrics.get(f"val_{name}") for name in _SHOWN}
-        shown = ", ".join(f"{_SHOWN[k]} {v:.4f}" for k, v in values.items() if v is not None)
+        # Beside whole targets it must be said what the accuracy counts.
+        words = _SHOWN if values["exact_match"] is None else _SHOWN | {"accuracy": "token accuracy"}
+        shown = ", ".join(f"{words[k]} {v:.4f}" for k, v in values.items() if v is not None)
         logger.info("step %d: %s", record.step, shown)
 
     def on_train_end(self, record: StepRecord) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from craft_jax.losses import LossSums
+from craft_jax.losses import LossSums, PairSums
 from craft_jax.models.base import ModelDef, Params
 from craft_jax.optim import Schedule
 from craft_jax.precision import Policy
@@ -92,10 +92,12 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model_def: ModelDef, policy: Policy) -> Callable[[Params, Batch], LossSums]:
-    """Returns `eval_step(params, batch) -> LossSums`, pure and deterministic, to be jitted."""
+def make_eval_step(
+    model_def: ModelDef, policy: Policy
+) -> Callable[[Params, Batch], LossSums | PairSums]:
+    """Returns `eval_step(params, batch) -> sums`, pure and deterministic, to be jitted."""
 
-    def eval_step(params: Params, batch: Batch) -> LossSums:
+    def eval_step(params: Params, batch: Batch) -> LossSums | PairSums:
         return model_def.merge(policy.cast(params)).loss(batch)
 
     return eval_step

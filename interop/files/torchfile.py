@@ -82,6 +82,25 @@ def read_torch_file(path: str | Path, allow_globals: Collection[str] = ()) -> To
     return TorchFile(value, dropped, kind, shared)
 
 
+def read_record(path: Path, name: str, limit: int = 1 << 28) -> bytes | None:
+    """Returns a record that a writer added to a zip checkpoint, or None if there is none.
+
+    Args:
+      path: the file, of whatever kind.
+      name: of the record, inside the folder of the archive.
+      limit: the most bytes that are read; what claims to be larger is none of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                is_it = entry.filename.partition("/")[2] == name
+                if is_it and entry.file_size <= limit and entry.compress_type == 0:
+                    return archive.read(entry)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
+        return None
+    return None
+
+
 class _RefusedError(Exception):
     """Which tensor cannot be read, and why."""
 

@@ -20,14 +20,21 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 
 
-def load():
-    """Returns a function from token ids (1, T) to logits (T, V), both tensors."""
+def load(source=None):
+    """Returns a function from token ids (1, T) to logits (T, V), both tensors.
+
+    A model that reads a source, a list of ids, reads this one.
+    """
     config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] == "craft":
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(FOLDER))
-        from modeling_craft import CraftForCausalLM
+        from modeling_craft import CraftForCausalLM, CraftForSeq2Seq
 
+        if source is not None:
+            model = CraftForSeq2Seq.from_pretrained(FOLDER).double()
+            ids = torch.tensor([source])
+            return lambda tokens: model(tokens, ids, torch.ones_like(ids, dtype=bool)).logits[0]
         model = CraftForCausalLM.from_pretrained(FOLDER).double()
         return lambda tokens: model(tokens).logits[0]
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,7 +71,7 @@ def main():
         )
     probe = json.loads((FOLDER / "probe.json").read_text(encoding="utf-8"))
     with torch.no_grad():
-        forward = load()
+        forward = load(probe.get("source"))
         logits = forward(torch.tensor([probe["tokens"]]))
         worst, where, count = 0.0, None, 0
         for row in probe["rows"]:

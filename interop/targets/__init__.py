@@ -4,12 +4,34 @@ from craft_jax.errors import UsageError
 from interop.errors import NotRepresentableError, listed
 from interop.spec import ModelSpec
 from interop.targets.base import Allowed, Answer, Target
+from interop.targets.craft import LINEAGES
 from interop.targets.craft_torch import CraftTorch
+from interop.targets.decoders import OPT, BioGPT
 from interop.targets.gpt2 import GPT2
 from interop.targets.nanogpt import NanoGPT
+from interop.targets.torch_stacks import TorchDecoder, TorchEncoder, TorchTransformer
 
-TARGETS: dict[str, Target] = {target.name: target for target in (GPT2(), CraftTorch(), NanoGPT())}
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        GPT2(),
+        BioGPT(),
+        OPT(),
+        CraftTorch(),
+        NanoGPT(),
+        TorchEncoder(),
+        TorchDecoder(),
+        TorchTransformer(),
+        *LINEAGES,
+    )
+}
 HF_FAMILIES = tuple(name for name, target in TARGETS.items() if target.container == "hf")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "auto": tuple(TARGETS),
+    "hf": HF_FAMILIES,
+    "craft": tuple(lineage.name for lineage in LINEAGES),
+}
+"""Names that stand for the best of several targets."""
 
 
 def targets_for(spec: ModelSpec) -> list[Answer]:
@@ -22,7 +44,8 @@ def choose(spec: ModelSpec, to: str, family: str | None, allowed: Allowed) -> Ta
 
     Args:
       spec: the model.
-      to: the name of a target, `hf` for the best family of Hugging Face, or `auto`.
+      to: the name of a target, `hf` for the best family of Hugging Face, `craft` for the best
+        generation of Craft, or `auto`.
       family: of Hugging Face; None for the best.
       allowed: approximations.
 
@@ -30,16 +53,15 @@ def choose(spec: ModelSpec, to: str, family: str | None, allowed: Allowed) -> Ta
       UsageError: there is no such target, or family.
       NotRepresentableError: it cannot hold the model; names what can.
     """
-    if to not in ("auto", "hf", *TARGETS):
-        raise UsageError(f"--to {to} is not one of {', '.join(('auto', 'hf', *TARGETS))}")
+    if to not in GROUPS and to not in TARGETS:
+        raise UsageError(f"--to {to} is not one of {', '.join((*GROUPS, *TARGETS))}")
     if family is not None and (family not in HF_FAMILIES or to not in ("auto", "hf", family)):
         raise UsageError(
             f"--family {family} with --to {to}: the families of --to hf are "
             + ", ".join(HF_FAMILIES)
         )
-    names = {"auto": tuple(TARGETS), "hf": HF_FAMILIES}.get(family or to, (family or to,))
-    exact = [name for name in names if TARGETS[name].answer(spec).exact]
-    chosen = TARGETS[(exact or names)[0]]
+    names = GROUPS.get(family or to, (family or to,))
+    chosen = TARGETS[min(names, key=lambda name: _distance(spec, TARGETS[name]))]
     try:
         chosen.fit(spec, allowed)
     except NotRepresentableError as error:
@@ -48,3 +70,9 @@ def choose(spec: ModelSpec, to: str, family: str | None, allowed: Allowed) -> Ta
             f"{error}; exact targets: {listed(others)}", **error.details
         ) from None
     return chosen
+
+
+def _distance(spec: ModelSpec, target: Target) -> tuple[bool, bool, int]:
+    """Orders targets: exact ones, those with approximations, those with the fewest obstacles."""
+    answer = target.answer(spec)
+    return not answer.exact, not answer.is_possible, len(answer.reasons)

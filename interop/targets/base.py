@@ -13,9 +13,11 @@ from interop import mapping
 from interop.errors import CorruptFileError, NotRepresentableError
 from interop.mapping import Table
 from interop.spec import ModelSpec
+from interop.tensors import Tensors
 
-Container = Literal["hf", "craft-torch", "nanogpt"]
-
+Container = Literal["hf", "craft-torch", "nanogpt", "torch", "craft"]
+FILES = ("nanogpt", "torch", "craft")
+"""The containers that are one file; the others are folders."""
 
 APPROXIMATIONS = {
     "gelu": "another form of GELU",
@@ -23,6 +25,8 @@ APPROXIMATIONS = {
     "dropout": "one rate of dropout in place of several; changes training only",
     "upcast": "attention in the dtype of its operands",
     "config": "settings that mean nothing here are dropped",
+    "scale-fold": "the factor on embedded tokens multiplied into their table",
+    "cross-fold": "cross-attention to nothing, which adds a constant, folded into a bias",
 }
 """What `--allow-approx` may name."""
 
@@ -46,6 +50,78 @@ class Limit:
     becomes: Callable[[ModelSpec], ModelSpec] = lambda spec: spec
 
 
+def fixed(attribute: str, value: Any, reason: str) -> Limit:
+    """Returns the limit that an attribute has one value."""
+    return Limit(attribute, lambda spec: getattr(spec, attribute) == value, reason)
+
+
+LANGUAGE_MODEL = fixed("num_decoder_layers", 0, "it is no encoder with a decoder beside it")
+SCALE_FOLD = Limit(
+    "embedding_scale",
+    lambda spec: not spec.embedding_scale,
+    "it does not multiply embedded tokens by sqrt(d_model); that factor in the table, with the "
+    "head untied from it, rounds unless sqrt(d_model) is a power of two",
+    approx="scale-fold",
+    becomes=lambda spec: dataclasses.replace(spec, embedding_scale=False, tie_embeddings=False),
+)
+_IS_CONSTANT = ("zeros", "empty")
+NO_CROSS = Limit(
+    "cross_attention",
+    lambda spec: spec.cross_attention not in _IS_CONSTANT or not spec.norm_first,
+    "it has no cross-attention; what that adds here is a constant",
+    approx="cross-fold",
+    becomes=lambda spec: dataclasses.replace(spec, cross_attention="none"),
+)
+NO_CROSS_AFTER_NORM = Limit(
+    "cross_attention",
+    lambda spec: spec.cross_attention not in _IS_CONSTANT or spec.norm_first,
+    "it has no cross-attention, and here a layer norm follows it, so that it cannot be folded",
+)
+PRE_NORM = fixed("norm_first", True, "its layer norms stand before attention and MLP")
+FINAL_NORM = fixed("final_norm", True, "it ends with a layer norm")
+LEARNED = fixed("positions", "learned", "its positions are learned")
+NO_HEAD_BIAS = fixed("head_bias", False, "its head has no bias")
+ONE_EPS = Limit(
+    "norm_eps",
+    lambda spec: spec.norm_eps == 1e-5,
+    "its layer norms have 1e-05",
+    approx="eps",
+    becomes=lambda spec: dataclasses.replace(spec, norm_eps=1e-5),
+)
+
+
+def parallel_biases(*, final: bool | None = None, blocks: bool | None = None) -> tuple[Limit, ...]:
+    """Returns the limits of a target whose layer norms have a bias if its dense layers have.
+
+    Args:
+      final: whether the last layer norm has one whatever the others have; None for no exception.
+      blocks: likewise for those of the blocks.
+    """
+
+    def wanted(spec: ModelSpec, always: bool | None, same: str) -> bool:
+        return getattr(spec, same) if always is None else always
+
+    return (
+        Limit(
+            "has_norm_bias",
+            lambda spec: spec.has_norm_bias == wanted(spec, blocks, "bias"),
+            "its layer norms have biases where its dense layers have"
+            if blocks is None
+            else "its layer norms have biases",
+        ),
+        Limit(
+            "has_final_norm_bias",
+            lambda spec: (
+                not spec.final_norm
+                or spec.has_final_norm_bias == wanted(spec, final, "has_norm_bias")
+            ),
+            "its last layer norm has a bias where the others have"
+            if final is None
+            else "its last layer norm has a bias",
+        ),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """A target's config, understood.
@@ -57,6 +133,23 @@ class Reading:
 
     spec: ModelSpec
     approximations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a file may tell beside the model.
+
+    Attributes:
+      step: updates made.
+      val_loss: of the last evaluation, or None.
+      vocabulary: character to id, of a character tokenizer; None for others, and without one.
+      special_tokens: role to token of that tokenizer.
+    """
+
+    step: int = 0
+    val_loss: float | None = None
+    vocabulary: Mapping[str, int] | None = None
+    special_tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Target(abc.ABC):
@@ -113,23 +206,64 @@ class Target(abc.ABC):
             "cannot be read from them; give it with --config FILE"
         )
 
+    def complete_config(
+        self, config: Mapping[str, Any] | None, tensors: Tensors, num_heads: int | None
+    ) -> Mapping[str, Any]:
+        """Returns the config to read: the one that was found, or what the tensors tell.
+
+        Args:
+          config: found in the file, beside it, or given; None for none.
+          tensors: by clean names.
+          num_heads: as it was given.
+
+        Raises:
+          UsageError: see `guess_config`.
+          CorruptFileError: config and tensors contradict each other.
+        """
+        if config is not None:
+            return config
+        return self.guess_config({n: t.shape for n, t in tensors.items()}, num_heads)
+
+    def config_in(self, around: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Returns the target's config out of the dict that holds a file's tensors, or None."""
+        return None
+
+    def contents(self, tensors: Mapping[str, Any], spec: ModelSpec, facts: "Facts") -> Any:
+        """Returns what a file holds: its tensors by name, and what stands around them."""
+        raise AssertionError(f"{self.name} is no file")
+
     def mapping(self, spec: ModelSpec) -> mapping.Mapping:
         """Returns the table bound to a model."""
-        return self.table(spec).bind(spec.num_layers)
+        return self.table(spec).bind(spec.num_layers, spec.num_decoder_layers)
 
     def answer(self, spec: ModelSpec) -> "Answer":
         """Returns whether a model fits, and what stands in the way."""
-        crossed = [limit for limit in self.limits if not limit.holds(spec)]
+        crossed = self._crossed(spec)
         return Answer(
             target=self.name,
             exact=not crossed,
-            reasons=tuple(
-                f"{limit.attribute}={getattr(spec, limit.attribute)}: {limit.reason}"
-                for limit in crossed
-            ),
+            reasons=self._reasons(spec, crossed),
             approximations=tuple(limit.approx for limit in crossed if limit.approx),
-            is_possible=all(limit.approx for limit in crossed),
+            is_possible=self._beyond(spec, crossed) is not None,
         )
+
+    def _crossed(self, spec: ModelSpec) -> list[Limit]:
+        return [limit for limit in self.limits if not limit.holds(spec)]
+
+    @staticmethod
+    def _reasons(spec: ModelSpec, crossed: Sequence[Limit]) -> tuple[str, ...]:
+        return tuple(
+            f"{limit.attribute}={getattr(spec, limit.attribute)}: {limit.reason}"
+            for limit in crossed
+        )
+
+    def _beyond(self, spec: ModelSpec, crossed: Sequence[Limit]) -> ModelSpec | None:
+        """Returns what a spec becomes when limits are crossed; None where that cannot be held."""
+        if not all(limit.approx for limit in crossed):
+            return None
+        for limit in crossed:
+            spec = limit.becomes(spec)
+        return None if self._crossed(spec) else spec
 
     def fit(self, spec: ModelSpec, allowed: "Allowed") -> Reading:
         """Returns the spec as the target will hold it.
@@ -137,23 +271,19 @@ class Target(abc.ABC):
         Raises:
           NotRepresentableError: it cannot, or only with approximations that were not allowed.
         """
-        crossed = [limit for limit in self.limits if not limit.holds(spec)]
-        answer = self.answer(spec)
-        refused = [limit for limit in crossed if not allowed.covers(limit.approx)]
-        if refused:
-            remedies = sorted({limit.approx for limit in refused if limit.approx})
-            remedy = (
-                f"; --allow-approx={','.join(remedies)} accepts that" if answer.is_possible else ""
-            )
+        crossed = self._crossed(spec)
+        reasons, beyond = self._reasons(spec, crossed), self._beyond(spec, crossed)
+        if beyond is None or not all(allowed.covers(limit.approx) for limit in crossed):
+            names = sorted({limit.approx for limit in crossed if limit.approx})
+            remedy = f"; --allow-approx={','.join(names)} accepts that" if beyond else ""
             raise NotRepresentableError(
-                f"{self.name} cannot hold this model exactly: {'; '.join(answer.reasons)}{remedy}",
+                f"{self.name} cannot hold this model exactly: {'; '.join(reasons)}{remedy}",
                 target=self.name,
-                reasons=list(answer.reasons),
+                reasons=list(reasons),
             )
-        for limit in crossed:
-            spec = limit.becomes(spec)
         return Reading(
-            spec, {limit.approx or "": r for limit, r in zip(crossed, answer.reasons, strict=True)}
+            beyond,
+            {limit.approx or "": r for limit, r in zip(crossed, reasons, strict=True)},
         )
 
 
@@ -215,6 +345,25 @@ def demand(config: Mapping[str, Any], what: str, *names: str) -> list[Any]:
     return [config[name] for name in names]
 
 
+def check_told(told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Checks that a config does not contradict the tensors.
+
+    Args:
+      told: settings that tensors tell.
+      given: settings of the config.
+
+    Raises:
+      CorruptFileError: it does; names every setting.
+    """
+    wrong = [
+        f"{name} is {given[name]!r} by the config and {value!r} by the tensors"
+        for name, value in told.items()
+        if given.get(name) is not None and given[name] != value
+    ]
+    if wrong:
+        raise CorruptFileError(f"{'; '.join(wrong)}; one of them belongs to another model")
+
+
 def need_heads(width: int, num_heads: int | None) -> int:
     """Returns the number of heads, which no tensor tells.
 
@@ -237,5 +386,5 @@ def need_heads(width: int, num_heads: int | None) -> int:
 
 def count_layers(names: Iterable[str], prefix: str) -> int:
     """Returns one more than the largest layer number behind a prefix."""
-    numbers = [name.removeprefix(prefix).partition(".")[0] for name in names if prefix in name]
+    numbers = [n.removeprefix(prefix).partition(".")[0] for n in names if n.startswith(prefix)]
     return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1

@@ -16,6 +16,25 @@ FORMAT = 1
 """Version of config.json; `modeling_craft.py` refuses later ones."""
 
 
+_CLASSES = ("CraftForCausalLM", "CraftForSeq2Seq")
+_CAUSES = {
+    "embedding": "the rows of the table",
+    "norm": "epsilon, scale or bias of the layer norm, or its place",
+    "attn": "the heads, or a kernel of query, key, value or out",
+    "cross": "the memory, or a kernel of query, key, value or out",
+    "mlp": "the activation, or a kernel of up or down",
+}
+
+
+def _module(leaf: str) -> str:
+    """Returns the part of a model that a leaf belongs to: an attention, an MLP, a norm, a table."""
+    parts = leaf.split(".")
+    for i, part in enumerate(parts):
+        if part in ("attn", "cross", "mlp"):
+            return ".".join(parts[: i + 1])
+    return leaf.rpartition(".")[0]
+
+
 class CraftTorch(Target):
     """One torch-only file with every feature of craft_jax, and safetensors."""
 
@@ -27,21 +46,18 @@ class CraftTorch(Target):
 
     def table(self, spec: ModelSpec) -> Table:
         rules: list[Rule] = [rule(name, name) for name in patterns(spec)]
-        same = [
-            ("token_embedding", "the token embedding's rows"),
-            ("position_embedding", "the position embedding's rows"),
-            ("blocks.{i}.attn_norm", "epsilon, scale or bias of the layer norm"),
-            ("blocks.{i}.attn", "the heads, or a kernel of query, key, value or out"),
-            ("blocks.{i}.mlp_norm", "epsilon, scale or bias of the layer norm"),
-            ("blocks.{i}.mlp", "the activation, or a kernel of up or down"),
-            ("final_norm", "epsilon, scale or bias of the final layer norm"),
-        ]
-        return Table(rules=tuple(rules), taps=tuple(Tap(n, n, causes) for n, causes in same))
+        taps: list[Tap] = []
+        for module in dict.fromkeys(_module(name) for name in patterns(spec)):
+            last = module.rpartition(".")[2]
+            causes = _CAUSES.get(last.rpartition("_")[2] if "_" in last else last)
+            if causes:
+                taps.append(Tap(module, module, causes))
+        return Table(rules=tuple(rules), taps=tuple(taps))
 
     def write_config(self, spec: ModelSpec) -> dict[str, Any]:
         return {
             "model_type": "craft",
-            "architectures": ["CraftForCausalLM"],
+            "architectures": [_CLASSES[spec.name == "seq2seq"]],
             "craft_format": FORMAT,
             "model": spec.model_config(),
         }

@@ -10,20 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from interop.errors import UnknownArchitectureError
 from interop.mapping import Alias, Buffer, Rule, Table, Tap, rule
 from interop.ops import Concat, Zeros
 from interop.spec import ModelSpec
-from interop.targets.base import Reading, Target, count_layers, demand, need_heads
-
-_TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-_FROM_HF = {
-    **{hf: ours for ours, hf in _TO_HF.items()},
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "swish": "silu",
-}
-# Other roundings or polynomials of what `gelu_tanh` computes.
-_NEARLY = {"gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "quick_gelu": "gelu_tanh"}
+from interop.targets.base import (
+    FINAL_NORM,
+    LANGUAGE_MODEL,
+    LEARNED,
+    NO_CROSS,
+    NO_CROSS_AFTER_NORM,
+    NO_HEAD_BIAS,
+    PRE_NORM,
+    SCALE_FOLD,
+    Reading,
+    Target,
+    count_layers,
+    demand,
+    need_heads,
+)
+from interop.targets.hf_config import TO_HF, activation, check_settings, one_rate
 
 # What must have its default, since craft_jax has no other; attribute by (default, approximation).
 _FIXED: dict[str, tuple[Any, str | None]] = {
@@ -36,24 +41,7 @@ _FIXED: dict[str, tuple[Any, str | None]] = {
     "pruned_heads": ({}, None),
     "quantization_config": (None, None),
 }
-# What says nothing about the logits.
-_HARMLESS = frozenset(
-    """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
-    bad_words_ids begin_suppress_tokens bos_token_id chat_template cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
-    is_decoder keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type
-    n_ctx n_special name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_past output_scores
-    pad_token_id predict_special_tokens prefix problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
+_RATES = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 _READ = frozenset(
     """
     activation_function attn_pdrop embd_pdrop layer_norm_epsilon n_embd n_head n_inner n_layer
@@ -88,6 +76,19 @@ def _is_masked_bias(array: np.ndarray) -> bool:
     return array.size == 1 and float(array.reshape(())) in (-1e4, -1e9)
 
 
+GPT2_LIMITS = (
+    LANGUAGE_MODEL,
+    PRE_NORM,
+    FINAL_NORM,
+    LEARNED,
+    SCALE_FOLD,
+    NO_CROSS,
+    NO_CROSS_AFTER_NORM,
+    NO_HEAD_BIAS,
+)
+"""What nothing of GPT-2's architecture can hold."""
+
+
 class GPT2(Target):
     """Hugging Face GPT2LMHeadModel."""
 
@@ -97,24 +98,25 @@ class GPT2(Target):
     anchor = "transformer.h.0.attn.c_attn.weight"
     optional_prefix = "transformer."
     model_type = "gpt2"
+    limits = GPT2_LIMITS
 
     def table(self, spec: ModelSpec) -> Table:
         d, f = spec.d_model, spec.d_ff
         ours, theirs = "blocks.{i}.", "transformer.h.{i}."
 
-        def norm(source: str, target: str) -> list[Rule]:
-            weight = rule(f"{source}.scale", f"{target}.weight")
-            return [weight, bias([f"{source}.bias"], f"{target}.bias", d, f"{source}.scale")]
+        def norm(source: str, target: str, has_bias: bool = spec.has_norm_bias) -> list[Rule]:
+            weight, name = rule(f"{source}.scale", f"{target}.weight"), f"{source}.bias"
+            return [weight, bias([name], f"{target}.bias", d, f"{source}.scale", has_bias)]
 
         def dense(sources: list[str], target: str, width: int) -> list[Rule]:
             join = (Concat(1),) if len(sources) > 1 else ()
             kernels = [f"{source}.kernel" for source in sources]
             biases = [f"{source}.bias" for source in sources]
             weight = rule(kernels, f"{target}.weight", *join)
-            return [weight, bias(biases, f"{target}.bias", width, kernels[0])]
+            return [weight, bias(biases, f"{target}.bias", width, kernels[0], spec.bias)]
 
-        def bias(sources: list[str], target: str, width: int, like: str) -> Rule:
-            if not spec.bias:
+        def bias(sources: list[str], target: str, width: int, like: str, has_bias: bool) -> Rule:
+            if not has_bias:
                 return rule((), target, Zeros((width,)), like=like)
             return rule(sources, target, *((Concat(0),) if len(sources) > 1 else ()))
 
@@ -128,7 +130,7 @@ class GPT2(Target):
             *norm(f"{ours}mlp_norm", f"{theirs}ln_2"),
             *dense([f"{ours}mlp.up"], f"{theirs}mlp.c_fc", f),
             *dense([f"{ours}mlp.down"], f"{theirs}mlp.c_proj", d),
-            *norm("final_norm", "transformer.ln_f"),
+            *norm("final_norm", "transformer.ln_f", spec.has_final_norm_bias),
         ]
         if not spec.tie_embeddings:
             rules.append(rule("head.embedding", "lm_head.weight"))
@@ -169,7 +171,7 @@ class GPT2(Target):
             "n_layer": spec.num_layers,
             "n_head": spec.num_heads,
             "n_inner": spec.d_ff,
-            "activation_function": _TO_HF[spec.activation],
+            "activation_function": TO_HF[spec.activation],
             "resid_pdrop": spec.dropout,
             "embd_pdrop": spec.dropout,
             "attn_pdrop": spec.dropout,
@@ -199,31 +201,7 @@ class GPT2(Target):
         sizes = demand(config, "config.json", "vocab_size", "n_embd", "n_layer", "n_head")
         vocab_size, d_model, num_layers, num_heads = sizes
         crossed: dict[str, str] = {}
-        for name, value in config.items():
-            if name in _READ or name in _HARMLESS:
-                continue
-            default, approx = _FIXED.get(name, (None, "config"))
-            if value == default or (name not in _FIXED and not value):
-                continue
-            if approx is None:
-                raise UnknownArchitectureError(
-                    f"config.json has {name}={value!r}; a GPT of craft_jax has no such thing"
-                )
-            crossed[approx] = f"{name}={value!r} means nothing to craft_jax"
-        activation = config.get("activation_function", "gelu_new")
-        if activation in _NEARLY:
-            crossed["gelu"] = f"activation_function={activation!r} becomes {_NEARLY[activation]}"
-        elif activation not in _FROM_HF:
-            raise UnknownArchitectureError(
-                f"config.json has activation_function={activation!r}; craft_jax has "
-                + ", ".join(_FROM_HF)
-            )
-        rates = [config.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
-        if len(set(rates)) > 1:
-            crossed["dropout"] = (
-                f"resid_pdrop, embd_pdrop, attn_pdrop are {', '.join(map(str, rates))}; craft_jax "
-                f"has one rate, for training only, and takes {rates[0]}"
-            )
+        check_settings(config, _READ, _FIXED, crossed)
         spec = ModelSpec(
             vocab_size=vocab_size,
             num_layers=num_layers,
@@ -231,8 +209,8 @@ class GPT2(Target):
             d_model=d_model,
             d_ff=config.get("n_inner") or 4 * d_model,
             max_seq_len=config.get("n_positions", config.get("n_ctx", 1024)),
-            dropout=rates[0],
-            activation=_FROM_HF.get(activation) or _NEARLY[activation],
+            dropout=one_rate(config, _RATES, crossed),
+            activation=activation(config, "activation_function", "gelu_new", crossed),
             bias=True,
             tie_embeddings=config.get("tie_word_embeddings", True),
             norm_eps=config.get("layer_norm_epsilon", 1e-5),

@@ -12,12 +12,15 @@ from interop.mapping import Buffer, Rule, Table, Tap, rule
 from interop.ops import Concat, Tie, Transpose
 from interop.spec import ModelSpec
 from interop.targets.base import (
+    ONE_EPS,
+    Facts,
     Limit,
     Reading,
     Target,
     demand,
+    parallel_biases,
 )
-from interop.targets.gpt2 import guessed_sizes, is_causal_mask
+from interop.targets.gpt2 import GPT2_LIMITS, guessed_sizes, is_causal_mask
 
 
 class NanoGPT(Target):
@@ -29,6 +32,8 @@ class NanoGPT(Target):
     anchor = "transformer.h.0.attn.c_attn.weight"
     optional_prefix = "transformer."
     limits = (
+        *GPT2_LIMITS,
+        *parallel_biases(),
         Limit(
             "activation",
             lambda spec: spec.activation in ("gelu", "gelu_tanh"),
@@ -41,13 +46,7 @@ class NanoGPT(Target):
             approx="gelu",
             becomes=lambda spec: dataclasses.replace(spec, activation="gelu"),
         ),
-        Limit(
-            "norm_eps",
-            lambda spec: spec.norm_eps == 1e-5,
-            "nanoGPT's layer norms have 1e-05",
-            approx="eps",
-            becomes=lambda spec: dataclasses.replace(spec, norm_eps=1e-5),
-        ),
+        ONE_EPS,
         Limit(
             "d_ff",
             lambda spec: spec.d_ff == 4 * spec.d_model,
@@ -112,6 +111,19 @@ class NanoGPT(Target):
             "bias": spec.bias,
             "vocab_size": spec.vocab_size,
             "dropout": spec.dropout,
+        }
+
+    def config_in(self, around: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        described = around.get("model_args")
+        return described if isinstance(described, Mapping) else None
+
+    def contents(self, tensors: Mapping[str, Any], spec: ModelSpec, facts: Facts) -> Any:
+        return {
+            "model": tensors,
+            "model_args": self.write_config(spec),
+            "iter_num": facts.step,
+            "best_val_loss": 1e9 if facts.val_loss is None else facts.val_loss,
+            "config": {},
         }
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -84,6 +84,8 @@ def test_past_the_context_it_says_so_once(workdir, capsys):
         (["--top_p=2", "--min_p=2"], "--top_p=2.0 must be greater than 0 and at most 1; --min_p"),
         (["--max_new_tokens=0"], "must be at least 1"),
         (["--prompt=a\udcffb"], "is not valid UTF-8"),
+        (["--num_beams=2", "--top_p=0.5"], "samples nothing; leave --top_p out"),
+        (["--num_beams=-1"], "--num_beams=-1 must be 1"),
     ],
 )
 def test_what_cannot_be_generated(workdir, capsys, words, expected):
@@ -100,6 +102,25 @@ def test_no_half_characters(workdir, capsys, monkeypatch):
               "--temperature=0"])  # fmt: skip
     assert "".join(pieces).startswith("caf\u00e9")
     assert not any("\ufffd" in piece for piece in pieces[:-2])
+
+
+def test_beams(workdir, capsys):
+    run = runs.open("latest", workdir=workdir)
+    ids = [[*runs.prompt_ids(run.tokenizer, text)] for text in ("and ", "caf")]
+    found = run.generator.beam_search(
+        run.compute_params, ids, num_beams=3, max_new_tokens=8, length_penalty=0.5
+    )
+    texts = [
+        text + run.tokenizer.decode(new)
+        for text, (new, _) in zip(("and ", "caf"), found, strict=True)
+    ]
+    words = ["--num_beams=3", "--length_penalty=0.5", "--max_new_tokens=8", "--temperature=0"]
+    said = generate(workdir, capsys, "--prompt=and ", "--prompt=caf", *words)
+    assert said.out == "".join(f"--- {i} of 2 ---\n{t}\n" for i, t in enumerate(texts, start=1))
+    options = {"num_beams": 3, "max_new_tokens": 8, "length_penalty": 0.5}
+    assert run.generate(["and ", "caf"], **options) == texts
+    said = generate(workdir, capsys, "--prompt=and ", "--num_beams=3", "--max_new_tokens=99")
+    assert "the context of 16 tokens is full: a search ends there" in said.err
 
 
 def test_from_a_notebook(workdir, capsys):

@@ -81,6 +81,6 @@ def test_a_text_shorter_than_a_window():
 def test_one_pass_of_a_training_set():
     training = windows(101)
     training.tokenizer = tokenizers.bytes_()
-    data = text.one_pass(training)
+    data = training.one_pass()
     total = sum(data.batch(i)["weights"].sum() for i in range(len(data)))
     assert total == 100

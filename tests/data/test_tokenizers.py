@@ -56,6 +56,20 @@ def test_unknown_characters_are_named():
     assert tokenizers.bytes_().unknown_characters("\u20ac") == []
 
 
+def test_characters_keep_the_ids_that_they_are_given():
+    given = {"b": 7, "<unk>": 2, "\n": 0, "[EOS]": 4}
+    tokenizer = tokenizers.numbered_characters(given, ["[EOS]", "<unk>"], unknown="<unk>")
+    assert (tokenizer.vocab_size, tokenizer.end_id) == (8, 4)
+    assert tokenizer.encode("b\n[b").tolist() == [7, 0, 2, 7]
+    assert tokenizer.decode([4, 7, 2, 0]) == "b\n"
+    again = Tokenizer(tokenizers.tokenizers.Tokenizer.from_str(tokenizer.json))
+    for one in (tokenizer, again):
+        assert one.unknown_characters("xyz") == []
+        assert list(one.encode_pieces(["x", "b"])) == [[2], [7]]
+    strict = tokenizers.numbered_characters({"b": 7, "a": 2})
+    assert strict.unknown_characters("abc<unk>") == ["<", ">", "c", "k", "n", "u"]
+
+
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_a_stream_never_shows_half_a_character(kind):
     tokenizer = kinds()[kind]

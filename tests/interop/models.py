@@ -8,11 +8,13 @@ import ml_dtypes
 import numpy as np
 
 from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.models.layers import sinusoids
 from interop.files.weights import open_weights
 from interop.imports import write_run
 from interop.leaves import leaves
 from interop.source import Source
 from interop.spec import ModelSpec
+from interop.targets import TARGETS
 from interop.tensors import LazyTensor, lazy
 
 SPEC = ModelSpec(
@@ -30,7 +32,7 @@ SPEC = ModelSpec(
 )
 """No two sizes are equal, and none divides a neighbour by chance."""
 
-# What each target can hold exactly.
+# What each target can hold exactly. The first are of the family gpt.
 SPECS = {
     "plain": {},
     "twelve layers": {"num_layers": 12},
@@ -43,6 +45,55 @@ SPECS = {
     "nanogpt, no bias": {"d_ff": 192, "bias": False},
     "layers as wide as the model": {"d_ff": 48, "num_layers": 2},
     "a head of six": {"d_model": 18, "num_heads": 3, "d_ff": 72},
+    "craft d": {"tie_embeddings": False, "head_bias": True},
+    "craft d, no bias, relu": {
+        "tie_embeddings": False,
+        "bias": False,
+        "norm_bias": True,
+        "activation": "relu",
+    },
+}
+_CRAFT = {"name": "transformer", "embedding_scale": True}
+_SEQ2SEQ = {"name": "seq2seq", "num_decoder_layers": 2, "cross_attention": "source"}
+SPECS |= {
+    "craft e": _CRAFT,
+    "craft e, no bias": _CRAFT | {"bias": False},
+    "craft e, post-norm, relu": _CRAFT | {"norm_first": False, "activation": "relu"},
+    "craft f": _CRAFT | {"cross_attention": "empty", "tie_embeddings": False},
+    "craft f, post-norm": _CRAFT
+    | {"cross_attention": "empty", "tie_embeddings": False, "norm_first": False},
+    "craft f, no bias": _CRAFT
+    | {
+        "cross_attention": "empty",
+        "tie_embeddings": False,
+        "bias": False,
+        "final_norm_bias": True,
+    },
+    "craft c": {
+        "name": "transformer",
+        "cross_attention": "zeros",
+        "tie_embeddings": False,
+        "head_bias": True,
+    },
+    "craft b": _CRAFT | {"tie_embeddings": False, "head_bias": True},
+    "craft b, sinusoidal": _CRAFT
+    | {"tie_embeddings": False, "head_bias": True, "positions": "sinusoidal"},
+    "post-norm, nothing after it": {
+        "name": "transformer",
+        "norm_first": False,
+        "final_norm": False,
+        "activation": "relu",
+    },
+    "seq2seq": _SEQ2SEQ | {"share_embeddings": True, "embedding_scale": True},
+    "seq2seq, post-norm, no bias, all apart": _SEQ2SEQ
+    | {
+        "norm_first": False,
+        "bias": False,
+        "activation": "relu",
+        "tie_embeddings": False,
+        "head_bias": True,
+        "positions": "sinusoidal",
+    },
 }
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed")
@@ -50,6 +101,12 @@ DTYPES = ("float32", "bfloat16", "float16", "mixed")
 
 def spec(**changes) -> ModelSpec:
     return dataclasses.replace(SPEC, **changes)
+
+
+def fitting(target: str) -> ModelSpec:
+    """Returns the first spec that a target can hold exactly."""
+    known = (spec(**changes) for changes in ({"d_ff": 192}, *SPECS.values()))
+    return next(s for s in known if TARGETS[target].answer(s).exact)
 
 
 def random_leaves(model: ModelSpec, dtype: str = "float32", seed: int = 0) -> dict[str, LazyTensor]:
@@ -63,6 +120,8 @@ def random_leaves(model: ModelSpec, dtype: str = "float32", seed: int = 0) -> di
         if name.endswith("embedding"):
             width = 0.5
         values = center + width * rng.standard_normal(leaf.shape)
+        if name.endswith("constant"):
+            values = sinusoids(*leaf.shape)
         found[name] = lazy(values.astype(_dtype(dtype, name)))
     return found
 
@@ -70,7 +129,8 @@ def random_leaves(model: ModelSpec, dtype: str = "float32", seed: int = 0) -> di
 def _dtype(dtype: str, name: str) -> np.dtype:
     """The dtype of a leaf; mixed: norms and embeddings float32, the matrices half."""
     if dtype == "mixed":
-        dtype = "bfloat16" if ".attn." in name or ".mlp." in name else "float32"
+        is_matrix = any(part in name for part in (".attn.", ".cross.", ".mlp."))
+        dtype = "bfloat16" if is_matrix else "float32"
     return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 

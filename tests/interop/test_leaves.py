@@ -1,7 +1,7 @@
 import pytest
 
+from craft_jax.config import MODELS
 from craft_jax.models import base
-from craft_jax.models.gpt import GPT, GPTConfig
 from interop.leaves import leaves
 from tests.interop.models import SPECS, spec
 
@@ -9,7 +9,8 @@ from tests.interop.models import SPECS, spec
 @pytest.mark.parametrize("name", SPECS)
 def test_they_are_those_of_the_model(name):
     known = spec(**SPECS[name])
-    shapes = base.define(GPT, GPTConfig(**known.model_config())).shapes
+    cls = MODELS[known.name]
+    shapes = base.define(cls, cls.Config(**known.model_config())).shapes
     found = leaves(known)
     assert {n: (leaf.shape, leaf.dtype) for n, leaf in found.items()} == {
         n: (leaf.shape, leaf.dtype) for n, leaf in shapes.items()

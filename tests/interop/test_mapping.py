@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from interop.mapping import Table, rule
 from interop.ops import Transpose
 from interop.targets import TARGETS
 from interop.tensors import lazy, same_bits
-from tests.interop.models import DTYPES, SPECS, random_leaves, spec
+from tests.interop.models import DTYPES, SPECS, fitting, random_leaves, spec
 
 CASES = [
     (target, name)
@@ -47,13 +49,15 @@ def test_there_and_back_every_bit(target, name, dtype):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_leaf_too_few_and_one_too_many(target):
-    known = spec(d_ff=192)
+    known = fitting(target)
     rules, found = TARGETS[target].mapping(known), random_leaves(known)
-    lost = found.pop("blocks.1.mlp.up.kernel")
-    with pytest.raises(MissingKeysError, match=r"blocks\.1\.mlp\.up\.kernel"):
+    name = next(leaf for leaf in found if leaf.endswith(".1.mlp.up.kernel"))
+    lost = found.pop(name)
+    with pytest.raises(MissingKeysError, match=re.escape(name)):
         rules.shapes(found)
-    found |= {"blocks.1.mlp.up.kernel": lost, "blocks.1.mlp.gate.kernel": lost}
-    with pytest.raises(UnexpectedKeysError, match=r"blocks\.1\.mlp\.gate\.kernel"):
+    other = name.replace("up", "gate")
+    found |= {name: lost, other: lost}
+    with pytest.raises(UnexpectedKeysError, match=re.escape(other)):
         rules.shapes(found)
 
 
@@ -126,6 +130,59 @@ def test_a_table_that_uses_a_leaf_twice_is_a_mistake_of_its_author():
     table = Table(rules=(rule("a", "x"), rule("a", "y", Transpose())))
     with pytest.raises(ValueError, match="uses a more than once"):
         table.bind(1).shapes({"a": lazy(np.ones((2, 2)))})
+
+
+def test_one_of_two_names_of_a_tied_tensor_is_enough():
+    rules, found, expected = tensors("craft-e", name="transformer", embedding_scale=True)
+    for name in ("token_embedding.weight", "output_head.weight"):
+        fewer = {n: t for n, t in found.items() if n != name}
+        back = rules.inverse(fewer, expected)
+        table = found["token_embedding.weight"].read()
+        assert same_bits(back["token_embedding.embedding"].read(), table)
+    neither = {n: t for n, t in found.items() if n[:5] not in ("token", "outpu")}
+    with pytest.raises(MissingKeysError, match="lacks 2 of"):
+        rules.inverse(neither, expected)
+
+
+def test_a_table_of_positions_must_be_one_of_sines():
+    changes = {"tie_embeddings": False, "head_bias": True, "positions": "sinusoidal"}
+    rules, found, expected = tensors("craft-b", name="transformer", embedding_scale=True, **changes)
+    name = "positional_encoding.pe"
+    assert found[name].shape == (1, 33, 48)
+    rules.inverse(found, expected)["position_embedding.constant"].read()
+    broken = found[name].read().copy()
+    broken[0, 7, 3] += 1e-3
+    leaf = rules.inverse(found | {name: lazy(broken)}, expected)["position_embedding.constant"]
+    with pytest.raises(UnexpectedKeysError, match=r"pe: the value at position 7, column 3"):
+        leaf.read()
+
+
+def test_masks_and_numbers_of_craft_are_checked_by_value():
+    rules, found, expected = tensors("craft-d", tie_embeddings=False, head_bias=True)
+    mask = np.triu(np.full((20, 20), -np.inf, np.float32), 1)
+    name = "layers.1.self_attn.causal_mask"
+    rules.inverse(found | {name: lazy(mask)}, expected)
+    for at, value in (((3, 7), 0.0), ((7, 3), -np.inf), ((3, 7), -1e9), ((2, 2), np.nan)):
+        broken = mask.copy()
+        broken[at] = value
+        with pytest.raises(UnexpectedKeysError, match="not a causal mask"):
+            rules.inverse(found | {name: lazy(broken)}, expected)
+    changes = {"name": "transformer", "embedding_scale": True, "tie_embeddings": False}
+    rules, found, expected = tensors("craft-b", head_bias=True, **changes)
+    name = "positional_encoding.position_ids"
+    rules.inverse(found | {name: lazy(np.arange(33)[None])}, expected)
+    with pytest.raises(UnexpectedKeysError, match=r"is not 0, 1, 2"):
+        rules.inverse(found | {name: lazy(np.arange(33)[None, ::-1])}, expected)
+
+
+def test_rows_before_the_first_position_mean_nothing():
+    rules, found, expected = tensors("opt")
+    name = "model.decoder.embed_positions.weight"
+    table = found[name].read().copy()
+    assert table.shape == (35, 48) and not table[:2].any()
+    table[:2] = 7
+    back = rules.inverse(found | {name: lazy(table)}, expected)
+    assert same_bits(back["position_embedding.embedding"].read(), table[2:])
 
 
 def test_layers_are_numbers_and_not_words():

@@ -13,10 +13,12 @@ import interop
 from craft_jax import runs
 from craft_jax.data import tokenizers
 from interop.errors import NotRepresentableError, UnknownArchitectureError
+from interop.live import Reference
 from interop.source import open_source
 from interop.tensors import same_bits
+from interop.verification import TOLERANCE
 from tests.conftest import command, environment, micro
-from tests.interop.models import make_run, spec
+from tests.interop.models import SPECS, make_run, spec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -29,12 +31,32 @@ def load(folder, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"bias": False}])
-def test_it_loads_without_a_word(tmp_path, changes, dtype, caplog, capfd):
+FAMILIES = [
+    ("gpt2", {}),
+    ("gpt2", {"tie_embeddings": False}),
+    ("gpt2", {"bias": False}),
+    ("biogpt", SPECS["craft e"]),
+    ("biogpt", SPECS["craft e, no bias"]),
+    ("biogpt", {"tie_embeddings": False}),
+    ("opt", {}),
+    ("opt", {"tie_embeddings": False, "bias": False}),
+    ("opt", SPECS["post-norm, nothing after it"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "dtype"),
+    [
+        (target, changes, dtype)
+        for target, changes in FAMILIES
+        for dtype in ("float32", "bfloat16", "float16")
+        if target == "gpt2" or dtype == "float32"
+    ],
+)
+def test_it_loads_without_a_word(tmp_path, target, changes, dtype, caplog, capfd):
     tokenizer = tokenizers.characters("the quick\n", end_token=True)
     run = make_run(tmp_path / "models" / "run", spec(**changes), dtype, tokenizer=tokenizer)
-    out = interop.export_checkpoint(run, tmp_path / "out", "hf", probe="none").out
+    out = interop.export_checkpoint(run, tmp_path / "out", target, probe="none").out
     transformers.logging.enable_propagation()
     with caplog.at_level("INFO"):
         model, info = load(out)
@@ -78,6 +100,74 @@ def test_a_folder_of_transformers_there_and_back(tmp_path, changes):
     with torch.no_grad():
         theirs = model.eval()(torch.tensor(ids)).logits.numpy()
     assert np.max(np.abs(np.asarray(ours) - theirs)) < 1e-3 * np.max(np.abs(theirs))
+
+
+def saved(folder, model):
+    """Saves a model of transformers, every parameter random, and returns it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(center + 0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 33,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("biogpt", {}),
+        ("biogpt", {"tie_word_embeddings": False, "scale_embedding": False, "hidden_act": "relu"}),
+        ("opt", {}),
+        ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
+        ("opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
+        ("opt", {"_remove_final_layer_norm": True, "attention_dropout": 0.1}),
+    ],
+)
+def test_decoders_with_an_offset_there_and_back(tmp_path, family, changes):
+    if family == "biogpt":
+        config = transformers.BioGptConfig(**SIZES, intermediate_size=112, **changes)
+        model = saved(tmp_path / "theirs", transformers.BioGptForCausalLM(config))
+    else:
+        rates = {"dropout": 0.1, "attention_dropout": 0.1} | changes
+        config = transformers.OPTConfig(**SIZES, ffn_dim=112, **rates)
+        model = saved(tmp_path / "theirs", transformers.OPTForCausalLM(config))
+    interop.import_checkpoint(tmp_path / "theirs", tmp_path / "models" / "run")
+    again = interop.export_checkpoint(
+        tmp_path / "models" / "run", tmp_path / "ours", family, probe="none"
+    ).out
+    before, after = open_source(tmp_path / "theirs"), open_source(again)
+    assert before.spec == after.spec and set(before.tensors) == set(after.tensors)
+    for name, tensor in after.tensors.items():
+        # The first two rows of positions are read by nothing, and left out.
+        first = 2 if "embed_positions" in name else 0
+        assert same_bits(tensor.read()[first:], before.tensors[name].read()[first:]), name
+    ids = np.random.default_rng(0).integers(0, 97, (2, 33))
+    ours = Reference(before.spec, before.leaves).logits({"tokens": ids})
+    with torch.no_grad():
+        theirs = model.double()(torch.tensor(ids)).logits.numpy()
+    assert np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))) <= TOLERANCE
+
+
+def test_what_opt_has_and_we_have_not(tmp_path):
+    config = transformers.OPTConfig(**SIZES, ffn_dim=112, word_embed_proj_dim=24)
+    saved(tmp_path / "theirs", transformers.OPTForCausalLM(config))
+    with pytest.raises(UnknownArchitectureError, match="word_embed_proj_dim=24"):
+        open_source(tmp_path / "theirs")
+    config = transformers.OPTConfig(**SIZES, ffn_dim=112, dropout=0.1)
+    saved(tmp_path / "other", transformers.OPTForCausalLM(config))
+    with pytest.raises(NotRepresentableError, match="--allow-approx=dropout"):
+        open_source(tmp_path / "other")
 
 
 def test_settings_that_would_be_lost_are_refused(tmp_path):

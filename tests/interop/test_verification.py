@@ -11,8 +11,7 @@ import interop
 from craft_jax.data import tokenizers
 from interop import __main__ as cli
 from interop.errors import MissingDependencyError, ParityError
-from interop.targets import TARGETS
-from tests.interop.models import flip, make_run, spec
+from tests.interop.models import SPECS, flip, make_run, spec
 
 QUICK = {"probe": "none"}
 
@@ -24,7 +23,7 @@ def exported(tmp_path_factory):
     tokenizer = tokenizers.characters("the quick brown fox\n", end_token=True)
     known = spec(num_layers=2, d_ff=192)
     found = {"run": make_run(place / "models" / "run", known, tokenizer=tokenizer)}
-    for target in TARGETS:
+    for target in ("gpt2", "nanogpt", "craft-torch"):
         out = place / (f"{target}.pt" if target == "nanogpt" else target)
         probe = {} if target != "nanogpt" else QUICK
         found[target] = interop.export_checkpoint(found["run"], out, target, **probe).out
@@ -46,13 +45,55 @@ def copied(exported, tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("level", ["structure", "bits", "logits", "generate"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["gpt2", "nanogpt", "craft-torch"])
 def test_every_level_passes(exported, target, level):
     report = interop.verify(exported["run"], exported[target], level)
     assert report.passed, report.problems
     json.dumps(report.to_json())
     if level == "logits":
         assert report.figures["tokens"] == [2, 33] and report.figures["largest"] < 1e-12
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("target", "name", "level"),
+    [
+        ("biogpt", "craft e", "logits"),
+        ("opt", "post-norm, nothing after it", "logits"),
+        ("torch-encoder", "craft e, post-norm, relu", "logits"),
+        ("torch-decoder", "craft c", "generate"),
+        ("torch-transformer", "seq2seq", "logits"),
+        ("torch-transformer", "seq2seq, post-norm, no bias, all apart", "generate"),
+        ("craft-torch", "seq2seq", "logits"),
+        ("craft-d", "craft d", "structure"),
+        ("craft-f", "craft f", "logits"),
+    ],
+)
+def test_the_other_targets(tmp_path, target, name, level):
+    run = make_run(tmp_path / "models" / "run", spec(**SPECS[name]))
+    out = interop.export_checkpoint(run, tmp_path / "out", target, **QUICK).out
+    report = interop.verify(run, out, level)
+    assert report.passed, report.problems
+    if level == "logits":
+        assert report.figures["largest"] < 1e-12
+
+
+@pytest.mark.torch
+def test_a_folder_of_an_encoder_decoder_proves_itself(tmp_path):
+    known = spec(**SPECS["seq2seq"])
+    run = make_run(tmp_path / "models" / "run", known)
+    out = interop.export_checkpoint(run, tmp_path / "out", "craft-torch").out
+    done = subprocess.run(
+        [sys.executable, out / "verify.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "logits agree" in done.stdout, done.stderr
+    imported = interop.import_checkpoint(out, tmp_path / "models" / "again")
+    assert imported.probe > 97
+    probe = json.loads((out / "probe.json").read_text())
+    probe["source"][0] = (probe["source"][0] + 1) % 97
+    (out / "probe.json").write_text(json.dumps(probe))
+    with pytest.raises(ParityError, match="differ by"):
+        interop.import_checkpoint(out, tmp_path / "models" / "other")
 
 
 def test_two_targets_without_the_run(exported):

@@ -349,3 +349,54 @@ def test_a_batch_split_over_devices_gives_the_same_gradients():
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     split = jax.jit(jax.grad(loss))(params, x)
     assert_close(jax.tree.leaves(split), jax.tree.leaves(whole), 1e-5)
+
+
+def test_attention_to_any_keys_is_the_causal_one_where_they_are_those(rng):
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 7, n, 4)), jnp.float32) for n in (6, 2, 2))
+    visible = jnp.tril(jnp.ones((7, 7), bool))[None]
+    np.testing.assert_allclose(
+        layers.attention(q, k, v, visible), layers.reference_attention(q, k, v), atol=1e-6
+    )
+
+
+def test_attention_sees_what_it_may(rng):
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 5, 3, 4)), jnp.float32) for _ in range(3))
+    mask_BS = jnp.array([[True, False, True, True, False], [True] * 5])
+    y = layers.attention(q, k, v, mask_BS[:, None, :])
+    kept = layers.attention(q[:1], k[:1, [0, 2, 3]], v[:1, [0, 2, 3]])
+    np.testing.assert_allclose(y[:1], kept, atol=1e-6)
+    np.testing.assert_allclose(y[1:], layers.attention(q[1:], k[1:], v[1:]), atol=1e-6)
+    nothing = layers.attention(q, k[:, :0], v[:, :0])
+    assert nothing.shape == q.shape and not nothing.any()
+    blind = layers.attention(q, k, v, jnp.zeros((1, 1, 5), bool))
+    np.testing.assert_allclose(
+        blind, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_head_has_what_it_needs(rng, is_tied, use_bias):
+    head = layers.Head(5, 3, is_tied=is_tied, use_bias=use_bias, rngs=nnx.Rngs(0))
+    state = {path[0] for path, _ in nnx.to_flat_state(nnx.state(head))}
+    assert state == {n for n, has in (("embedding", not is_tied), ("bias", use_bias)) if has}
+    if use_bias:
+        head.bias[...] = jnp.arange(5.0)
+    x, tied = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 4, 3), (5, 3)))
+    logits = head(x, tied)
+    table = tied if is_tied else head.embedding[...]
+    expected = x.astype(jnp.float32) @ table.astype(jnp.float32).T
+    expected = expected + (jnp.arange(5.0)[None, None] if use_bias else 0)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("d_model", [6, 7])
+def test_sinusoids_are_those_of_the_paper(d_model):
+    table = layers.sinusoids(9, d_model)
+    for p, i in ((0, 0), (0, 1), (3, 2), (8, 5)):
+        angle = p / 10000 ** (2 * (i // 2) / d_model)
+        assert table[p, i] == pytest.approx(np.cos(angle) if i % 2 else np.sin(angle))
+    module = layers.Sinusoids(9, d_model)
+    grad = nnx.grad(lambda m: m(jnp.arange(4)).sum())(module)
+    assert not np.any(grad["constant"][...])

@@ -83,6 +83,14 @@ def test_console(caplog):
     assert "step 4/6" not in text
 
 
+def test_console_says_what_the_accuracy_of_pairs_counts(caplog):
+    logging.getLogger("craft_jax").propagate = True
+    with caplog.at_level(logging.INFO):
+        shown = {"val_loss": 1.5, "val_accuracy": 0.5, "val_exact_match": 0.25}
+        ConsoleLogger(every=3, unit="tokens").on_evaluate_end(record(3, **shown))
+    assert "validation loss 1.5000, exact match 0.2500, token accuracy 0.5000" in caplog.text
+
+
 def test_console_names_skipped_updates(caplog):
     logging.getLogger("craft_jax").propagate = True
     logger = ConsoleLogger(every=10, unit="tokens")

@@ -13,21 +13,32 @@ import pytest
 
 import interop
 from craft_jax import generation
-from craft_jax.generation import SamplingConfig
+from craft_jax.generation import Generator, SamplingConfig
+from craft_jax.models import base
+from interop.leaves import leaves
+from interop.live import definition
 from tests.interop.models import flip, make_run, random_leaves, spec
 
 torch = pytest.importorskip("torch")
-from interop.pytorch import modeling_craft as modeling  # noqa: E402
-from interop.pytorch.modeling_craft import CraftConfig, CraftForCausalLM  # noqa: E402
-from interop.pytorch.tensors import to_torch  # noqa: E402
+from interop.pytorch.modeling_craft import (  # noqa: E402
+    CraftConfig,
+    CraftForCausalLM,
+    CraftForSeq2Seq,
+    Options,
+)
+from tests.interop.pytorch import reference  # noqa: E402
+from tests.interop.pytorch.reference import LMS, PAIRS, gap, ids, mask, saved  # noqa: E402
 
 pytestmark = pytest.mark.torch
 SMALL = spec(num_layers=2)
+EXACT = 1e-10
+PAD = mask(33, 20)
 
 
 def model_of(known=SMALL, dtype="float32"):
-    model = CraftForCausalLM(CraftConfig(**known.model_config()))
-    weights = {name: to_torch(leaf.read()) for name, leaf in random_leaves(known, dtype).items()}
+    cls = CraftForSeq2Seq if known.name == "seq2seq" else CraftForCausalLM
+    model = cls(CraftConfig(**known.model_config()))
+    weights = reference.weights(random_leaves(known, dtype))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
@@ -61,6 +72,206 @@ def test_the_cache_gives_what_the_whole_gives(cuts):
         model(ids[:, :1], cache)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LMS)
+def test_logits(name, masked):
+    known = LMS[name]
+    inputs = {"mask_BT": PAD} if masked and known.name != "gpt" else {}
+    ours = reference.logits(known, random_leaves(known), ids(), **inputs)
+    theirs = {key: torch.tensor(array) for key, array in inputs.items()}
+    with torch.no_grad():
+        logits, cache = model_of(known).double()(torch.tensor(ids()), **theirs)
+    assert gap(ours, logits) <= EXACT
+    assert (cache is None) == bool(inputs)
+
+
+@pytest.mark.parametrize("masks", ["", "source", "source and target"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_logits_of_pairs(name, masks):
+    known, source = PAIRS[name], ids(31, seed=1)
+    inputs = {"source_BS": source}
+    if "source" in masks:
+        inputs["source_mask_BS"] = mask(17, 31, width=31)
+    if "target" in masks:
+        inputs["mask_BT"] = PAD
+    ours = reference.logits(known, random_leaves(known), ids(), **inputs)
+    theirs = {key: torch.tensor(array) for key, array in inputs.items()}
+    with torch.no_grad():
+        logits, _ = model_of(known).double()(torch.tensor(ids()), **theirs)
+    assert gap(ours, logits) <= EXACT
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_the_cache_of_every_kind(name):
+    model, tokens_BT = model_of(LMS[name]).double(), tokens(33)
+    whole, _ = model(tokens_BT)
+    first, cache = model(tokens_BT[:, :20])
+    second, cache = model(tokens_BT[:, 20:21], cache)
+    third, _ = model(tokens_BT[:, 21:], cache)
+    assert torch.max(torch.abs(torch.cat((first, second, third), dim=1) - whole)) < 1e-11
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_source_is_read_once(name):
+    model, tokens_BT, source_BS = model_of(PAIRS[name]).double(), tokens(33), tokens(31, 1)
+    source_mask_BS = torch.tensor(mask(31, 9, width=31))
+    whole, _ = model(tokens_BT, source_BS, source_mask_BS)
+    calls = []
+    model.encoder_norm.register_forward_hook(lambda *_: calls.append(1))
+    _, cache = model(tokens_BT[:, :1], source_BS, source_mask_BS)
+    parts = [model(tokens_BT[:, :1], cache=model.encode(source_BS, source_mask_BS)).logits]
+    for part in tokens_BT[:, 1:].split([1, 15, 16], dim=1):
+        logits, cache = model(part, cache=cache)
+        parts.append(logits)
+    assert len(calls) == 2
+    assert torch.max(torch.abs(torch.cat(parts, dim=1) - whole)) < 1e-11
+
+
+def test_a_source_is_given_once():
+    model, one = model_of(PAIRS["seq2seq"]), tokens(3)
+    _, cache = model(one, one)
+    everything = torch.ones(2, 3, dtype=bool)
+    for given, words in [
+        ({}, "given once"),
+        ({"source_BS": one, "cache": cache}, "given once"),
+        ({"cache": cache, "mask_BT": everything}, "no padding"),
+        ({"source_BS": tokens(34)}, "34 tokens exceed"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            model(one, **given)
+    lm = model_of(LMS["transformer"])
+    with pytest.raises(ValueError, match="no padding"):
+        lm(one, lm(one).cache, everything)
+
+
+def test_a_cache_without_tokens_takes_a_mask():
+    model, mask_BT = model_of(PAIRS["seq2seq"]), torch.tensor([[True, False, False], [True] * 3])
+    one = tokens(3)
+    whole = model(one, one, mask_BT=mask_BT)
+    assert torch.equal(model(one, cache=model.encode(one), mask_BT=mask_BT).logits, whole.logits)
+    assert whole.cache is None
+
+
+def test_likeliest_tokens_of_other_families():
+    """A language model goes on past the context; a target ends there."""
+    greedy, options = SamplingConfig(temperature=0.0), {"max_new_tokens": 45}
+    prompts = [[1, 2, 3], list(range(33))]
+    known = LMS["zeros"]
+    ours = generation.generate(craft_model(known), prompts, config=greedy, **options)
+    assert model_of(known).generate(prompts, temperature=0, **options) == ours
+    for known in (PAIRS["apart"], PAIRS["post-norm"]):
+        theirs = model_of(known).generate(prompts, temperature=0, **options)
+        starts = [[0]] * len(prompts)
+        ours = generation.generate(
+            craft_model(known), starts, sources=prompts, config=greedy, **options
+        )
+        assert theirs == ours
+        assert [len(row) for row in theirs] == [33, 33]
+
+
+def test_targets_begin_and_end_with_the_end():
+    model = model_of(PAIRS["apart"])
+    first = model.generate([[1, 2, 3]], max_new_tokens=9, seed=1)
+    assert len(first[0]) == 9
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=9, seed=1) == first
+    assert model.generate([[1, 2, 3]], max_new_tokens=9, seed=2) != first
+    model.config = dataclasses.replace(model.config, eos_token_id=7, tokenizer_vocab_size=20)
+    made = model.generate([[1, 2, 3]] * 20, max_new_tokens=33)
+    assert all(7 not in row and max(row, default=0) < 20 for row in made)
+    assert min(map(len, made)) < 33
+    greedy, _ = model(torch.tensor([[7]]), torch.tensor([[1, 2, 3]]))
+    likeliest = model.generate([[1, 2, 3]], max_new_tokens=1, temperature=0, stop_at_eos=False)
+    assert likeliest == [[int(greedy[0, 0, :20].argmax())]]
+
+
+def craft_model(known):
+    leaves = random_leaves(known)
+    params = {name: jax.numpy.asarray(leaf.read()) for name, leaf in leaves.items()}
+    return definition(known).merge(params)
+
+
+@pytest.mark.parametrize(("beams", "count"), [(2, 12), (5, 33)])
+def test_beams_find_what_craft_jax_finds(beams, count):
+    known = reference.pair(num_layers=1, share_embeddings=True, embedding_scale=True)
+    sources = [[1, 2, 3], [90, 5, 7, 11, 13], list(range(33))]
+    ours, theirs = craft_model(known), model_of(known)
+    for end in (None, 3):
+        generator = Generator(
+            base.define(type(ours), ours.config), max_len=33, vocab_size=80, end_id=end
+        )
+        theirs.config = dataclasses.replace(
+            theirs.config, eos_token_id=end, tokenizer_vocab_size=80
+        )
+        for penalty in (0.0, 0.6, 1.0):
+            options = {"num_beams": beams, "max_new_tokens": count, "length_penalty": penalty}
+            starts = [[end or 0]] * len(sources)
+            found = generator.beam_search(base.split(ours), starts, sources=sources, **options)
+            assert theirs.generate(sources, **options) == [tokens for tokens, _ in found]
+
+
+def test_beams_find_the_likeliest_of_all():
+    """As many beams as there are tokens lose nothing among targets of two tokens."""
+    model, source = model_of(PAIRS["post-norm"]).double(), torch.tensor([[4, 5, 6]])
+    model.config = dataclasses.replace(model.config, eos_token_id=9)
+
+    def logprobs(text):
+        logits, _ = model(torch.tensor([[9, *text]]), source)
+        return torch.log_softmax(logits[0, -1], dim=-1).tolist()
+
+    with torch.no_grad():
+        one = logprobs([])
+        scores = {(i, j): one[i] + s for i in range(97) for j, s in enumerate(logprobs([i]))}
+    scores = {pair: s for pair, s in scores.items() if pair[0] != 9} | {(9,): one[9]}
+    for penalty in (0.0, 2.0):
+        best = max(scores, key=lambda pair: scores[pair] / len(pair) ** penalty)
+        wanted = [token for token in best if token != 9]
+        options = {"max_new_tokens": 2, "length_penalty": penalty}
+        assert model.generate(source, num_beams=97, **options) == [wanted]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_beams_are_never_below_greedy(penalty):
+    model = model_of(PAIRS["no bias"]).double()
+    model.config = dataclasses.replace(model.config, eos_token_id=11)
+    rng = np.random.default_rng(0)
+    sources, better = rng.integers(0, 97, (12, 5)).tolist(), 0
+
+    def score(source, made):
+        text = [*made, 11][:20]
+        logits, _ = model(torch.tensor([[11, *text[:-1]]]), torch.tensor([source]))
+        logprobs = torch.log_softmax(logits[0], dim=-1)
+        return float(logprobs[range(len(text)), text].sum()) / len(text) ** penalty
+
+    with torch.no_grad():
+        greedy = model.generate(sources, max_new_tokens=20, temperature=0)
+        for beams in (2, 3, 5):
+            found = model.generate(
+                sources, max_new_tokens=20, num_beams=beams, length_penalty=penalty
+            )
+            for source, ours, theirs in zip(sources, found, greedy, strict=True):
+                assert score(source, ours) >= score(source, theirs) - 1e-12
+                better += ours != theirs
+    assert better
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 0},
+        {"num_beams": 2, "temperature": 0.5},
+        {"num_beams": 2, "length_penalty": -1},
+        {"sources": [[]]},
+        {"sources": [[97]]},
+        {"sources": [[1] * 34]},
+    ],
+)
+def test_impossible_options_of_pairs(options):
+    given = {"sources": [[1]], "max_new_tokens": 2} | options
+    with pytest.raises(ValueError):
+        model_of(PAIRS["seq2seq"]).generate(**given)
+    assert model_of(PAIRS["seq2seq"]).generate([[1]], max_new_tokens=0, num_beams=2) == [[]]
+
+
 def test_likeliest_tokens_are_those_of_craft_jax(tmp_path):
     """Past the end of the context too, where both go on from the last half."""
     ours = interop.from_pretrained(make_run(tmp_path / "models" / "run", SMALL))
@@ -86,12 +297,7 @@ def test_likeliest_tokens_are_those_of_craft_jax(tmp_path):
 def test_what_may_be_chosen_is_what_craft_jax_may_choose(options, rng, monkeypatch):
     logits = (2 * rng.standard_normal(97)).astype(np.float32)
     seen = rng.integers(0, 97, 12)
-    everything = {
-        "temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-    }  # fmt: skip
-    theirs = modeling.filtered(
-        torch.tensor(logits), torch.tensor(seen), **(everything | options)
-    ).numpy()
+    theirs = Options(**options).filtered(torch.tensor(logits), torch.tensor(seen)).numpy()
     drawn = {}
 
     def draw(key, filtered):
@@ -151,15 +357,17 @@ def test_half_and_mixed_weights(dtype):
     """Logits are float32, and near those of the same weights in float64."""
     code = f"""
 import torch
-from tests.interop.pytorch.test_modeling_craft import model_of, tokens
-model = model_of(dtype={dtype!r})
-dtypes = {{p.dtype for p in model.parameters()}}
-with torch.no_grad():
-    logits = model(tokens(33))[0]
-    exact = model.double()(tokens(33))[0]
-assert logits.dtype == torch.float32 and exact.dtype == torch.float64, logits.dtype
-scale = exact.abs().max()
-assert float((logits - exact).abs().max() / scale) < 0.1, (logits - exact).abs().max() / scale
+from tests.interop.pytorch.test_modeling_craft import LMS, PAIRS, SMALL, model_of, tokens
+for known in (SMALL, LMS["sinusoidal"], LMS["zeros, post-norm"], PAIRS["sinusoidal"]):
+    model = model_of(known, dtype={dtype!r})
+    dtypes = {{p.dtype for p in model.parameters()}}
+    inputs = [tokens(33)] * (2 if known.name == "seq2seq" else 1)
+    with torch.no_grad():
+        logits = model(*inputs)[0]
+        exact = model.double()(*inputs)[0]
+    assert logits.dtype == torch.float32 and exact.dtype == torch.float64, logits.dtype
+    scale = exact.abs().max()
+    assert float((logits - exact).abs().max() / scale) < 0.1, (logits - exact).abs().max() / scale
 print(len(dtypes))
 """
     done = subprocess.run(
@@ -182,6 +390,74 @@ def test_dropout_only_while_training():
     assert not torch.equal(model(ids)[0], model(ids)[0])
     assert model.generate([[1, 2]], max_new_tokens=20, temperature=0) == greedy
     assert model.training
+
+
+def test_what_dropout_falls_on():
+    """In layers of torch.nn on hidden units too."""
+    for known, has in [(spec(dropout=0.5), False), (reference.lm(dropout=0.5), True)]:
+        mlp = model_of(known).train().blocks[0].mlp
+        x_BTD = torch.ones(2, 3, 48)
+        assert torch.equal(mlp(x_BTD), mlp(x_BTD)) != has
+    model, one = model_of(reference.pair(dropout=0.5)), tokens(9)
+    assert torch.equal(model(one, one)[0], model(one, one)[0])
+    model.train()
+    assert not torch.equal(model(one, one)[0], model(one, one)[0])
+    assert model.generate([[1]], max_new_tokens=3, num_beams=2) and model.training
+
+
+def test_constants_never_train():
+    model = model_of(PAIRS["sinusoidal"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"source_positions.constant", "target_positions.constant"}
+    model(tokens(3), tokens(3)).logits.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("known", [*LMS.values(), *PAIRS.values()], ids=[*LMS, *PAIRS])
+def test_every_kind_loads(known, tmp_path):
+    folder = saved(tmp_path / "out", known)
+    cls, other = CraftForCausalLM, CraftForSeq2Seq
+    if known.name == "seq2seq":
+        cls, other = other, cls
+    loaded = cls.from_pretrained(folder)
+    for name, tensor in model_of(known).state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert set(loaded.state_dict()) == set(leaves(known))
+    assert (loaded.config.eos_token_id, loaded.config.tokenizer_vocab_size) == (5, 90)
+    with pytest.raises(ValueError, match=f"a {known.name} is a {cls.__name__}"):
+        other.from_pretrained(folder)
+
+
+def test_settings_of_each_family(tmp_path):
+    def described(known, drop=(), **more):
+        model = {k: v for k, v in known.model_config().items() if k not in drop} | more
+        config = {"model_type": "craft", "craft_format": 1, "model": model}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return CraftConfig.from_json(tmp_path / "config.json")
+
+    earlier = described(reference.gpt(bias=False), ("norm_bias", "head_bias"))
+    assert (earlier.norm_bias, earlier.final_norm_bias, earlier.head_bias) == (False, False, False)
+    for known in (reference.gpt(), reference.lm(), reference.pair()):
+        described(known)
+        for field in set(known.model_config()) - {"name"}:
+            if known.name == "gpt" and field in ("norm_bias", "head_bias"):
+                continue
+            with pytest.raises(ValueError, match=rf"missing settings .'{field}'"):
+                described(known, (field,))
+        with pytest.raises(ValueError, match=r"unknown settings .'rope'"):
+            described(known, rope=True)
+    for known, field, value in [
+        (reference.gpt(), "norm_first", True),
+        (reference.gpt(), "final_norm_bias", True),
+        (reference.lm(), "share_embeddings", False),
+        (reference.pair(), "cross_attention", "source"),
+        (reference.pair(), "norm_bias", True),
+    ]:
+        with pytest.raises(ValueError, match=rf"unknown settings .'{field}'"):
+            described(known, **{field: value})
+    for field in ("positions", "cross_attention", "activation"):
+        with pytest.raises(ValueError, match=f"{field}='other' is not one of"):
+            described(reference.lm(), **{field: "other"})
 
 
 def test_it_needs_torch_alone(copied):

@@ -1,0 +1,172 @@
+"""What the blocks of all models here are made of: attention with a cache, and the MLP.
+
+Arrays and caches flow in and out. Shape letters: B batch, T query time, S key time, D model width,
+H heads, K head width, F hidden.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from craft_jax.models.layers import ACTIVATIONS, Linear, attention, causal_attention, dropout
+
+INIT_STD = 0.02
+
+Cached = tuple[jax.Array, jax.Array, jax.Array]
+"""k_BSHK and v_BSHK of one layer, and length_B: how many of the S slots are written."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far.
+
+    Attributes:
+      keys: k_BSHK of each layer, zeros where nothing was written yet.
+      values: v_BSHK of each layer.
+      length_B: tokens in each row, int32; the next token stands at this position.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def empty(cls, num_layers: int, shape_BSHK: tuple[int, ...], dtype: object) -> "KVCache":
+        """Returns a cache without tokens."""
+        layers = tuple(jnp.zeros(shape_BSHK, dtype) for _ in range(num_layers))
+        return cls(layers, layers, jnp.zeros(shape_BSHK[:1], jnp.int32))
+
+    def with_length(self, length_B: jax.Array) -> "KVCache":
+        """Returns a cache whose rows hold so many tokens; what follows them is overwritten."""
+        return self._replace(length_B=length_B)
+
+    def layer(self, i: int) -> Cached:
+        """Returns what the attention of layer i reads."""
+        return self.keys[i], self.values[i], self.length_B
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention.
+
+    Args:
+      d_model, num_heads: D and H.
+      use_bias: of the four dense layers.
+      dropout: rate on the probabilities.
+      out_std: of the initial kernel of the last dense layer.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        use_bias: bool,
+        dropout: float,
+        out_std: float = INIT_STD,
+        rngs: nnx.Rngs,
+    ):
+        options = {"use_bias": use_bias, "rngs": rngs}
+        self.query = Linear(d_model, d_model, **options)
+        self.key = Linear(d_model, d_model, **options)
+        self.value = Linear(d_model, d_model, **options)
+        self.out = Linear(d_model, d_model, init_std=out_std, **options)
+        self.num_heads, self.dropout = num_heads, dropout
+
+    def heads(self, x_BTD: jax.Array) -> jax.Array:
+        """Splits the width: x_BTHK."""
+        B, T, D = x_BTD.shape
+        return x_BTD.reshape(B, T, self.num_heads, D // self.num_heads)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cached: Cached | None = None,
+        key: jax.Array | None = None,
+        visible_BTS: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Attends to the tokens before each token, or to what `visible_BTS` (bool) says.
+
+        Returns:
+          y_BTD and, if `cached` was given, its keys and values with these tokens added.
+        """
+        q_BTHK, k_BTHK, v_BTHK = (
+            self.heads(dense(x_BTD)) for dense in (self.query, self.key, self.value)
+        )
+        if cached is not None:
+            old_k_BSHK, old_v_BSHK, length_B = cached
+            kv = _write(old_k_BSHK, k_BTHK, length_B), _write(old_v_BSHK, v_BTHK, length_B)
+            y_BTHK = causal_attention(q_BTHK, *kv, offset_B=length_B)
+            return self.out(y_BTHK.reshape(x_BTD.shape)), kv
+        drop = {"dropout_rate": self.dropout, "key": key}
+        if visible_BTS is None:
+            y_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, **drop)
+        else:
+            y_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, visible_BTS, **drop)
+        return self.out(y_BTHK.reshape(x_BTD.shape)), None
+
+
+class CrossAttention(Attention):
+    """Multi-head attention to a memory."""
+
+    def keys_and_values(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns k_BSHK and v_BSHK of a memory, which may have length 0."""
+        return self.heads(self.key(memory_BSD)), self.heads(self.value(memory_BSD))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        kv: tuple[jax.Array, jax.Array],
+        key: jax.Array | None = None,
+        visible_BTS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends to keys and values; `visible_BTS` (bool) says which, None is all of them."""
+        q_BTHK = self.heads(self.query(x_BTD))
+        y_BTHK = attention(q_BTHK, *kv, visible_BTS, dropout_rate=self.dropout, key=key)
+        return self.out(y_BTHK.reshape(x_BTD.shape))
+
+
+class MLP(nnx.Module):
+    """Two dense layers with an activation, and dropout of rate `dropout`, between them."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str,
+        use_bias: bool,
+        dropout: float = 0.0,
+        out_std: float = INIT_STD,
+        rngs: nnx.Rngs,
+    ):
+        self.up = Linear(d_model, d_ff, use_bias=use_bias, rngs=rngs)
+        self.down = Linear(d_ff, d_model, use_bias=use_bias, init_std=out_std, rngs=rngs)
+        self.activation, self.dropout = activation, dropout
+
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        h_BTF = ACTIVATIONS[self.activation](self.up(x_BTD))
+        return self.down(dropout(h_BTF, self.dropout, key))
+
+
+def residual_std(num_summands: int) -> float:
+    """The initial standard deviation of what adds to the residual stream, as GPT-2 scales it."""
+    return INIT_STD / math.sqrt(num_summands)
+
+
+def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Returns so many keys, or as many times None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def _write(cache_BSHK: jax.Array, new_BTHK: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Puts T new positions into each row of a cache, from `start_B` on."""
+
+    def write_row(cache_SHK, new_THK, start):
+        first = jnp.zeros_like(start)
+        return jax.lax.dynamic_update_slice(
+            cache_SHK, new_THK.astype(cache_SHK.dtype), (start, first, first)
+        )
+
+    return jax.vmap(write_row)(cache_BSHK, new_BTHK, start_B)

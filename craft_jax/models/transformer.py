@@ -1,0 +1,293 @@
+"""Models of the layers of `torch.nn`, parameter for parameter: a language model here, and in
+`seq2seq` the whole encoder-decoder.
+
+Tokens flow in, logits flow out. Shape letters: B batch, T query time, S key time, D model width,
+H heads, K head width, F hidden, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from craft_jax.models.base import LanguageModel
+from craft_jax.models.blocks import (
+    MLP,
+    Attention,
+    Cached,
+    CrossAttention,
+    KVCache,
+    residual_std,
+    split_keys,
+)
+from craft_jax.models.gpt import heads_divide
+from craft_jax.models.layers import Embedding, Head, LayerNorm, Sinusoids, dropout
+from craft_jax.schema import Contradiction, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """What all models of these layers are told."""
+
+    name: str
+    vocab_size: int | None = setting(
+        None, "rows of each embedding; none for the tokenizer's size", minimum=1
+    )
+    num_heads: int = setting(4, "attention heads; must divide d_model", minimum=1)
+    d_model: int = setting(128, "width of the residual stream", minimum=1)
+    d_ff: int | None = setting(None, "hidden width of the MLP; none for 4 * d_model", minimum=1)
+    max_seq_len: int = setting(128, "positions, that is the longest context in tokens", minimum=1)
+    dropout: float = setting(
+        0.0,
+        "probability of zeroing embeddings, attention, hidden units and residuals",
+        minimum=0,
+        below=1,
+    )
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = setting(
+        "gelu", "gelu (exact), gelu_tanh, relu or silu"
+    )
+    bias: bool = setting(True, "whether dense layers and layer norms have biases")
+    norm_first: bool = setting(
+        True, "layer norms before attention and MLP (pre-norm), or after the residual sum"
+    )
+    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0)
+    positions: Literal["learned", "sinusoidal"] = setting(
+        "learned", "learned, or sinusoidal: a table of sines that never trains"
+    )
+    embedding_scale: bool = setting(True, "whether embedded tokens are multiplied by sqrt(d_model)")
+    tie_embeddings: bool = setting(True, "whether the head is the embedding of what it predicts")
+    head_bias: bool = setting(False, "whether the head has a bias")
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        yield from heads_divide(self)
+
+    @property
+    def hidden_width(self) -> int:
+        """The hidden width of the MLP."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        """What the layer norms of the blocks are built with."""
+        return {"use_bias": self.bias, "eps": self.norm_eps}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(StackConfig):
+    """The architecture of a `TransformerLM`; the defaults are those of Craft's own model."""
+
+    name: str = setting("transformer", "transformer")
+    num_layers: int = setting(4, "blocks", minimum=1)
+    norm_bias: bool | None = setting(
+        None, "whether the layer norms of the blocks have biases; none for the same as bias"
+    )
+    final_norm: bool = setting(True, "whether a layer norm follows the last block")
+    final_norm_bias: bool | None = setting(
+        None, "whether that one has a bias; none for the same as those of the blocks"
+    )
+    cross_attention: Literal["none", "zeros", "empty"] = setting(
+        "none",
+        "none (layers of an encoder), or layers of a decoder whose memory is one zero vector "
+        "(zeros) or nothing (empty)",
+    )
+
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        use_bias = self.bias if self.norm_bias is None else self.norm_bias
+        return {"use_bias": use_bias, "eps": self.norm_eps}
+
+    @property
+    def final_norm_options(self) -> dict[str, Any]:
+        """What the layer norm after the last block is built with."""
+        if self.final_norm_bias is None:
+            return self.norm_options
+        return self.norm_options | {"use_bias": self.final_norm_bias}
+
+
+class Memory(NamedTuple):
+    """What the cross-attention of one layer reads.
+
+    Attributes:
+      kv: k_BSHK and v_BSHK.
+      visible_BTS: bool, T of which may be 1; None for everything.
+    """
+
+    kv: tuple[jax.Array, jax.Array]
+    visible_BTS: jax.Array | None = None
+
+
+class Block(nnx.Module):
+    """`torch.nn.TransformerEncoderLayer`; with cross-attention, `TransformerDecoderLayer`.
+
+    Args:
+      config: sizes, and where the norms stand.
+      has_cross: whether it has cross-attention.
+      num_layers: blocks of the stack, for the initial values.
+    """
+
+    def __init__(self, config: StackConfig, *, has_cross: bool, num_layers: int, rngs: nnx.Rngs):
+        d, rate = config.d_model, config.dropout
+        out_std = residual_std((3 if has_cross else 2) * num_layers)
+        dense = {"use_bias": config.bias, "dropout": rate, "out_std": out_std, "rngs": rngs}
+        self.attn_norm = LayerNorm(d, **config.norm_options)
+        self.attn = Attention(d, config.num_heads, **dense)
+        self.cross_norm = LayerNorm(d, **config.norm_options) if has_cross else None
+        self.cross = CrossAttention(d, config.num_heads, **dense) if has_cross else None
+        self.mlp_norm = LayerNorm(d, **config.norm_options)
+        self.mlp = MLP(d, config.hidden_width, activation=config.activation, **dense)
+        self.norm_first, self.dropout = config.norm_first, rate
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cached: Cached | None = None,
+        key: jax.Array | None = None,
+        visible_BTS: jax.Array | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Returns y_BTD and, if `cached` was given, its keys and values with these tokens added."""
+        keys = split_keys(key, 6)
+        y_BTD, kv = self.attn(self._before(self.attn_norm, x_BTD), cached, keys[0], visible_BTS)
+        x_BTD = self._after(self.attn_norm, x_BTD, y_BTD, keys[1])
+        if self.cross is not None:
+            assert memory is not None
+            y_BTD = self.cross(
+                self._before(self.cross_norm, x_BTD), memory.kv, keys[2], memory.visible_BTS
+            )
+            x_BTD = self._after(self.cross_norm, x_BTD, y_BTD, keys[3])
+        y_BTD = self.mlp(self._before(self.mlp_norm, x_BTD), keys[4])
+        return self._after(self.mlp_norm, x_BTD, y_BTD, keys[5]), kv
+
+    def _before(self, norm: LayerNorm, x_BTD: jax.Array) -> jax.Array:
+        return norm(x_BTD) if self.norm_first else x_BTD
+
+    def _after(
+        self, norm: LayerNorm, x_BTD: jax.Array, y_BTD: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, key)
+        return x_BTD if self.norm_first else norm(x_BTD)
+
+
+def position_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding | Sinusoids:
+    """Returns the table of positions that a config asks for."""
+    if config.positions == "sinusoidal":
+        return Sinusoids(config.max_seq_len, config.d_model)
+    return Embedding(config.max_seq_len, config.d_model, rngs=rngs)
+
+
+def embed(
+    config: StackConfig,
+    tokens_BT: jax.Array,
+    table: Embedding,
+    positions: Embedding | Sinusoids,
+    first_B: jax.Array | None,
+    key: jax.Array | None,
+) -> jax.Array:
+    """Returns x_BTD of tokens whose first stands at `first_B` (None: 0).
+
+    Raises:
+      ValueError: more tokens than positions.
+    """
+    T = tokens_BT.shape[1]
+    if config.max_seq_len < T:
+        raise ValueError(f"{T} tokens exceed max_seq_len={config.max_seq_len}")
+    position_BT = jnp.arange(T)[None, :]
+    if first_B is not None:
+        position_BT = position_BT + first_B[:, None]
+    x_BTD = table(tokens_BT)
+    if config.embedding_scale:
+        # The factor itself would be rounded to bfloat16: 55.43 becomes 55.5.
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        x_BTD = (x_BTD.astype(wide) * math.sqrt(config.d_model)).astype(x_BTD.dtype)
+    return dropout(x_BTD + positions(position_BT), config.dropout, key)
+
+
+def causal_and(mask_BT: jax.Array) -> jax.Array:
+    """Returns visible_BTS: keys up to the query that are text (bool)."""
+    T = mask_BT.shape[1]
+    return jnp.tril(jnp.ones((T, T), bool))[None] & mask_BT[:, None, :]
+
+
+@final
+class TransformerLM(LanguageModel):
+    """A causal language model of `torch.nn` layers: `TransformerConfig` says which."""
+
+    Config = TransformerConfig
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        assert config.vocab_size is not None, "model.vocab_size comes from the tokenizer"
+        self.config = config
+        rows, d = config.vocab_size, config.d_model
+        self.token_embedding = Embedding(rows, d, rngs=rngs)
+        self.position_embedding = position_table(config, rngs=rngs)
+        has_cross = config.cross_attention != "none"
+        self.blocks = nnx.List(
+            [
+                Block(config, has_cross=has_cross, num_layers=config.num_layers, rngs=rngs)
+                for _ in range(config.num_layers)
+            ]
+        )
+        self.final_norm = LayerNorm(d, **config.final_norm_options) if config.final_norm else None
+        is_tied = config.tie_embeddings
+        self.head = Head(rows, d, is_tied=is_tied, use_bias=config.head_bias, rngs=rngs)
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> KVCache:
+        heads = self.config.num_heads
+        shape = (batch_size, max_len, heads, self.config.d_model // heads)
+        return KVCache.empty(self.config.num_layers, shape, dtype)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        mask_BT: jax.Array | None = None,
+        key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """See `LanguageModel.hidden`.
+
+        Args:
+          tokens_BT, cache, key, remat: as there.
+          mask_BT: bool, false where a token is padding that no other attends to; None for all text.
+            Without a cache only.
+        """
+        config = self.config
+        if mask_BT is not None and cache is not None:
+            raise ValueError("a cache knows no padding: pass mask_BT without one")
+        keys = split_keys(key if config.dropout else None, len(self.blocks) + 1)
+        first_B = cache.length_B if cache else None
+        x_BTD = embed(
+            config, tokens_BT, self.token_embedding, self.position_embedding, first_B, keys[-1]
+        )
+        visible_BTS = None if mask_BT is None else causal_and(mask_BT)
+        memory_BSD = self._memory(x_BTD)
+        kvs = []
+        apply = nnx.remat(Block.__call__) if remat else Block.__call__
+        for i, block in enumerate(self.blocks):
+            memory = None
+            if memory_BSD is not None:
+                memory = Memory(block.cross.keys_and_values(memory_BSD))
+            cached = cache.layer(i) if cache else None
+            x_BTD, kv = apply(block, x_BTD, cached, keys[i], visible_BTS, memory)
+            kvs.append(kv)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
+        if cache is None:
+            return x_BTD, None
+        new_keys, new_values = zip(*kvs, strict=True)
+        return x_BTD, KVCache(new_keys, new_values, cache.length_B + tokens_BT.shape[1])
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        return self.head(x_BTD, self.token_embedding.embedding[...])
+
+    def _memory(self, x_BTD: jax.Array) -> jax.Array | None:
+        """What the cross-attention reads, as Craft's own models gave it: nothing that matters."""
+        lengths = {"none": None, "zeros": 1, "empty": 0}
+        length = lengths[self.config.cross_attention]
+        B, _, D = x_BTD.shape
+        return None if length is None else jnp.zeros((B, length, D), x_BTD.dtype)
