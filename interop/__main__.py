@@ -316,9 +316,10 @@ def _import(args: argparse.Namespace) -> int:
         lines.append(f"probe      {done.probe} float64 logits agree with those that were recorded")
     run = shlex.quote(f"--run={done.out}")
     tokenizer = "" if done.source.tokenizer else " --tokenizer=PATH"
+    data = "pairs=FILE" if done.source.spec.num_decoder_layers else "path=TEXT"
     lines += [
         f"generate   python -m craft_jax.main generate {run}{tokenizer}",
-        f"train on   python -m craft_jax.main {run} --config.data.path=TEXT{tokenizer}",
+        f"train on   python -m craft_jax.main {run} --config.data.{data}{tokenizer}",
     ]
     _show(args, done.to_json(), lines)
     return OK

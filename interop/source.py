@@ -21,6 +21,7 @@ from craft_jax.outputs import Checkpoints
 from interop import cast, craft_tokenizers, folds, hf_files
 from interop.errors import (
     AmbiguousSourceError,
+    CollidingKeysError,
     CorruptFileError,
     InteropError,
     NotRepresentableError,
@@ -443,7 +444,8 @@ def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
             names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
             if target.recognises({name: tensor.shape for name, tensor in names.tensors.items()}):
                 return target
-        except AmbiguousSourceError as error:
+        except (AmbiguousSourceError, CollidingKeysError) as error:
+            # The anchor of one target may stand inside of another's names.
             problem = problem or type(error)(f"{place}: {error}", **error.details)
     if problem is not None:
         raise problem

@@ -89,15 +89,20 @@ def read_record(path: Path, name: str, limit: int = 1 << 28) -> bytes | None:
       path: the file, of whatever kind.
       name: of the record, inside the folder of the archive.
       limit: the most bytes that are read; what claims to be larger is none of ours.
+
+    Raises:
+      CorruptFileError: it is there and damaged.
     """
+    found = None
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                is_it = entry.filename.partition("/")[2] == name
-                if is_it and entry.file_size <= limit and entry.compress_type == 0:
+                if entry.filename.partition("/")[2] == name and entry.file_size <= limit:
+                    found = entry
                     return archive.read(entry)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
-        return None
+    except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE) as error:
+        if found is not None:
+            raise CorruptFileError(f"{path}: its record {name} is damaged: {error}") from None
     return None
 
 
