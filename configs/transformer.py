@@ -3,10 +3,10 @@
     python -m craft_jax.main --config=configs/transformer.py             # tiny
     python -m craft_jax.main --config=configs/transformer.py:124m
 
-Its blocks are `torch.nn.TransformerEncoderLayer`, and it leaves for PyTorch as a state dict of plain
-`torch.nn` parts (`python -m interop export RUN model.pt --to torch-encoder`). It trains on the
-source of Python's own standard library, or with `--config.data.path=...` on your text. Presets, with
-what to expect:
+Its blocks are `torch.nn.TransformerEncoderLayer`, and it leaves for PyTorch as a state dict of
+plain `torch.nn` parts (`python -m interop export RUN model.pt --to torch-encoder`). It trains on
+the source of Python's own standard library, or with `--config.data.path=...` on your text. Presets,
+with what to expect:
 
     preset  parameters  where                  time           loss (nats per token)
     tiny    0.9 M       2 CPU cores            2 to 3 min     3.8 (2.1 bits per byte)

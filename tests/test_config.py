@@ -176,7 +176,7 @@ def test_a_saved_config_may_name_no_pairs_yet():
         config.check_pairs()
     configs.load(None, [Override("data.pairs", "sort")], saved).check_pairs()
     text = configs.load(None, [Override("data.pairs", "sort")], configs.from_values({}).to_json())
-    with pytest.raises(UsageError, match="does not read data.pairs=sort"):
+    with pytest.raises(UsageError, match=r"does not read data.pairs=sort"):
         text.check_pairs()
 
 
