@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from craft_jax import generation
 from craft_jax.errors import UsageError
 from craft_jax.generation import Generator, SamplingConfig, choose
 from craft_jax.models import base
+from craft_jax.models.base import LanguageModel
 from craft_jax.models.gpt import GPT, GPTConfig
+from craft_jax.models.layers import Embedding
 from craft_jax.models.seq2seq import Seq2SeqConfig, Transformer
 
 V = 23
@@ -280,6 +284,62 @@ def test_enough_beams_find_the_best_of_all_texts(small, penalty):
             best = int(np.argmax(scores))
             assert score == pytest.approx(scores[best], abs=1e-5)
             assert new == [token for token in texts[best] if token != END]
+
+
+class Cache(NamedTuple):
+    """What a model of the user's own keeps: the field, and no method of ours."""
+
+    length_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    vocab_size: int
+    max_seq_len: int = LENGTH
+
+
+class Table(LanguageModel):
+    """Looks the logits of the next token up by the last one."""
+
+    Config = TableConfig
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        self.table = Embedding(config.vocab_size, config.vocab_size, rngs=rngs)
+
+    def init_cache(self, batch_size, max_len, dtype):
+        return Cache(jnp.zeros(batch_size, jnp.int32))
+
+    def hidden(self, tokens_BT, cache=None, *, key=None, remat=False):
+        if cache is not None:
+            cache = Cache(cache.length_B + tokens_BT.shape[1])
+        return self.table(tokens_BT), cache
+
+    def logits(self, x_BTD):
+        return x_BTD
+
+
+def test_the_greedy_text_keeps_its_beam():
+    """Where all other beams are better for a while, and worse in the end."""
+    start, a, b, c, d, e, end = range(7)
+    probs = np.full((7, 7), 1 / 7)
+    probs[start, [a, b]] = 0.4, 0.35
+    probs[a, d], probs[d, end] = 0.2, 0.999
+    probs[b, [c, e]] = 0.5, 0.45
+    for row in (start, a, b, d):
+        rest = probs[row] == 1 / 7
+        probs[row, rest] = (1 - probs[row, ~rest].sum()) / rest.sum()
+    generator = Generator(
+        base.define(Table, TableConfig(vocab_size=7)), max_len=LENGTH, vocab_size=7, end_id=end
+    )
+    params = {"table.embedding": jnp.asarray(np.log(probs), jnp.float32)}
+    for num_beams in (1, 2, 3):
+        ((new, score),) = generator.beam_search(
+            params, [[start]], num_beams=num_beams, max_new_tokens=3
+        )
+        assert new == [a, d]
+        assert score == pytest.approx(np.log(0.4 * 0.2 * 0.999), abs=1e-5)
+    assert generator.generate(params, [[start]], max_new_tokens=3, config=GREEDY) == [[a, d]]
 
 
 def test_one_beam_is_greedy(small):

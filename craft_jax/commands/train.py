@@ -372,7 +372,7 @@ class _PairSampler:
         rows = [n for n, weights in enumerate(batch["weights"]) if weights.any()][:_SAMPLED_PAIRS]
         self._sources = [batch["source"][n][batch["source_mask"][n]].tolist() for n in rows]
         self._starts = [batch["tokens"][n][:1].tolist() for n in rows]
-        self._num_tokens = batch["targets"].shape[1]
+        self._num_tokens = min(batch["targets"].shape[1], config.training.sample_tokens)
         self._tokenizer = tokenizer
         self._source_texts = [tokenizer.decode(ids) for ids in self._sources]
         self._targets = [

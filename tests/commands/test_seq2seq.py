@@ -18,7 +18,7 @@ MICRO = {
     "model.num_layers": 1,
     "model.num_decoder_layers": 1,
     "model.num_heads": 2,
-    "model.d_model": 16,
+    "model.d_model": 64,
     "model.max_seq_len": 12,
     "data.seq_len": 8,
     "data.batch_size": 8,
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     """Outputs with one run that knows all pairs but the last two by heart."""
     folder = tmp_path_factory.mktemp("seq2seq")
     config = micro(
-        write(folder / "numbers.tsv", PAIRS), model__d_model=64, data__batch_size=32,
+        write(folder / "numbers.tsv", PAIRS), data__batch_size=32,
         training__num_steps=600, training__eval_every=0, training__checkpoint_every=0,
         training__sample_every=0, training__log_every=100,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(file, workdir, cap
     ):
         assert re.search(words, text), words
     paths = run_paths(workdir)
-    assert re.fullmatch(r"seq2seq_0\.0m_float32_\d{8}_\d{6}", paths.name)
+    assert re.fullmatch(r"seq2seq_0\.1m_float32_\d{8}_\d{6}", paths.name)
     last = json.loads(paths.metrics.read_text(encoding="utf-8").splitlines()[-1])
     assert {"val_loss", "val_perplexity", "val_accuracy", "val_exact_match"} <= set(last)
     assert last["tokens_per_second"] > 0
@@ -105,7 +105,7 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(file, workdir, cap
 def test_a_resumed_run_is_the_whole_run_to_the_bit(file, workdir, tmp_path):
     config = micro(
         file, model__dropout=0.2, training__num_steps=8, training__sample_every=0,
-        training__accumulate=2, training__checkpoint_every=0, training__eval_every=0,
+        training__checkpoint_every=0, training__eval_every=0,
         data__batch_size=16,
     )  # fmt: skip
     assert main(workdir, *config, "--run=whole") == 0
@@ -126,10 +126,9 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(file, workdir, tmp_path):
 
 
 def test_a_run_refuses_other_pairs(file, workdir, capsys):
-    config = [*micro(file, training__num_steps=2), "--run=mine"]
-    assert main(workdir, *config) == 0
+    assert main(workdir, *micro(file), "--run=mine") == 0
     write(file, [*PAIRS[:-1], ("noon", "0")])
-    longer = "--config.training.num_steps=4"
+    longer = "--config.training.num_steps=8"
     assert (
         "the data of run mine has changed"
         in said(workdir, capsys, "--run=mine", longer, code=78).err
@@ -274,14 +273,14 @@ def test_from_a_notebook(trained):
 
 def test_a_run_that_names_no_pairs_generates_but_does_not_train(trained, capsys):
     """As one that was imported."""
-    assert main(trained, *micro(trained / "numbers.tsv", training__num_steps=2), "--run=bare") == 0
+    assert main(trained, *micro(trained / "numbers.tsv"), "--run=bare") == 0
     paths = run_paths(trained, "bare")
-    for place in (paths.config, paths.checkpoints / "2/config.json"):
+    for place in (paths.config, paths.checkpoints / "6/config.json"):
         saved = json.loads(place.read_text(encoding="utf-8"))
         saved["data"]["pairs"] = None
         place.write_text(json.dumps(saved), encoding="utf-8")
     assert main(trained, "generate", "--run=bare", "--prompt=two") == 0
-    for words in (["evaluate", "--run=bare"], ["--run=bare", "--config.training.num_steps=3"]):
+    for words in (["evaluate", "--run=bare"], ["--run=bare", "--config.training.num_steps=8"]):
         assert (
             "name yours with --config.data.pairs=PATH" in said(trained, capsys, *words, code=2).err
         )

@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from craft_jax import schema
 from craft_jax.data import pipeline
 from craft_jax.data.pipeline import DataConfig
-from craft_jax.errors import ConfigError
+from craft_jax.errors import ConfigError, UsageError
 
 OWN = """
 import numpy as np
@@ -69,7 +71,23 @@ def test_a_dataset_of_the_users_own(tmp_path, workdir):
         pipeline.open_datasets(wrong, workdir=workdir, seed=0)
 
 
+def test_pairs(tmp_path, workdir):
+    own = DataConfig(pairs="sort", num_pairs=30, tokenizer="char", seq_len=12, batch_size=4)
+    data = pipeline.open_datasets(own, workdir=workdir, seed=0)
+    assert data.train.batch(0)["source"].shape == (4, 12)
+    assert data.val.fingerprint == data.train.fingerprint
+    # A run continues with its own tokenizer, whatever the config says.
+    bpe = dataclasses.replace(own, tokenizer="bpe")
+    again = pipeline.open_datasets(bpe, workdir=workdir, seed=0, tokenizer=data.train.tokenizer)
+    assert again.train.fingerprint == data.train.fingerprint
+    bare = dataclasses.replace(own, tokenizer=None)
+    with pytest.raises(UsageError, match="came without a tokenizer"):
+        pipeline.open_datasets(bare, workdir=workdir, seed=0)
+    assert not workdir.exists()
+
+
 def test_contradictions():
     assert schema.problems(DataConfig(), "data") == []
+    assert "contradicts" in schema.problems(DataConfig(pairs="sort", path="x"), "data")[0]
     assert "needs data.path" in schema.problems(DataConfig(source="files"), "data")[0]
     assert "contradicts" in schema.problems(DataConfig(source="stdlib", path="x"), "data")[0]

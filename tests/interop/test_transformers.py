@@ -189,7 +189,7 @@ def test_settings_that_would_be_lost_are_refused(tmp_path):
     assert any("window=128" in note for note in done.notes)
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5", "llama", "opt"])
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama", "xglm"])
 def test_other_architectures_are_named(tmp_path, kind):
     (tmp_path / "x").mkdir()
     described = {"model_type": kind, "architectures": [f"{kind}ForSomething"]}
