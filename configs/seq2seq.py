@@ -10,7 +10,10 @@ target, in every place, from greedy decoding (`exact match`).
     preset   source -> target              parameters  where        time         exact match
     dates    march 5, 1987 -> 1987-03-05   0.24 M      2 CPU cores  1 to 2 min   100 %
     reverse  orange -> egnaro              0.24 M      2 CPU cores  1 to 2 min   100 %
-    sort     orange -> aegnor              0.24 M      2 CPU cores  1 to 2 min   100 %
+    sort     orange -> aegnor              0.24 M      2 CPU cores  1 to 2 min   99.8 to 100 %
+
+The figures are those of two seeds of `dates` and `reverse`, and of three of `sort`; the seed that
+is set here gives 100 % in all of them.
 
 Dates come in ten spellings: with the month's name or its first three letters, with slashes (month
 first) and with dots (day first); two digits of a year stand for 1930 to 2029. Words have 2 to 10

@@ -112,7 +112,8 @@ class EncoderDecoderModel(LanguageModel):
     """A language model of targets that each belong to a source.
 
     Without a cache, `hidden` and the call take the source as `source_BS` (int32) and
-    `source_mask_BS` (bool, false for padding); a cache that `init_cache_from` made holds it.
+    `source_mask_BS` (bool, false for padding); a cache that `init_cache_from` made holds it. Its
+    `loss` reads `source` and `source_mask` of a batch too, and returns `losses.PairSums`.
     """
 
     @abc.abstractmethod

@@ -17,6 +17,7 @@ from craft_jax.generation import Generator, SamplingConfig
 from craft_jax.models import base
 from interop.leaves import leaves
 from interop.live import definition
+from interop.tensors import lazy
 from tests.interop.models import flip, make_run, random_leaves, spec
 
 torch = pytest.importorskip("torch")
@@ -184,29 +185,39 @@ def test_targets_begin_and_end_with_the_end():
     assert likeliest == [[int(greedy[0, 0, :20].argmax())]]
 
 
-def craft_model(known):
-    leaves = random_leaves(known)
-    params = {name: jax.numpy.asarray(leaf.read()) for name, leaf in leaves.items()}
+def craft_model(known, found=None):
+    found = found or random_leaves(known)
+    params = {name: jax.numpy.asarray(leaf.read()) for name, leaf in found.items()}
     return definition(known).merge(params)
 
 
-@pytest.mark.parametrize(("beams", "count"), [(2, 12), (5, 33)])
+@pytest.mark.parametrize(("beams", "count"), [(2, 12), (4, 20)])
 def test_beams_find_what_craft_jax_finds(beams, count):
-    known = reference.pair(num_layers=1, share_embeddings=True, embedding_scale=True)
-    sources = [[1, 2, 3], [90, 5, 7, 11, 13], list(range(33))]
-    ours, theirs = craft_model(known), model_of(known)
-    for end in (None, 3):
+    """Few tokens of near probabilities, so that beams cross, end, and end otherwise than greedy."""
+    known = reference.pair(num_layers=1, share_embeddings=True, tie_embeddings=False)
+    flat = {
+        name: lazy(0.2 * leaf.read()) if name == "head.embedding" else leaf
+        for name, leaf in random_leaves(known).items()
+    }
+    ours, theirs = craft_model(known, flat), model_of(known)
+    theirs.load_state_dict(reference.weights(flat))
+    sources = np.random.default_rng(3).integers(0, 97, (10, 4)).tolist()
+    sources.append(list(range(33)))
+    for end, size in ((None, 80), (3, 6)):
         generator = Generator(
-            base.define(type(ours), ours.config), max_len=33, vocab_size=80, end_id=end
+            base.define(type(ours), ours.config), max_len=33, vocab_size=size, end_id=end
         )
         theirs.config = dataclasses.replace(
-            theirs.config, eos_token_id=end, tokenizer_vocab_size=80
+            theirs.config, eos_token_id=end, tokenizer_vocab_size=size
         )
+        greedy = theirs.generate(sources, max_new_tokens=count, temperature=0)
         for penalty in (0.0, 0.6, 1.0):
             options = {"num_beams": beams, "max_new_tokens": count, "length_penalty": penalty}
             starts = [[end or 0]] * len(sources)
             found = generator.beam_search(base.split(ours), starts, sources=sources, **options)
-            assert theirs.generate(sources, **options) == [tokens for tokens, _ in found]
+            made = theirs.generate(sources, **options)
+            assert made == [tokens for tokens, _ in found]
+            assert made != greedy
 
 
 def test_beams_find_the_likeliest_of_all():
