@@ -29,6 +29,7 @@ from interop.errors import (
     UncommittedCheckpointError,
     UnknownArchitectureError,
     listed,
+    nearest,
 )
 from interop.files import orbax
 from interop.files.pickles import Stub
@@ -39,8 +40,8 @@ from interop.leaves import leaves
 from interop.mapping import Mapping as Rules
 from interop.names import cleaned
 from interop.spec import ModelSpec
-from interop.targets import GROUPS, TARGETS, Target, craft
-from interop.targets.base import Allowed
+from interop.targets import GROUPS, TARGETS, Target, craft, torch_stacks
+from interop.targets.base import Allowed, Reading
 from interop.tensors import LazyTensor, Tensors
 
 CRAFT = "craft_jax"
@@ -290,20 +291,9 @@ def _open_foreign(place: Path, options: Options) -> Source:
     notes = list(weights.notes)
     if names.found:
         notes.append(f"names: took away {', '.join(names.found)}")
-    try:
-        complete = target.complete_config(config, names.tensors, options.num_heads)
-        reading = target.read_config(complete)
-    except (InteropError, UsageError) as error:
-        details = getattr(error, "details", {})
-        raise type(error)(f"{place}: {error}", **details) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = (
-            f"without a config, the sizes of {target.name} are read from its tensors, and {error} "
-            "is missing or has another shape"
-            if config is None or isinstance(error, KeyError)
-            else f"its config cannot be understood: {error}"
-        )
-        raise CorruptFileError(f"{place}: {what}") from error
+    complete, reading = _understood(target, config, names.tensors, options, place)
+    _check_heads(reading.spec, options, place)
+    notes += reading.notes
     if config is None:
         notes.append(f"no config: {json.dumps(complete)}, the rest as {target.name} has it")
     _check_layers(reading.spec, len(names.tensors), place)
@@ -319,9 +309,7 @@ def _open_foreign(place: Path, options: Options) -> Source:
     if checked := [buffer.name for buffer in rules.buffers if buffer.name in tensors]:
         notes.append(f"buffers: {listed(checked)}, with the values that they must have")
     approximations = dict(reading.approximations)
-    # Allowing everything does not ask for this: without it, the model is read exactly.
-    asked = folds.CROSS in Allowed.of(options.allow_approx).names
-    if asked and spec.cross_attention in folds.CONSTANT:
+    if _wants_fold(spec, options):
         folded = folds.without_cross_attention(spec)
         inverse = folds.towards(spec, inverse, folded)
         approximations[folds.CROSS] = "the constant of the cross-attention is now in a bias"
@@ -342,6 +330,65 @@ def _open_foreign(place: Path, options: Options) -> Source:
         approximations=approximations,
         notes=tuple(notes),
     )
+
+
+def _understood(
+    target: Target,
+    config: Mapping[str, Any] | None,
+    tensors: Tensors,
+    options: Options,
+    place: Path,
+) -> tuple[Mapping[str, Any], Reading]:
+    """Returns the config, completed by what tensors and person say, and what it means."""
+    try:
+        _check_given(target, options)
+        complete = target.complete_config(config, tensors, options.num_heads)
+        reading = target.read_config(complete)
+    except (InteropError, UsageError) as error:
+        details = getattr(error, "details", {})
+        raise type(error)(f"{place}: {error}", **details) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = (
+            f"without a config, the sizes of {target.name} are read from its tensors, and {error} "
+            "is missing or has another shape"
+            if config is None or isinstance(error, KeyError)
+            else f"its config cannot be understood: {error}"
+        )
+        raise CorruptFileError(f"{place}: {what}") from error
+    return complete, reading
+
+
+def _wants_fold(spec: ModelSpec, options: Options) -> bool:
+    """Whether the cross-attention is to be folded; allowing everything does not ask for that."""
+    asked = folds.CROSS in Allowed.of(options.allow_approx).names
+    return asked and spec.cross_attention in folds.CONSTANT
+
+
+def _check_heads(spec: ModelSpec, options: Options, place: Path) -> None:
+    if options.num_heads not in (None, spec.num_heads):
+        raise UsageError(
+            f"{place}: --n-head={options.num_heads}, but its config says {spec.num_heads}; leave "
+            "it out, or give the config that is right with --config"
+        )
+
+
+def _check_given(target: Target, options: Options) -> None:
+    """Checks that a config which a person gave says nothing in vain.
+
+    Raises:
+      UsageError: it has a name that means nothing to the target.
+    """
+    given = options.given_config() or {}
+    if unknown := target.unknown_settings(given):
+        known = [
+            n
+            for n in (*torch_stacks.FIELDS, *craft.SETTINGS)
+            if not target.unknown_settings({n: None})
+        ]
+        raise UsageError(
+            f"--config: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
+            f"there are {', '.join(known)}"
+        )
 
 
 def _folder_config(folder: Path, options: Options) -> dict[str, Any]:
@@ -452,6 +499,7 @@ def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
     raise UnknownArchitectureError(
         f"{place}: no architecture that interop knows has tensors like {listed(raw)}; it reads "
         + ", ".join(target.name for target in options.targets)
+        + "; if it is one of these, --from NAME says what is lacking"
     )
 
 

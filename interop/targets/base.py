@@ -129,10 +129,12 @@ class Reading:
     Attributes:
       spec: what it says.
       approximations: what had to be crossed for that, name by reason.
+      notes: what changes no number that the model computes, one line each.
     """
 
     spec: ModelSpec
     approximations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +225,10 @@ class Target(abc.ABC):
         if config is not None:
             return config
         return self.guess_config({n: t.shape for n, t in tensors.items()}, num_heads)
+
+    def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
+        """Returns the names in a config, given by a person, that mean nothing to this target."""
+        return []
 
     def config_in(self, around: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Returns the target's config out of the dict that holds a file's tensors, or None."""
@@ -315,12 +321,14 @@ class Allowed:
 
     @classmethod
     def of(cls, value: "bool | str | Sequence[str] | Allowed | None") -> "Allowed":
-        """Reads True (all), None or False (nothing), `gelu,eps`, or a list."""
+        """Reads True or `all`, None or False (nothing), `gelu,eps`, or a list."""
         if isinstance(value, Allowed):
             return value
         if value is None or isinstance(value, bool):
             return cls(everything=bool(value))
         names = tuple(n.strip() for n in (value.split(",") if isinstance(value, str) else value))
+        if names == ("all",):
+            return cls(everything=True)
         if unknown := [name for name in names if name not in APPROXIMATIONS]:
             raise UsageError(
                 f"--allow-approx={','.join(unknown)} is not one of {', '.join(APPROXIMATIONS)}"

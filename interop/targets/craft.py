@@ -11,6 +11,7 @@ A file is a checkpoint as Craft's trainer saves it. The settings of the model st
 several places; sizes are those of the tensors.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from interop.targets.torch_stacks import DECODER_LAYER, ENCODER_LAYER
 from interop.tensors import Tensors
 
 # Craft's names of settings, those of its first checkpoints included, and ours.
-_SETTINGS = {
+SETTINGS = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
     "n_embd": "d_model",
@@ -53,6 +54,7 @@ _SETTINGS = {
     "bias": "bias",
     "norm_first": "norm_first",
 }
+_NO_SETTINGS = ("_target_", "model_type", "architecture", "pos_encoding_type")
 _DEFAULTS = {"dropout": 0.1, "norm_eps": 1e-5, "activation": "gelu", "norm_first": True}
 """What Craft's own code takes where its config is silent."""
 
@@ -91,6 +93,15 @@ def _nested(value: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(value, Mapping):
         yield from _nested(value.get("config"))
         yield value
+
+
+def _number(value: Any) -> Any:
+    """Returns a number that YAML took for text, such as 1e-5, as one; anything else as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def is_additive_mask(array: np.ndarray) -> bool:
@@ -206,11 +217,11 @@ class _Lineage(Target):
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         told = self._told(shapes)
         given = {}
-        for theirs, ours in _SETTINGS.items():
+        for theirs, ours in SETTINGS.items():
             value = (config or {}).get(theirs)
             # An interpolation that nobody resolved says nothing.
             if value is not None and not (isinstance(value, str) and value.startswith("${")):
-                given.setdefault(ours, value)
+                given.setdefault(ours, _number(value))
         if num_heads is not None:
             given.setdefault("num_heads", num_heads)
         # A file may say how long its texts were meant to be; the table of positions says it better.
@@ -219,6 +230,10 @@ class _Lineage(Target):
         if given.get("bias", told["bias"]) != told["bias"]:
             raise CorruptFileError(f"bias is {given['bias']} by the config, and not by the tensors")
         return _DEFAULTS | given | told
+
+    def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
+        known = {*SETTINGS, *_NO_SETTINGS, "config", "experiment", "model"}
+        return [name for name in config if name not in known]
 
     def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Returns the settings that tensors tell, by our names."""

@@ -165,6 +165,7 @@ class BioGPT(Target):
     def read_config(self, config: Mapping[str, Any]) -> Reading:
         vocab_size, d_model, num_layers, num_heads = demand(config, "config.json", *_SIZES)
         crossed: dict[str, str] = {}
+        rates: dict[str, str] = {}  # OPT's own defaults differ, and matter in training only.
         known = frozenset(word for names in self._read for word in names.split())
         check_settings(config, known, {"layerdrop": (0.0, "dropout")}, crossed)
         spec = ModelSpec.simplest(
@@ -174,14 +175,14 @@ class BioGPT(Target):
             d_model=d_model,
             d_ff=config.get("intermediate_size", 4096),
             max_seq_len=config.get("max_position_embeddings", 1024),
-            dropout=one_rate(config, self._rates, crossed),
+            dropout=one_rate(config, self._rates, rates),
             activation=activation(config, "hidden_act", "gelu", crossed),
             bias=True,
             tie_embeddings=config.get("tie_word_embeddings", True),
             embedding_scale=config.get("scale_embedding", True),
             norm_eps=_EPS,
         )
-        return Reading(spec, crossed)
+        return Reading(spec, crossed, tuple(rates.values()))
 
 
 class OPT(Target):
@@ -265,6 +266,7 @@ class OPT(Target):
     def read_config(self, config: Mapping[str, Any]) -> Reading:
         vocab_size, d_model, num_layers, num_heads = demand(config, "config.json", *_SIZES)
         crossed: dict[str, str] = {}
+        rates: dict[str, str] = {}  # OPT's own defaults differ, and matter in training only.
         check_settings(config, self._read, self._fixed, crossed)
         if config.get("word_embed_proj_dim") not in (None, d_model):
             raise UnknownArchitectureError(
@@ -279,7 +281,7 @@ class OPT(Target):
             d_model=d_model,
             d_ff=config.get("ffn_dim", 3072),
             max_seq_len=config.get("max_position_embeddings", 2048),
-            dropout=one_rate(config, self._rates, crossed),
+            dropout=one_rate(config, self._rates, rates),
             activation=activation(config, "activation_function", "relu", crossed),
             bias=config.get("enable_bias", True),
             norm_bias=True,
@@ -288,4 +290,4 @@ class OPT(Target):
             tie_embeddings=config.get("tie_word_embeddings", True),
             norm_eps=_EPS,
         )
-        return Reading(spec, crossed)
+        return Reading(spec, crossed, tuple(rates.values()))

@@ -38,6 +38,7 @@ ENCODER_LAYER = Layout()
 DECODER_LAYER = Layout(mlp_norm="norm3")
 # What tensors do not tell, with an example for the message.
 _UNKNOWN = {"norm_first": "true", "activation": '"gelu"', "embedding_scale": "false"}
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelSpec))
 _UNKNOWN_MEMORY = {"cross_attention": '"empty"'}
 
 
@@ -85,6 +86,9 @@ class _Stack(Target):
             given.setdefault(setting, is_one(tensors, f"{self.table_name}.weight", name))
         return {"norm_eps": 1e-5, "dropout": 0.0, "positions": "learned"} | given | told
 
+    def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
+        return [name for name in config if name not in FIELDS]
+
     def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Returns the settings that tensors tell."""
         first = f"{self.layer}.layers.0."
@@ -99,8 +103,8 @@ class _Stack(Target):
         }
 
     def read_config(self, config: Mapping[str, Any]) -> Reading:
-        names = {field.name for field in dataclasses.fields(ModelSpec)} - {"name"}
-        return Reading(self._spec({n: v for n, v in config.items() if n in names}))
+        known = {n: v for n, v in config.items() if n in FIELDS and n != "name"}
+        return Reading(self._spec(known))
 
     def _spec(self, values: Mapping[str, Any]) -> ModelSpec:
         return ModelSpec.simplest(**values)

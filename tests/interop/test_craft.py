@@ -194,6 +194,30 @@ def test_a_bare_state_dict_asks_for_the_heads(tmp_path, capsys):
     assert same_logits(tmp_path / "c.pt", model, known, Options(num_heads=6))
 
 
+def test_what_is_said_in_vain_is_refused(tmp_path, capsys):
+    known = spec(**SPECS["craft e"])
+    model = model_of("craft-e", known)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save(training_state(model, known), tmp_path / "c.pt")
+    for file, words, said in (
+        ("c.pt", ["--n-head=8"], "--n-head=8, but its config says 6"),
+        ("bare.pt", ["--config", '{"n_head": 6, "norm_frist": false}'], "present: norm_first"),
+        ("bare.pt", ["--config", '{"num_heads": 6}'], "'num_heads' is no setting of craft-e"),
+    ):
+        out = str(tmp_path / "run")
+        assert cli.main(["import", str(tmp_path / file), out, *words]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["import", str(tmp_path / "c.pt"), out, "--n-head=6"]) == 0
+
+
+def test_numbers_that_yaml_took_for_text(tmp_path):
+    known = spec(**SPECS["craft e"])
+    texts = {"n_head": "6", "layer_norm_eps": "1e-5", "dropout": "0.1"}
+    config = {"model": settings(known) | texts}
+    torch.save(training_state(model_of("craft-e", known), known, config=config), tmp_path / "c.pt")
+    assert open_source(tmp_path / "c.pt").spec.differences(known) == []
+
+
 def test_a_config_that_contradicts_the_tensors(tmp_path):
     known = spec(**SPECS["craft e"])
     model = model_of("craft-e", known)
