@@ -139,6 +139,8 @@ class Transformer(EncoderDecoderModel):
     ) -> tuple[jax.Array, PairCache | None]:
         if (cache is None) == (source_BS is None):
             raise ValueError("the source is given once: as source_BS, or in the cache")
+        if mask_BT is not None and cache is not None:
+            raise ValueError("a cache knows no padding: pass mask_BT without one")
         encoder_key, key = split_keys(key if self.config.dropout else None, 2)
         keys = split_keys(key, len(self.decoder) + 1)
         first_B = cache.length_B if cache else None

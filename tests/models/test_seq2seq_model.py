@@ -79,6 +79,8 @@ def test_the_source_is_given_once(pair):
     for arguments in ((tokens_BT,), (tokens_BT, cache, None, source)):
         with pytest.raises(ValueError, match="the source is given once"):
             model(*arguments[:3], **(arguments[3] if len(arguments) > 3 else {}))
+    with pytest.raises(ValueError, match="a cache knows no padding"):
+        model(tokens_BT, cache, mask_BT=jnp.ones((2, 10), bool))
 
 
 def test_the_loss_counts_whole_rows(pair):
