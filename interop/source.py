@@ -550,7 +550,7 @@ def _manifest_of(file: Path) -> dict[str, Any] | None:
 
 
 def _checked_manifest(value: dict[str, Any], file: Path) -> dict[str, Any]:
-    kinds = {"source": dict, "synthetic": list, "canonical": dict, "dtype": str}
+    kinds = {"source": dict, "synthetic": list, "canonical": dict, "dtype": str, "spec": dict}
     is_sound = all(isinstance(value.get(name), kind) for name, kind in kinds.items())
     if not is_sound or not isinstance(value["source"].get("step"), int):
         raise CorruptFileError(f"{file} is no manifest of an export; remove it")
