@@ -1,17 +1,22 @@
 """Checkpoints: the whole state of a run at one step, in a folder that is complete or absent.
 
-    {run}/checkpoints/{step}/params/       parameters by path (Orbax)
-                             optimizer/    all other arrays of the state (Orbax)
-                             meta.json     step, metrics, callback state, data fingerprint, versions
-                             config.json   the whole config
+    {run}/checkpoints/{step}/params/         parameters by path (Orbax)
+                             optimizer/      all other arrays of the state (Orbax)
+                             meta.json       step, metrics, callback state, environment
+                             config.json     the whole config
                              tokenizer.json
+                             MANIFEST.json   checksums of all of it (`manifests`), written last
 
-A folder is written beside its place and renamed when it is whole. What flows in and out are flat
-dicts of arrays; the trainer's state is flattened here.
+A folder is written beside its place, synced, and renamed when it is whole. What flows in and out
+are flat dicts of arrays; the trainer's state is flattened here. Which folder is a checkpoint, which
+stay and which are damaged is decided here and in `outputs`, never by Orbax.
 """
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -19,26 +24,57 @@ import re
 import shutil
 import signal
 import threading
+import time
+import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from craft_jax import outputs
-from craft_jax.errors import StorageError
+from craft_jax import durable, faults, manifests, outputs
+from craft_jax.errors import ConfigError, StorageError
+from craft_jax.manifests import DamagedError, Leaf
 from craft_jax.models.base import Params
 from craft_jax.outputs import OPTIMIZER, PARAMS, Checkpoints
+from craft_jax.schema import setting
 
 logger = logging.getLogger(__name__)
 
 # TensorStore keeps what it has not written yet in memory, up to one data file.
-_IMPORTED_FILE_SIZE = 64 * 2**20
+_DATA_FILE_SIZE = 64 * 2**20
 
-_LEFTOVER = re.compile(r"\.\d+\.(tmp|trash)-\d+")
+_LEFTOVER = re.compile(r"\.(\d+)\.(tmp|trash)-\d+")
+_FULL = {
+    errno.ENOSPC: "no space left on",
+    errno.EDQUOT: "the quota is used up on",
+    errno.EFBIG: "a file would be too large for",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How checkpoints are written and chosen; when and how many is in `training`."""
+
+    resume: Literal["auto", "must", "none"] = setting(
+        "auto",
+        "auto: continue from the newest good checkpoint; must: an error where there is none; none: "
+        "set those that are there aside and begin again",
+    )
+    verify: Literal["full", "fast", "none"] = setting(
+        "full",
+        "before a checkpoint is used: full reads every byte, fast the sizes of large files",
+    )
+    background: bool = setting(True, "write while training goes on")
+    on_error: Literal["warn", "halt"] = setting(
+        "warn",
+        "when a checkpoint on the way cannot be written: warn goes on, and halts at the third "
+        "failure in a row; the last checkpoint of a run always halts",
+    )
 
 
 class CheckpointStore(Checkpoints):
@@ -47,69 +83,233 @@ class CheckpointStore(Checkpoints):
     Args:
       folder: where the step folders stand; made by the first save.
       keep_last: how many of the newest stay. The best by validation loss stays as well.
+
+    Attributes:
+      written: how many checkpoints this object has written.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2):
         super().__init__(folder)
         self._keep_last = keep_last
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
+        self.written = 0
+
+    # Writing.
 
     def save(
-        self, step: int, state: Any, *, meta: Mapping, config: Mapping, tokenizer: str | None
-    ) -> Path:
+        self,
+        step: int,
+        state: Any,
+        *,
+        meta: Mapping,
+        config: Mapping,
+        tokenizer: str | None,
+        background: bool = False,
+    ) -> None:
         """Writes a checkpoint, then removes those that are no longer kept.
 
         Args:
           step: its number.
-          state: a tree of arrays with a mapping `params`.
+          state: a tree of arrays with a mapping `params`; it is copied before this returns.
           meta: JSON to store beside it.
           config: the config as JSON.
           tokenizer: the text of `tokenizer.json`, or None.
+          background: return at once; `poll` and `wait` tell how it went.
 
         Raises:
-          StorageError: it could not be written; older checkpoints are as they were.
+          StorageError: it, or the one before in the background, could not be written; older
+            checkpoints are as they were.
         """
-        place = self.folder / str(step)
-        partial = self.folder / f".{step}.tmp-{os.getpid()}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(partial / PARAMS, dict(state.params))
-                checkpointer.wait_until_finished()
-                checkpointer.save(partial / OPTIMIZER, _rest(state))
-            outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
-            if place.exists():
-                shutil.rmtree(place)
-            partial.rename(place)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
-            safe = self.latest()
-            still = f"; the checkpoint of step {safe} is whole" if safe is not None else ""
-            raise StorageError(f"cannot write checkpoint {place}: {error}{still}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._prune()
-        return place
+        self.wait()
+        faults.point("ckpt.begin")
+        # Copies: the next train step overwrites the buffers.
+        parts = {
+            PARAMS: {name: np.array(leaf) for name, leaf in state.params.items()},
+            OPTIMIZER: {name: np.array(leaf) for name, leaf in _rest(state).items()},
+        }
 
-    def remove_leftovers(self) -> None:
-        """Removes what saves of processes that were killed left behind; to be called under lock."""
+        def write() -> None:
+            self._write(step, parts, meta, config, tokenizer)
+
+        if not background:
+            write()
+            return
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way = self._pool.submit(write)
+
+    def poll(self) -> None:
+        """Raises what went wrong in the background, if it has ended.
+
+        Raises:
+          StorageError: the checkpoint could not be written.
+        """
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for what is written in the background.
+
+        Raises:
+          StorageError: the checkpoint could not be written.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _write(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, np.ndarray]],
+        meta: Mapping,
+        config: Mapping,
+        tokenizer: str | None,
+    ) -> None:
+        partial = self._aside(step, "tmp")
+        num_bytes = sum(array.nbytes for part in parts.values() for array in part.values())
+        start = time.monotonic()
+        try:
+            durable.remove(partial)
+            partial.mkdir(parents=True)
+            if num_bytes > shutil.disk_usage(partial).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            leaves: dict[str, Leaf] = {}
+            for part, arrays in parts.items():
+                leaves |= _write_arrays(partial, part, arrays)
+                faults.point("ckpt.mid_write")
+            outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
+            self._commit(partial, step, leaves)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+            durable.remove(partial)
+            raise self._failed(step, error, num_bytes) from error
+        logger.info(
+            "step %d: checkpoint saved (%.1f MB in %.1f s)",
+            step,
+            num_bytes / 1e6,
+            time.monotonic() - start,
+        )
+        self.written += 1
+        self._prune()
+
+    def _commit(self, partial: Path, step: int, leaves: Mapping[str, Leaf]) -> None:
+        """Makes a folder that holds everything a checkpoint: whatever happens, whole or absent."""
+        manifests.write(partial, step, leaves)
+        durable.sync_tree(partial)
+        faults.point("ckpt.before_commit")
+        place, old = self.folder / str(step), self._aside(step, "trash")
+        durable.remove(old)
+        if place.exists() and step not in self.steps():
+            self.mark_corrupt(step)
+        durable.put_in_place(partial, place, old)
+        faults.point("ckpt.after_commit")
+        durable.remove(old)
+
+    def _failed(self, step: int, error: Exception, num_bytes: int) -> StorageError:
+        """Says what went wrong with a save, and what is still safe."""
+        reason = _full_disk(error)
+        if reason is not None:
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(self.folder).free
+                reason += (
+                    f" {self.folder} (need ~{num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB free)"
+                )
+        else:
+            lines = str(error).strip().splitlines()
+            reason = lines[0][:300] if lines else repr(error)
+        safe = self.latest()
+        still = "no earlier one is safe" if safe is None else f"still safe at step {safe}"
+        return StorageError(f"checkpoint at step {step} failed: {reason}; {still}")
+
+    def _aside(self, step: int, what: str) -> Path:
+        return self.folder / f".{step}.{what}-{os.getpid()}"
+
+    def remove_leftovers(self) -> list[int]:
+        """Removes what saves of processes that were killed left behind; to be called under lock.
+
+        Returns:
+          The steps that were under way and are no checkpoints.
+        """
+        found = set()
         if self.folder.is_dir():
             for path in self.folder.iterdir():
-                if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+                if leftover := _LEFTOVER.fullmatch(path.name):
+                    durable.remove(path)
+                    if leftover.group(2) == "tmp":
+                        found.add(int(leftover.group(1)))
+        return sorted(found - set(self.steps()))
+
+    def mark_corrupt(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is looked at by people alone."""
+        return self._rename(step, "corrupt")
+
+    def set_aside(self) -> list[Path]:
+        """Renames all checkpoints, so that a run can begin again without losing them."""
+        steps = [*self.steps(), *self.damaged()]
+        return [self._rename(step, "aside") for step in steps]
+
+    def _rename(self, step: int, word: str) -> Path:
+        names = [f"{step}.{word}", *(f"{step}.{word}-{n}" for n in range(2, 10_000))]
+        place = next(p for p in (self.folder / n for n in names) if not os.path.lexists(p))
+        (self.folder / str(step)).rename(place)
+        return place
+
+    def _prune(self) -> None:
+        keep = {*self.steps()[-self._keep_last :], self.best()}
+        for step in self.steps():
+            if step not in keep and not self._is_pinned(step):
+                # Renamed first: a folder that is half removed is no checkpoint any more.
+                trash = self._aside(step, "trash")
+                durable.remove(trash)
+                (self.folder / str(step)).rename(trash)
+                faults.point("ckpt.mid_gc")
+                durable.remove(trash)
+
+    # Reading.
+
+    def pin(self, step: int) -> "Pin | None":
+        """Keeps a trainer from removing a checkpoint, for as long as what this returns is there.
+
+        Returns:
+          None if the checkpoint is gone.
+        """
+        file = self.folder / str(step) / manifests.NAME
+        try:
+            made = Pin(file)
+            if os.path.samestat(os.stat(file), os.fstat(made.handle)):
+                return made
+        except FileNotFoundError:
+            pass
+        return None
+
+    def _is_pinned(self, step: int) -> bool:
+        """Whether someone reads a checkpoint now; it is removed after a later save then."""
+        try:
+            with (self.folder / str(step) / manifests.NAME).open("rb") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def restore_state(self, step: int, abstract: Any) -> Any:
-        """Reads a whole state.
+        """Reads a whole state, and compares it with the checksums taken before it was written.
 
         Args:
           step: which.
           abstract: a tree of `jax.ShapeDtypeStruct` with shardings, as `state` was saved.
 
         Raises:
-          StorageError: it cannot be read, or has other shapes.
+          DamagedError: it cannot be read, or has other bits.
+          ConfigError: it is the state of another model or optimizer.
         """
-        params = self._restore(step, PARAMS, dict(abstract.params))
-        rest = self._restore(step, OPTIMIZER, _rest(abstract))
-        return _join(abstract, params, rest)
+        params, rest = dict(abstract.params), _rest(abstract)
+        self._check_leaves(step, {PARAMS: params, OPTIMIZER: rest})
+        return _join(
+            abstract,
+            self._restore(step, PARAMS, params),
+            self._restore(step, OPTIMIZER, rest),
+        )
 
     def restore_params(self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
         """Reads the parameters alone, in the dtypes of `shapes`.
@@ -121,14 +321,66 @@ class CheckpointStore(Checkpoints):
           shapes: with shardings; onto the default device where there is none.
 
         Raises:
-          StorageError: they cannot be read, or have other shapes.
+          DamagedError: they cannot be read.
+          ConfigError: they are those of another model.
         """
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = {
             name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here)
             for name, s in shapes.items()
         }
+        self._check_leaves(step, {PARAMS: placed}, any_dtype=True)
         return self._restore(step, PARAMS, placed)
+
+    def _check_leaves(
+        self, step: int, wanted: Mapping[str, Mapping[str, Any]], any_dtype: bool = False
+    ) -> None:
+        """Checks that a checkpoint holds the arrays that are wanted: Orbax would cast silently."""
+        stored = {
+            name: leaf
+            for name, leaf in manifests.read(self.folder / str(step)).leaves.items()
+            if name.partition("/")[0] in wanted
+        }
+        expected = {
+            f"{part}/{name}": struct
+            for part, structs in wanted.items()
+            for name, struct in structs.items()
+        }
+        wrong = [f"{name} is not in the model" for name in sorted(stored.keys() - expected.keys())]
+        for name, struct in expected.items():
+            leaf = stored.get(name)
+            if leaf is None:
+                wrong.append(f"{name} is missing")
+            elif leaf.shape != struct.shape or not (any_dtype or leaf.dtype == str(struct.dtype)):
+                wrong.append(
+                    f"{name} is {list(leaf.shape)} {leaf.dtype}, not {list(struct.shape)} "
+                    f"{struct.dtype}"
+                )
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ConfigError(
+                f"checkpoint {self.folder / str(step)} is of another model or optimizer: "
+                f"{'; '.join(wrong[:5])}{more}"
+            )
+
+    def _restore(self, step: int, part: str, abstract: dict) -> dict:
+        path = self.folder / str(step) / part
+        leaves = manifests.read(self.folder / str(step)).leaves
+        try:
+            with quiet_absl(), ocp.StandardCheckpointer() as checkpointer:
+                restored = checkpointer.restore(path, abstract)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise DamagedError(f"{part} does not load: {reason[:200]}") from error
+        for name, array in restored.items():
+            leaf = leaves[f"{part}/{name}"]
+            is_comparable = str(array.dtype) == leaf.dtype and array.is_fully_addressable
+            if is_comparable and manifests.array_crc(np.asarray(array)) != leaf.crc32:
+                raise DamagedError(f"{part}/{name}: crc32 mismatch")
+        # Own the memory: the train step donates these buffers, and the reader may share them.
+        return jax.tree.map(jnp.copy, restored)
+
+    # Imported models.
 
     def save_imported(
         self,
@@ -151,51 +403,59 @@ class CheckpointStore(Checkpoints):
         Raises:
           StorageError: it could not be written.
         """
-        place = self.folder / str(step)
-        writer = _OneByOne()
-        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
-        arrays = ocp.args.PyTreeSave(dict(params), ocdbt_target_data_file_size=_IMPORTED_FILE_SIZE)
+        place, partial = self.folder / str(step), self._aside(step, "tmp")
         try:
-            place.mkdir(parents=True)
-            with _quiet_absl(), _stopping(writer):
-                handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-                with ocp.Checkpointer(handler) as checkpointer:
-                    checkpointer.save(place / PARAMS, args=arrays)
-            outputs.write_beside_arrays(place, step, meta, config, tokenizer)
+            partial.mkdir(parents=True)
+            leaves = _write_arrays(partial, PARAMS, params, is_stoppable=True)
+            outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
+            self._commit(partial, step, leaves)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
             raise StorageError(f"cannot write checkpoint {place}: {error}") from error
         return place
 
-    def _restore(self, step: int, part: str, abstract: dict) -> dict:
-        path = self.folder / str(step) / part
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                restored = checkpointer.restore(path, abstract)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            others = ", ".join(str(other) for other in self.steps() if other != step)
-            remedy = f"; move it away to go on from another of steps {others}" if others else ""
-            raise StorageError(
-                f"checkpoint {path} does not load: {reason[:200]}{remedy}"
-            ) from error
-        wrong = [
-            f"{name} is {got.shape} {got.dtype}, not {want.shape} {want.dtype}"
-            for name, want in abstract.items()
-            for got in [restored[name]]
-            if (got.shape, got.dtype) != (want.shape, want.dtype)
-        ]
-        if wrong:
-            raise StorageError(f"checkpoint {path} is of another model: {'; '.join(wrong[:5])}")
-        # Own the memory: the train step donates these buffers, and the reader may share them.
-        return jax.tree.map(jnp.copy, restored)
 
-    def _prune(self) -> None:
-        keep = {*self.steps()[-self._keep_last :], self.best()}
-        for step in self.steps():
-            if step not in keep:
-                trash = self.folder / f".{step}.trash-{os.getpid()}"
-                (self.folder / str(step)).rename(trash)
-                shutil.rmtree(trash, ignore_errors=True)
+def _write_arrays(
+    folder: Path, part: str, arrays: Mapping[str, np.ndarray], *, is_stoppable: bool = False
+) -> dict[str, Leaf]:
+    """Writes arrays with Orbax into a folder of a checkpoint.
+
+    Args:
+      folder, part: where.
+      arrays: by path.
+      is_stoppable: whether a signal ends it.
+
+    Returns:
+      What was in memory, by `part/path`.
+    """
+    writer = _OneByOne(arrays)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    save = ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=_DATA_FILE_SIZE)
+    stopping = _stopping(writer) if is_stoppable else contextlib.nullcontext()
+    with quiet_absl(), stopping, ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder / part, args=save)
+    return {f"{part}/{name}": writer.leaves[name] for name in arrays}
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """Returns what a failure to write means, if the disk or a limit is the cause of it."""
+    while error is not None:
+        for number, words in _FULL.items():
+            # TensorStore has only the text of the system's error.
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return words
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class Pin:
+    """A checkpoint that is being read: while this object is there, no trainer removes it."""
+
+    def __init__(self, file: Path):
+        self.handle = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.handle)
+        with contextlib.suppress(OSError):  # Not every network disk has locks.
+            fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
@@ -205,8 +465,10 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
     end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, params: Mapping[str, np.ndarray]) -> None:
         super().__init__(deepcopy_host_arrays=False)
+        self.leaves: dict[str, Leaf] = {}
+        self._names = {id(array): name for name, array in params.items()}
         self.is_stopped = self._has_failed = False
         self._turn: asyncio.Lock | None = None
 
@@ -219,7 +481,9 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
             if self.is_stopped:
                 raise InterruptedError("told to stop")
             # TensorStore is slow on views whose rows are far apart, such as transposed ones.
-            await super()._open_and_write(np.ascontiguousarray(value), *args, **kwargs)
+            array = np.ascontiguousarray(value).reshape(value.shape)
+            self.leaves[self._names[id(value)]] = manifests.leaf_of(array)
+            await super()._open_and_write(array, *args, **kwargs)
         except BaseException:
             self._has_failed = True
             raise
@@ -251,7 +515,7 @@ def _stopping(handler: _OneByOne) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
+def quiet_absl() -> Iterator[None]:
     """Keeps Orbax from printing tracebacks of failures that are reported in our own words."""
     absl = logging.getLogger("absl")
     level = absl.level

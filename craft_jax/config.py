@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict
 
 from craft_jax import plugins, schema
+from craft_jax.checkpointing import CheckpointConfig
 from craft_jax.data.pairs import TASKS
 from craft_jax.data.pipeline import DataConfig, is_pairs_path, is_tokenizer_path
 from craft_jax.data.tokenizers import KINDS
@@ -32,6 +33,7 @@ from craft_jax.models.transformer import TransformerLM
 from craft_jax.optim import OptimConfig
 from craft_jax.schema import Contradiction, setting
 from craft_jax.sharding import ParallelConfig
+from craft_jax.training.loggers import LogConfig
 from craft_jax.training.trainer import TrainingConfig
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "transformer": TransformerLM, "seq2seq": Transformer}
@@ -67,7 +69,7 @@ class ExperimentConfig:
     Attributes:
       init_from: the run whose weights and tokenizer this one began with, or None.
       model: the `Config` of the class that `model.name` names.
-      data, optim, training, parallel: the other sections.
+      data, optim, training, parallel, checkpoint, log: the other sections.
     """
 
     init_from: str | None = setting(
@@ -78,6 +80,8 @@ class ExperimentConfig:
     optim: OptimConfig
     training: TrainingConfig
     parallel: ParallelConfig
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     @property
     def model_class(self) -> type[Model]:
@@ -581,10 +585,29 @@ def changes(
         for field, before, value in pairs:
             if before != value:
                 change = Change(field, before, value)
-                (allowed if _may_change(change.field) else refused).append(change)
+                is_free = _may_change(change.field) or (
+                    config.data.allow_change and change.field in _DATA_THAT_MAY_CHANGE
+                )
+                (allowed if is_free else refused).append(change)
     return allowed, refused
+
+
+# With `data.allow_change`: the vocabulary stays, for the model knows no other.
+_DATA_THAT_MAY_CHANGE = {
+    f"data.{field.name}"
+    for field in dataclasses.fields(DataConfig)
+    if field.name not in ("tokenizer", "vocab_size", "dataset")
+}
 
 
 def _may_change(field: str) -> bool:
     """Whether a run may continue with another value of this field."""
-    return field == "training.num_steps" or field.endswith("_every")
+    free = (
+        "training.num_steps",
+        "training.stall_seconds",
+        "training.keep_checkpoints",
+        "data.workers",
+        "data.prefetch",
+        "data.allow_change",
+    )
+    return field in free or field.endswith("_every") or field.startswith(("checkpoint.", "log."))

@@ -14,6 +14,7 @@ FAILED_CHECK = 70
 OUTPUT_EXISTS = 73
 STORAGE = 74
 PREEMPTED = 75
+STALLED = 76
 UNSAFE_INPUT = 77
 BAD_CONFIG = 78
 INTERRUPTED = 130
@@ -74,3 +75,11 @@ class StorageError(CraftError):
     """Reading or writing failed: the disk is full, or no checkpoint loads."""
 
     exit_code = STORAGE
+
+
+class StoppedError(CraftError):
+    """A signal asked the program to end while there was nothing to save."""
+
+    def __init__(self, message: str, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__(message)

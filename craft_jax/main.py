@@ -6,15 +6,20 @@ Errors that are answers to the user end here, as one message and an exit code.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import io
 import os
+import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from craft_jax.errors import INTERRUPTED, STORAGE, CraftError, UsageError
+from craft_jax import locks
+from craft_jax.errors import INTERRUPTED, KILLED, PREEMPTED, STORAGE, CraftError, UsageError
 
 
 class _Command(NamedTuple):
@@ -28,7 +33,8 @@ COMMANDS = {
     "generate": _Command("generate", "text from a run"),
     "prepare": _Command("prepare", "tokenize the text of a config ahead of training"),
     "visualize": _Command("visualize", "draw the curves of one or several runs"),
-    "runs": _Command("list_runs", "list the runs"),
+    "runs": _Command("list_runs", "list the runs with state, step, loss and age"),
+    "verify": _Command("verify", "check every byte of a run's checkpoints"),
 }
 
 _EXAMPLES = """\
@@ -42,6 +48,7 @@ examples:
   python -m craft_jax.main visualize --run=one --run=another
   python -m craft_jax.main prepare --config=configs/gpt.py
   python -m craft_jax.main runs
+  python -m craft_jax.main verify --run=latest
 
 Any field of the config can be set with --config.SECTION.FIELD=VALUE; docs/configuration.md lists
 them. Each command has a --help of its own.
@@ -54,8 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     if sys.stdout is None:  # Closed by the caller.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A terminal that does not know every character.
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _parse([word for word in words if word != "--debug"])
+        if args.command == "train" and args.run:
+            # Before what takes seconds to import.
+            locks.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
         command = importlib.import_module(f"craft_jax.commands.{COMMANDS[args.command].module}")
         code = command.run(args)
         sys.stdout.flush()
@@ -153,6 +166,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "runs":
         return parser
     add("--run", help="name or path of a run, or latest")
+    if command == "verify":
+        return parser
     if command in ("train", "prepare"):
         add("--config", help="a config file, and its preset behind a colon")
     else:
@@ -183,5 +198,31 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--length_penalty", type=float, default=0.0, help="above 0 prefers longer texts of beams")
 
 
+def _run_as_program() -> NoReturn:
+    # Until a command has handlers of its own; a training run that is asked to end can be resumed.
+    signal.signal(signal.SIGTERM, _end_early)
+    signal.signal(signal.SIGUSR1, _end_early)
+    code = main()
+    if code in (PREEMPTED, INTERRUPTED):
+        # Whoever asked for the end does not wait for threads that prepare data.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _end_early(number: int, frame: object) -> NoReturn:
+    os._exit(PREEMPTED if number == signal.SIGUSR1 or _is_training() else KILLED)
+
+
+# It gives way to a command's own handlers, and is not called after them.
+_end_early.gives_way = True  # type: ignore[attr-defined]
+
+
+def _is_training() -> bool:
+    return len(sys.argv) < 2 or sys.argv[1].startswith("-") or sys.argv[1] == "train"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _run_as_program()

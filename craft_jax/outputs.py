@@ -1,6 +1,7 @@
 """The only place that spells `outputs/...`: where runs, logs, samples and pictures go.
 
-    {workdir}/models/{model}_{size}_{precision}_{date}_{time}/   a run: run.json, checkpoints/
+    {workdir}/models/{model}_{size}_{precision}_{date}_{time}/   a run: run.json, status.json,
+                                                                 config.json, checkpoints/
     {workdir}/logs/train_{model}_{date}_{time}.log, .jsonl, /    log, metrics, TensorBoard events
     {workdir}/logs/eval_{model}_{date}_{time}.log
     {workdir}/samples/sample_{date}_{time}.txt
@@ -12,16 +13,19 @@
 Files are created here, empty, so that two processes in the same second cannot share one.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import errno
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from craft_jax import manifests
 from craft_jax.errors import DataError, OutputError, StorageError, UsageError
 
 PARAMS, OPTIMIZER = "params", "optimizer"
@@ -30,6 +34,8 @@ PARAMS, OPTIMIZER = "params", "optimizer"
 _META, _CONFIG, _TOKENIZER = "meta.json", "config.json", "tokenizer.json"
 
 _NAME = re.compile(r"[\w][\w.+=-]*")
+# What the project itself leaves beside checkpoints: partial, removed and damaged ones.
+_SET_ASIDE = re.compile(r"^\.\d+\.(tmp|trash)-|^\d+\.(corrupt|aside)(-\d+)?$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,10 @@ class RunPaths:
     def config(self) -> Path:
         return self.folder / "config.json"
 
+    @property
+    def exact(self) -> Path:
+        return self.folder / "exact.jsonl"
+
 
 def create_run(
     workdir: Path, *, name: str | None, model: str, size: str, precision: str
@@ -96,8 +106,7 @@ def create_run(
         for file in (paths.log, paths.metrics, paths.samples):
             _create(file)
             made.append(file)
-        if name is None or not folder.exists():
-            folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=name is not None)
         return paths
 
     try:
@@ -113,6 +122,9 @@ def create_run(
 class Checkpoints:
     """The step folders of one run, without their arrays; needs no JAX.
 
+    A folder is a checkpoint if its name is a step and its manifest is whole; all else that stands
+    beside it is left alone.
+
     Args:
       folder: where the step folders stand.
     """
@@ -122,10 +134,75 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, in order."""
+        return sorted(step for step, wrong in self._surveyed().items() if wrong is None)
+
+    def damaged(self) -> dict[int, str]:
+        """Returns the steps whose folder holds something, but no whole manifest, and why."""
+        return {step: wrong for step, wrong in sorted(self._surveyed().items()) if wrong}
+
+    def corrupt(self) -> list[str]:
+        """Returns the names of damaged checkpoints that were set aside."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if p.name.isdecimal() and (p / _META).is_file()]
-        return sorted(int(p.name) for p in found)
+        return sorted(p.name for p in self.folder.iterdir() if ".corrupt" in p.name)
+
+    def foreign(self) -> list[str]:
+        """Returns the names of what stands here and is not the project's."""
+        if not self.folder.is_dir():
+            return []
+        surveyed = {str(step) for step in self._surveyed()}
+        return sorted(
+            path.name
+            for path in self.folder.iterdir()
+            if path.name not in surveyed and not _SET_ASIDE.search(path.name)
+        )
+
+    def _surveyed(self) -> dict[int, str | None]:
+        """Returns, by step, what is wrong with the folder of that name; None for nothing."""
+        found: dict[int, str | None] = {}
+        if not self.folder.is_dir():
+            return found
+        for path in self.folder.iterdir():
+            if not (path.name.isdecimal() and path.name.isascii() and path.is_dir()):
+                continue
+            if path.name != str(int(path.name)):
+                continue
+            try:
+                manifests.read(path)
+                found[int(path.name)] = None
+            except manifests.DamagedError as error:
+                with contextlib.suppress(OSError):  # Another process may be removing it.
+                    if any(path.iterdir()):
+                        found[int(path.name)] = str(error)
+        return found
+
+    def newest_good(
+        self, level: manifests.Level = "full", below: int | None = None
+    ) -> tuple[int | None, dict[int, str]]:
+        """Returns the newest step that is as it was written, and what is wrong with newer ones.
+
+        Args:
+          level: how closely to look, see `manifests.check`.
+          below: only steps before this one; None for all.
+        """
+        surveyed = self._surveyed()
+        bad: dict[int, str] = {}
+        for step in sorted(surveyed, reverse=True):
+            if below is not None and step >= below:
+                continue
+            wrong = surveyed[step] or self.wrong(step, level)
+            if wrong is None:
+                return step, bad
+            bad[step] = wrong
+        return None, bad
+
+    def wrong(self, step: int, level: manifests.Level = "full") -> str | None:
+        """Returns what is wrong with a checkpoint; None for nothing."""
+        try:
+            manifests.check(self.folder / str(step), level)
+        except manifests.DamagedError as error:
+            return str(error)
+        return None
 
     def latest(self) -> int | None:
         """Returns the newest step, or None."""
@@ -186,7 +263,7 @@ def write_index(paths: RunPaths, folder: Path | None = None) -> None:
         for field in dataclasses.fields(paths)
         if field.name != "folder"
     }
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    created = utc_now()
     write_json((folder or paths.folder) / "run.json", {"created": created, "files": files})
 
 
@@ -269,11 +346,37 @@ def benchmark_file(workdir: Path, test: str, hardware: str) -> Path:
 def write_beside_arrays(
     folder: Path, step: int, meta: Mapping, config: Mapping, tokenizer: str | None
 ) -> None:
-    """Writes the files of a checkpoint that are not arrays; `meta.json` comes last."""
+    """Writes the files of a checkpoint that are not arrays."""
     if tokenizer is not None:
         write_text(folder / _TOKENIZER, tokenizer)
     write_json(folder / _CONFIG, config)
     write_json(folder / _META, {"step": step, **meta})
+
+
+def utc_now() -> str:
+    """Returns the time as `2026-01-31T23:59:59Z`."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_STATUS = "status.json"
+
+
+def write_status(folder: Path, status: Mapping[str, Any]) -> None:
+    """Writes `status.json` of a run; a reader sees the old one or the new one."""
+    write_text(folder / _STATUS, json.dumps(status, indent=2) + "\n", sync=False)
+
+
+def read_status(folder: Path) -> dict | None:
+    """Returns how a run's last process is doing, or how it ended; None where that is not known.
+
+    Keys: `state` (running, preempted, interrupted, stalled, failed, done), `step`, `num_steps`,
+    `loss`, `reason`, `exit_code`, `pid`, `host`, `started`, `updated` (UTC).
+    """
+    try:
+        status = json.loads((folder / _STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) and "state" in status else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -281,17 +384,42 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text so that the file is whole or unchanged, whatever happens."""
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Writes UTF-8 text so that the file is whole or unchanged, whatever happens.
+
+    Args:
+      path, text: where and what.
+      sync: whether to wait for the disk, so that this holds for a machine that loses power, too.
+    """
     partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(workdir: Path) -> None:
+    """Checks that outputs can be written below a folder, and leaves nothing there.
+
+    Raises:
+      OutputError: they cannot.
+    """
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write outputs below {workdir}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
 
 
 def _reserve(workdir: Path, name: Callable[[str], str]) -> Path:

@@ -5,30 +5,30 @@ run = runs.open("outputs/models/my-run")
 print(run.generate("def "))
 """
 
-import builtins
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from craft_jax import config as configs
 from craft_jax import outputs
-from craft_jax.checkpointing import CheckpointStore
+from craft_jax.checkpointing import CheckpointStore, Pin
 from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import tokenizers
 from craft_jax.data.pipeline import NO_TOKENIZER
 from craft_jax.data.tokenizers import Tokenizer
-from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError, UsageError
+from craft_jax.errors import ConfigError, DataError, StorageError, UsageError
 from craft_jax.generation import Generator, SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import GenerativeModel, ModelDef, Params
 from craft_jax.outputs import RunPaths
 from craft_jax.precision import Policy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Run:
       step: of the checkpoint.
       config: the config that it was trained with, and overrides on top.
       given_tokenizer: stands in where the checkpoint has none.
+      pin: keeps a trainer from removing the checkpoint.
     """
 
     paths: RunPaths
     step: int
     config: ExperimentConfig
     given_tokenizer: Tokenizer | None = None
+    pin: Pin | None = None
 
     @property
     def store(self) -> CheckpointStore:
@@ -284,7 +286,7 @@ def open(
       tokenizer: the path of a `tokenizer.json`, or `byte`, for a model that came without one.
 
     Raises:
-      UsageError: a tokenizer is given, and the run has its own.
+      ConfigError: a tokenizer is given, and the run has another one.
       DataError: there is no such run, or its tokenizer has more tokens than the model.
       StorageError: it has no checkpoint that can be read.
       ConfigError: an override is wrong, or not possible for a trained model.
@@ -292,11 +294,7 @@ def open(
     folder, step = locate(str(run), Path(workdir))
     paths = outputs.open_run(folder)
     store = CheckpointStore(paths.checkpoints)
-    if step is None:
-        step = store.latest()
-    if step is None or step not in store.steps():
-        what = "no checkpoint yet" if step is None else f"no checkpoint of step {step}"
-        raise StorageError(f"run {paths.name} has {what}; train it with --run={paths.name}")
+    step, pin = _pinned(store, step, paths.name)
     saved = store.config(step)
     config = configs.load(None, overrides, saved)
     refused = [
@@ -307,16 +305,60 @@ def open(
     ]
     if refused:
         raise ConfigError(refused)
-    if tokenizer is None:
-        return Run(paths, step, config)
-    return Run(paths, step, config, _stand_in(store, step, str(tokenizer), paths.name))
+    given = _stand_in(store, step, str(tokenizer), paths.name) if tokenizer is not None else None
+    return Run(paths, step, config, given, pin)
+
+
+def _pinned(store: CheckpointStore, step: int | None, name: str) -> tuple[int, Pin]:
+    """Finds a checkpoint that is as it was written, and keeps it from being removed.
+
+    Args:
+      store: the checkpoints of the run; another process may be adding to them.
+      step: the one that was asked for; None for the newest.
+      name: of the run.
+
+    Returns:
+      The step, and what keeps it.
+    """
+    while True:
+        bad: dict[int, str] = {}
+        chosen = step
+        if step is None:
+            chosen, bad = store.newest_good()
+        elif step in store.steps() and (wrong := store.wrong(step)):
+            bad = {step: wrong}
+        elif step not in store.steps():
+            raise StorageError(f"run {name} has no checkpoint of step {step}; {_have(store)}")
+        damaged = "; ".join(f"checkpoint step {s} is damaged ({why})" for s, why in bad.items())
+        if chosen is None or chosen in bad:
+            raise StorageError(
+                f"run {name}: {damaged}; {_have(store, bad)}"
+                if bad
+                else f"run {name} has no checkpoint yet; train it with --run={name}"
+            )
+        pin = store.pin(chosen)
+        if pin is not None:
+            if damaged:
+                logger.warning("run %s: %s; using step %d", name, damaged, chosen)
+            return chosen, pin
+
+
+def _have(store: CheckpointStore, bad: Collection[int] = ()) -> str:
+    good = [str(step) for step in store.steps() if step not in bad]
+    return f"it has {', '.join(good)}" if good else "it has no other"
 
 
 def _stand_in(store: CheckpointStore, step: int, tokenizer: str, name: str) -> Tokenizer:
     """Opens the tokenizer that is given for a run without one."""
-    if store.tokenizer_file(step):
-        raise UsageError(f"--tokenizer={tokenizer}: run {name} has its own tokenizer; leave it out")
     opened = tokenizers.open_fixed(tokenizer)
+    if own_file := store.tokenizer_file(step):
+        own = Tokenizer.load(own_file)
+        if own.digest != opened.digest:
+            raise ConfigError(
+                f"--tokenizer={tokenizer} (digest {opened.digest[:16]}) is not the tokenizer of "
+                f"run {name} (digest {own.digest[:16]}); leave it out: the run has its own"
+            )
+        return own
     rows = store.meta(step)["vocab_size"]
     if opened.vocab_size > rows:
         raise DataError(
@@ -399,38 +441,3 @@ def saved_config(paths: RunPaths) -> dict:
         return json.loads(paths.config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StorageError(f"{paths.config} cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def lock(paths: RunPaths) -> Iterator[None]:
-    """Keeps other processes from training in this run while the context lasts.
-
-    Raises:
-      RunInUseError: one does.
-    """
-    file = paths.folder / ".lock"
-    with builtins.open(file, "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise RunInUseError(
-                f"run {paths.name} is in use by {holder}; wait for it, or use another --run"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-        handle.flush()
-        yield
-
-
-def is_locked(paths: RunPaths) -> bool:
-    """Whether a process trains in this run now."""
-    try:
-        with builtins.open(paths.folder / ".lock", encoding="utf-8") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

@@ -7,20 +7,27 @@ import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
+import io
 import logging
+import os
 import platform
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
 
-from craft_jax.errors import INTERRUPTED, PREEMPTED
+from craft_jax.errors import INTERRUPTED, KILLED, PREEMPTED, StoppedError
 
 PLAIN_ONLY = {"plain_only": True}
 """`extra=` of a log message that a terminal shows as the live line instead."""
+
+FILE_ONLY = {"file_only": True}
+"""`extra=` of a log message that `main` shows in its own way."""
 
 
 class _Terminal(logging.StreamHandler):
@@ -32,17 +39,33 @@ class _Terminal(logging.StreamHandler):
         self.is_live = sys.stdout.isatty()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
         if self.is_live and getattr(record, "plain_only", False):
             return
-        self._erase()
-        super().emit(record)
-        self._draw()
+        try:
+            self._erase()
+            self.stream.write(self.format(record) + self.terminator)
+            self.flush()
+            self._draw()
+        except (OSError, ValueError):
+            self._go_silent()
 
     def progress(self, line: str) -> None:
-        if self.is_live:
-            self._erase()
-            self.live = line
-            self._draw()
+        if not self.is_live:
+            return
+        with self.lock:  # Checkpoints are announced from a thread of their own.
+            try:
+                self._erase()
+                self.live = line
+                self._draw()
+            except (OSError, ValueError):
+                self._go_silent()
+
+    def _go_silent(self) -> None:
+        """The reader is gone, as behind `| head`: the run goes on, and its log has everything."""
+        self.stream, self.is_live, self.live = io.StringIO(), False, ""
+        self.setLevel(logging.CRITICAL + 1)
 
     def _erase(self) -> None:
         if self.live:
@@ -89,39 +112,117 @@ class StopSignal:
     """Whether the process was asked to stop, and the exit code that answers it.
 
     Attributes:
-      exit_code: 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1, None before either.
+      exit_code: 130 after Ctrl-C, 75 after SIGTERM, SIGUSR1 or SIGHUP, None before any.
+      name: of the signal.
+      on_abort: called with the exit code before a second signal ends the process.
     """
 
-    exit_code: int | None = None
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self.name = ""
+        self.on_abort: Callable[[int], None] = lambda exit_code: None
+        self._is_deferred = False
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal came."""
+        return self.exit_code is not None
+
+    def defer(self) -> None:
+        """From now on a signal is only noted: there is something to save first."""
+        self._is_deferred = True
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the context lasts a signal raises StoppedError: nothing is lost by dropping it."""
+        before, self._is_deferred = self._is_deferred, False
+        try:
+            yield
+        finally:
+            self._is_deferred = before
+
+    def receive(self, number: int) -> None:
+        """Takes note of a signal.
+
+        Raises:
+          StoppedError: there is nothing to save, or the process waits.
+        """
+        if self.is_set:
+            return
+        self.name = signal.Signals(number).name
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        if not self._is_deferred:
+            raise StoppedError(f"stopped by {self.name}; nothing was under way", self.exit_code)
+        logging.getLogger("craft_jax").info(
+            "%s received: finishing this step and saving (once more stops at once)", self.name
+        )
+
+
+# What reaches the process within this time of the first signal is the same wish: a scheduler
+# signals every process of a job, and a launcher passes its own signal on.
+_SAME_WISH_SECONDS = 0.2
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Collects Ctrl-C, SIGTERM and SIGUSR1 while the context lasts; a second one acts at once."""
+    """Collects Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP while the context lasts.
+
+    A second signal ends the process at once, even while its main thread is in a compiled program.
+    Handlers that others installed before are called as well. Without a terminal SIGHUP is ignored.
+    """
     asked = StopSignal()
-    codes = {
-        signal.SIGINT: INTERRUPTED,
-        signal.SIGTERM: PREEMPTED,
-        signal.SIGUSR1: PREEMPTED,
-    }
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     before = {}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        if any(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+            numbers.append(signal.SIGHUP)
+        else:
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def handle(number: int, frame: object) -> None:
-        asked.exit_code = codes[signal.Signals(number)]
-        for other, handler in before.items():
-            signal.signal(other, handler)
-        logging.getLogger("craft_jax").info(
-            "%s received: finishing this step and saving (once more stops at once)",
-            signal.Signals(number).name,
-        )
+        old = before[signal.Signals(number)]
+        gives_way = old is signal.default_int_handler or getattr(old, "gives_way", False)
+        if callable(old) and not gives_way:
+            old(number, frame)
+        asked.receive(number)
 
-    for number in codes:
+    for number in numbers:
         before[number] = signal.signal(number, handle)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # The system writes to the pipe even while Python's own handlers have to wait.
+    watcher = threading.Thread(target=_abort_at_the_second, args=(reader, numbers, asked))
+    watcher.daemon = True
+    watcher.start()
     try:
         yield asked
     finally:
+        signal.set_wakeup_fd(wakeup)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _abort_at_the_second(reader: int, numbers: Collection[int], asked: StopSignal) -> None:
+    first: float | None = None
+    while byte := os.read(reader, 1):
+        if byte[0] not in numbers:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > _SAME_WISH_SECONDS:
+            exit_code = INTERRUPTED if byte[0] == signal.SIGINT else KILLED
+            with contextlib.suppress(Exception):
+                asked.on_abort(exit_code)
+                os.write(2, b"\nstopped at once; the last checkpoint is whole\n")
+            os._exit(exit_code)
 
 
 def keep_freed_memory() -> None:

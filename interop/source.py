@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from craft_jax import outputs
+from craft_jax import manifests, outputs
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import CraftError, UsageError
-from craft_jax.outputs import Checkpoints
+from craft_jax.outputs import PARAMS, Checkpoints
 from interop import cast, craft_tokenizers, folds, hf_files
 from interop.errors import (
     AmbiguousSourceError,
@@ -214,7 +214,19 @@ def _looks_like_checkpoint(place: Path) -> bool:
 def _open_run(folder: Path, step: int | None) -> Source:
     store = Checkpoints(outputs.open_run(folder).checkpoints)
     steps = store.steps()
-    step = max(steps, default=None) if step is None else step
+    bad = store.damaged()
+    if step is None:
+        step, newer = store.newest_good("fast")
+        bad |= newer
+    elif step in steps and (wrong := store.wrong(step, "fast")):
+        bad[step] = wrong
+    if bad and (step is None or max(bad) >= step):
+        worst = max(bad)
+        others = [str(other) for other in steps if other not in bad]
+        have = f"name another: {store.folder}/{others[-1]}" if others else "there is no other"
+        raise CorruptFileError(
+            f"checkpoint {store.folder / str(worst)} is damaged: {bad[worst]}; {have}"
+        )
     if step is None or step not in steps:
         which = f"step {step}" if step is not None else "any step"
         have = f"; it has {', '.join(map(str, steps))}" if steps else ""
@@ -229,7 +241,12 @@ def _open_run(folder: Path, step: int | None) -> Source:
             f"checkpoint {step} of {folder}: its config cannot be understood: {error!r}"
         ) from error
     tokenizer_file = store.tokenizer_file(step)
-    found = orbax.read_params(store.params_folder(step))
+    manifest = manifests.read(store.folder / str(step))
+    crcs = {name: leaf.crc32 for name, leaf in manifest.leaves.items()}
+    found = {
+        name: _checked(leaf, store.folder / str(step), name, crcs[f"{PARAMS}/{name}"])
+        for name, leaf in orbax.read_params(store.params_folder(step)).items()
+    }
     _check_layers(spec, len(found), folder)
     expected = leaves(spec)
     wrong = [
@@ -252,6 +269,20 @@ def _open_run(folder: Path, step: int | None) -> Source:
         step=origin["step"],
         metrics=meta.get("metrics", {}),
     )
+
+
+def _checked(leaf: LazyTensor, checkpoint: Path, name: str, crc: int) -> LazyTensor:
+    """Compares an array, when it is read, with the checksum taken before it was written."""
+
+    def read() -> np.ndarray:
+        array = leaf.read()
+        if manifests.array_crc(array) != crc:
+            raise CorruptFileError(
+                f"checkpoint {checkpoint} is damaged: {name}: crc32 mismatch; name another"
+            )
+        return array
+
+    return LazyTensor(leaf.shape, leaf.dtype, read)
 
 
 def _check_layers(spec: ModelSpec, num_tensors: int, place: Path) -> None:

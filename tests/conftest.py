@@ -25,6 +25,8 @@ import jax
 import numpy as np
 import pytest
 
+from craft_jax import manifests
+
 ROOT = Path(__file__).parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -106,6 +108,13 @@ def micro(text: Path, **changes: object) -> list[str]:
     values = MICRO | {"data.path": text}
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     return [f"--config={ROOT / 'configs/gpt.py'}", *overrides(values)]
+
+
+def seal(checkpoint: Path) -> None:
+    """Writes the manifest of a checkpoint that a test has changed on purpose anew."""
+    manifest = manifests.read(checkpoint)
+    (checkpoint / manifests.NAME).unlink()
+    manifests.write(checkpoint, manifest.step, manifest.leaves)
 
 
 @pytest.fixture

@@ -13,10 +13,19 @@ ROOT = Path(__file__).parent.parent
 
 # Low to high: a module may import those on its own line and on the lines above.
 LAYERS = [
-    ["errors", "schema", "plugins"],
-    ["losses", "metrics", "outputs", "data"],
+    ["errors", "schema", "plugins", "faults", "durable"],
+    ["losses", "metrics", "manifests", "outputs", "locks", "data"],
     ["models"],
-    ["precision", "optim", "sharding", "runtime", "generation", "profiling", "checkpointing"],
+    [
+        "precision",
+        "optim",
+        "sharding",
+        "runtime",
+        "watchdog",
+        "generation",
+        "profiling",
+        "checkpointing",
+    ],
     ["training"],
     ["config"],
     ["runs"],

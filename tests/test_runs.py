@@ -2,8 +2,8 @@ import os
 
 import pytest
 
+from craft_jax import locks, runs
 from craft_jax import main as cli
-from craft_jax import runs
 from craft_jax.config import Override
 from craft_jax.data import tokenizers
 from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError
@@ -73,11 +73,11 @@ def test_the_empty_prompt():
 
 def test_the_lock(workdir):
     paths = runs.open("first", workdir=workdir).paths
-    assert not runs.is_locked(paths)
-    with runs.lock(paths):
-        assert runs.is_locked(paths)
-        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"), runs.lock(paths):
+    assert not locks.is_held(paths.folder)
+    with locks.hold(paths.folder):
+        assert locks.is_held(paths.folder)
+        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"), locks.hold(paths.folder):
             pass
-    assert not runs.is_locked(paths)
-    with runs.lock(paths):
+    assert not locks.is_held(paths.folder)
+    with locks.hold(paths.folder):
         pass

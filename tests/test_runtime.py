@@ -2,11 +2,14 @@ import io
 import logging
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from craft_jax import runtime
+from craft_jax.errors import StoppedError
+from tests.conftest import environment
 
 
 class Screen(io.StringIO):
@@ -52,11 +55,66 @@ def test_plain_lines_elsewhere(logger, capsys, tmp_path):
 def test_signals_are_collected_and_handlers_come_back(number, code):
     before = signal.getsignal(number)
     with runtime.stop_signals() as asked:
-        assert asked.exit_code is None
+        assert not asked.is_set
+        asked.defer()
         os.kill(os.getpid(), number)
+        assert asked.is_set
         assert asked.exit_code == code
-        assert signal.getsignal(number) == before  # The second one acts at once.
+        os.kill(os.getpid(), number)  # So soon after the first it is the same wish.
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_ends_what_has_nothing_to_save():
+    with runtime.stop_signals() as asked, pytest.raises(StoppedError, match="SIGTERM") as caught:
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.exit_code == asked.exit_code == 75
+
+
+def test_a_signal_ends_a_wait():
+    with runtime.stop_signals() as asked:
+        asked.defer()
+        with pytest.raises(StoppedError), asked.waiting():
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def test_an_earlier_handler_is_called_too():
+    seen = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with runtime.stop_signals() as asked:
+            asked.defer()
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert seen == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("second", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_second_signal_ends_the_process_in_the_middle_of_compiled_code(tmp_path, second, code):
+    script = (
+        "import os, signal, threading, time\n"
+        "from craft_jax import runtime\n"
+        "with runtime.stop_signals() as asked:\n"
+        "    asked.defer()\n"
+        "    def press():\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.5)\n"
+        f"        os.kill(os.getpid(), signal.{second})\n"
+        "    threading.Thread(target=press).start()\n"
+        "    import jax, jax.numpy as jnp\n"
+        "    while True:\n"
+        "        jnp.linalg.svd(jnp.ones((1500, 1500)))[0].block_until_ready()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+    assert "stopped at once" in done.stderr
 
 
 def test_devices_in_words():

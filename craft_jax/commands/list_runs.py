@@ -1,14 +1,14 @@
-"""runs: what there is to continue, evaluate and sample."""
+"""runs: what there is to continue, evaluate and sample, and how it is doing."""
 
 import argparse
 import time
 from pathlib import Path
 
-from craft_jax import outputs, runs
-from craft_jax.checkpointing import CheckpointStore
+from craft_jax import locks, outputs
 from craft_jax.errors import OK, CraftError
+from craft_jax.outputs import Checkpoints
 
-_COLUMNS = ("run", "state", "step", "val loss", "age")
+_COLUMNS = ("run", "state", "step", "loss", "val loss", "age")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,25 +30,51 @@ def run(args: argparse.Namespace) -> int:
 def _row(folder: Path) -> tuple[str, ...]:
     try:
         paths = outputs.open_run(folder)
-        store = CheckpointStore(paths.checkpoints)
+        store = Checkpoints(paths.checkpoints)
+        status = outputs.read_status(folder) or {}
         step = store.latest()
-        if step is None:
-            return folder.name, _state(paths, 0, 1), "0", "-", _age(folder / "run.json")
-        total = store.config(step)["training"]["num_steps"]
-        loss = store.meta(step)["metrics"].get("val_loss")
-        shown = "-" if loss is None else f"{loss:.4f}"
-        age = _age(store.folder / str(step))
-        if not store.has_optimizer(step):
-            return folder.name, "imported", "-", shown, age
-        return folder.name, _state(paths, step, total), f"{step}/{total}", shown, age
+        if step is None and store.damaged():
+            return folder.name, "damaged", "-", "-", "-", _age(folder / "run.json")
+        meta = store.meta(step) if step is not None else {}
+        total = status.get("num_steps")
+        if total is None and step is not None:
+            total = store.config(step)["training"]["num_steps"]
+        reached = step or 0
+        if status.get("step") is not None:
+            # What the last process reached, and what is safe of it.
+            reached = max(reached, status["step"])
+        metrics = meta.get("metrics", {})
+        loss = status.get("loss") or metrics.get("loss")
+        age = _age(next(p for p in _newest_first(paths, step) if p.exists()))
+        losses = _number(loss), _number(metrics.get("val_loss"))
+        if step is not None and not store.has_optimizer(step):
+            return folder.name, "imported", "-", *losses, age
+        state = _state(folder, status, reached, total)
+        return folder.name, state, f"{reached}/{total or '?'}", *losses, age
     except CraftError as error:
-        return folder.name, "damaged", "-", "-", str(error)
+        return folder.name, "damaged", "-", "-", "-", str(error)
 
 
-def _state(paths: outputs.RunPaths, step: int, total: int) -> str:
-    if runs.is_locked(paths):
+def _state(folder: Path, status: dict, step: int, total: int | None) -> str:
+    if locks.is_held(folder):
         return "training"
-    return "finished" if step >= total else "stopped"
+    if total is not None and step >= total and status.get("state", "done") == "done":
+        return "finished"
+    state = status.get("state", "stopped")
+    # A process that wrote how it ended is gone; one that did not was killed.
+    return {"running": "killed", "done": "stopped"}.get(state, state)
+
+
+def _newest_first(paths: outputs.RunPaths, step: int | None) -> list[Path]:
+    return [
+        paths.folder / "status.json",
+        *([paths.checkpoints / str(step)] if step is not None else []),
+        paths.folder / "run.json",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _age(path: Path) -> str:

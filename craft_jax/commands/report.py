@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import logging
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -40,6 +41,22 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
     return installed
+
+
+def environment() -> dict[str, Any]:
+    """Returns what the bits of a run's numbers depend on beside its config and data."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    return {
+        "versions": versions(),
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu cores": cores,
+        "machine": platform.machine(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
 
 
 def header(

@@ -4,11 +4,12 @@ config -> runtime -> data -> model -> training -> outputs
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import jax
 
 from craft_jax import config as configs
 from craft_jax import (
+    faults,
+    locks,
     optim,
     outputs,
     plugins,
@@ -25,12 +28,21 @@ from craft_jax import (
     sharding,
 )
 from craft_jax.checkpointing import CheckpointStore
-from craft_jax.commands import report, visualize
+from craft_jax.commands import report, resuming, visualize
 from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import pipeline
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
-from craft_jax.errors import OK, ConfigError, UsageError
+from craft_jax.errors import (
+    INTERRUPTED,
+    OK,
+    PREEMPTED,
+    STALLED,
+    ConfigError,
+    CraftError,
+    StoppedError,
+    UsageError,
+)
 from craft_jax.generation import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import GenerativeModel, ModelDef, Params
@@ -44,9 +56,17 @@ from craft_jax.training.callbacks import (
     EvaluationCallback,
     SampleCallback,
 )
-from craft_jax.training.loggers import ConsoleLogger, JsonLinesLogger, TensorBoardLogger
+from craft_jax.training.loggers import (
+    ConsoleLogger,
+    ExactLogger,
+    JsonLinesLogger,
+    StatusFile,
+    TensorBoardLogger,
+)
+from craft_jax.training.saving import Saver
 from craft_jax.training.state import TrainState
-from craft_jax.training.trainer import Trainer, TrainingConfig
+from craft_jax.training.trainer import Trainer
+from craft_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -58,70 +78,82 @@ _SAMPLING = SamplingConfig(temperature=0.8)
 def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
+    runtime.setup_logging()
+    with runtime.stop_signals() as stop_signal:
+        return _run(args, workdir, stop_signal)
+
+
+def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSignal) -> int:
     found = _existing(args.run, workdir)
     config, origin = _choose_config(args, found, workdir)
     own_callbacks = [
         plugins.load(reference, "training.callbacks", Callback)
         for reference in config.training.callbacks
     ]
-    runtime.keep_freed_memory()
-    mesh = sharding.make_mesh(config.parallel, jax.devices())
-    sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
-    runtime.setup_logging()
-
-    store = CheckpointStore(found.checkpoints, config.training.keep_checkpoints) if found else None
-    step = store.latest() if store else None
-    tokenizer_file = store.tokenizer_file(step) if store and step is not None else None
-    if found and step is not None and step >= config.training.num_steps:
-        logger.info(
-            "run %s is finished: %d of %d steps\n  to train on: %s",
-            found.name,
-            step,
-            config.training.num_steps,
-            _command(found, f"--config.training.num_steps={2 * step}"),
-        )
-        return OK
-    if found is None and origin and config.data.tokenizer == origin.given.tokenizer:
-        tokenizer_file = origin.given.tokenizer
-    config.check_pairs()
-    datasets = pipeline.open_datasets(
-        config.data,
-        workdir=workdir,
-        seed=config.training.seed,
-        tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file else None,
-    )
-    model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
-    model_def = base.define(config.model_class, model_config)
-    paths = found or outputs.create_run(
-        workdir,
-        name=args.run,
-        model=report.model_word(config),
-        size=report.size_word(model_def.num_params),
-        precision=config.training.precision,
-    )
-    outputs.make_files(paths)
-    with runs.lock(paths), runtime.log_to(paths.log), runtime.stop_signals() as stop_signal:
-        if not found:
-            outputs.write_json(paths.config, config.to_json())
-        store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
-        store.remove_leftovers()
+    outputs.check_writable(workdir)
+    with contextlib.ExitStack() as context:
+        if args.run:
+            folder = found.folder if found else workdir / "models" / args.run
+            context.enter_context(locks.hold(folder))
+            if not found and _existing(args.run, workdir):  # Another process was quicker.
+                context.close()
+                return _run(args, workdir, stop_signal)
+        if found:
+            outputs.make_files(found)
+            status = context.enter_context(_recorded(found, config, stop_signal))
+        faults.point("start")
+        runtime.keep_freed_memory()
+        mesh = sharding.make_mesh(config.parallel, jax.devices())
+        sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
+        step = resuming.choose(found, config) if found else None
+        if found and step is not None and resuming.is_finished(found, step, config):
+            logger.info(
+                "run %s is finished: %d of %d steps\n  to train on: %s",
+                found.name,
+                step,
+                config.training.num_steps,
+                _command(found, f"--config.training.num_steps={2 * step}"),
+            )
+            status.finish("done", None, OK, step=step)
+            return OK
+        datasets = _open_datasets(config, workdir, found, step, origin)
+        model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
+        model_def = base.define(config.model_class, model_config)
+        if found:
+            paths = found
+        else:
+            paths = outputs.create_run(
+                workdir,
+                name=args.run,
+                model=report.model_word(config),
+                size=report.size_word(model_def.num_params),
+                precision=config.training.precision,
+            )
+            if not args.run:
+                context.enter_context(locks.hold(paths.folder))
+            status = context.enter_context(_recorded(paths, config, stop_signal))
+            outputs.write_json(paths.config, resuming.lasting(config).to_json())
         sampler = _make_sampler(config, model_def, datasets)
-        unit = language.trainer_for(config.model_class).unit
         callbacks = [
-            *_callbacks(config.training, sampler, paths, unit),
+            *_callbacks(config, sampler, paths, language.trainer_for(config.model_class).unit),
+            status,
             *(callback() for callback in own_callbacks),
         ]
+        watchdog = Watchdog(
+            config.training.stall_seconds,
+            paths.log,
+            lambda reason: status.finish("stalled", reason, STALLED),
+        )
         trainer = _assemble(
-            config, model_def, datasets, mesh, paths, store, callbacks, stop_signal, origin
+            config, model_def, datasets, mesh, paths, callbacks, stop_signal, watchdog, origin
         )
         report.header(config, model_def, datasets, mesh, paths)
         if found:
-            for change in configs.changes(runs.saved_config(paths), config)[0]:
-                logger.info("changed: %s from %s to %s", change.field, change.saved, change.now)
-            logger.info("continuing %s at step %d", paths.name, int(trainer.state.step))
-            outputs.write_json(paths.config, config.to_json())
+            resuming.say_changes(found, config, int(trainer.state.step))
+            outputs.write_json(paths.config, resuming.lasting(config).to_json())
         start = time.monotonic()
-        result = trainer.fit()
+        with watchdog.watching():
+            result = trainer.fit()
         if result.step < config.training.num_steps:
             logger.info(
                 "stopped at step %d of %d by %s; everything is saved\n  to continue: %s",
@@ -130,10 +162,61 @@ def run(args: argparse.Namespace) -> int:
                 result.stopped,
                 _command(paths),
             )
+            status.finish(*_ended(stop_signal, f"stopped by {result.stopped}"))
             return stop_signal.exit_code or OK
         logger.info("trained to step %d in %.0f s", result.step, time.monotonic() - start)
         _finish(config, trainer, sampler, paths, result.metrics)
+        status.finish("done", None, OK)
     return OK
+
+
+@contextlib.contextmanager
+def _recorded(
+    paths: RunPaths, config: ExperimentConfig, stop_signal: runtime.StopSignal
+) -> Iterator[StatusFile]:
+    """Keeps the run's log and its `status.json` while the context lasts, whatever ends it."""
+    status = StatusFile(paths.folder, config.training.num_steps)
+    stop_signal.on_abort = lambda code: status.finish("interrupted", "a second signal", code)
+    with runtime.log_to(paths.log):
+        try:
+            yield status
+        except StoppedError as error:
+            status.finish(*_ended(stop_signal, str(error)))
+            raise
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, CraftError) else 1
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            status.finish("failed", reason, code)
+            logger.error("failed: %s", error, extra=runtime.FILE_ONLY)
+            raise
+
+
+def _ended(stop_signal: runtime.StopSignal, reason: str) -> tuple[str, str, int]:
+    """Returns the state, reason and exit code of a run that was stopped early."""
+    code = stop_signal.exit_code or OK
+    return {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}.get(code, "done"), reason, code
+
+
+def _open_datasets(
+    config: ExperimentConfig,
+    workdir: Path,
+    found: RunPaths | None,
+    step: int | None,
+    origin: "_Origin | None",
+) -> Datasets:
+    """Opens the data, with the tokenizer that the run has already, if it has one."""
+    config.check_pairs()
+    tokenizer = None
+    if found and step is not None:
+        file = CheckpointStore(found.checkpoints).tokenizer_file(step)
+        tokenizer = Tokenizer.load(file) if file else None
+    if found and tokenizer:
+        resuming.check_tokenizer(found, config, tokenizer)
+    elif origin and origin.given.tokenizer and config.data.tokenizer == origin.given.tokenizer:
+        tokenizer = Tokenizer.load(origin.given.tokenizer)
+    return pipeline.open_datasets(
+        config.data, workdir=workdir, seed=config.training.seed, tokenizer=tokenizer
+    )
 
 
 def _existing(name: str | None, workdir: Path) -> RunPaths | None:
@@ -192,6 +275,8 @@ def _config_of(found: RunPaths, file: str | None, overrides: list[Override]) -> 
     saved = runs.saved_config(found)
     store = CheckpointStore(found.checkpoints)
     step = store.latest()
+    if step is None and not store.damaged() and not store.corrupt() and file:
+        return configs.load(file, overrides)  # Nothing was trained yet.
     # An imported run was never trained: all but its model is free until it is.
     is_fresh = step is not None and not store.has_optimizer(step)
 
@@ -204,6 +289,8 @@ def _config_of(found: RunPaths, file: str | None, overrides: list[Override]) -> 
     if saved.get("init_from") and config.init_from:
         config = dataclasses.replace(config, init_from=_same_place(config, saved, found.workdir))
     _, refused = configs.changes(saved, config)
+    if config.checkpoint.resume == "none":
+        refused = []
     if refused and not is_fresh:
         raise ConfigError(
             [
@@ -231,9 +318,9 @@ def _assemble(
     datasets: Datasets,
     mesh: jax.sharding.Mesh,
     paths: RunPaths,
-    store: CheckpointStore,
     callbacks: list[Callback],
     stop_signal: runtime.StopSignal,
+    watchdog: Watchdog,
     origin: _Origin | None,
 ) -> Trainer:
     """Joins the pieces into a trainer that stands where the run's newest checkpoint does."""
@@ -241,36 +328,28 @@ def _assemble(
     policy = Policy.named(config.training.precision)
     abstract = states.abstract_state(model_def, optimizer, mesh)
     tokenizer = datasets.train.tokenizer
+    store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
 
-    def save(state: TrainState, meta: dict) -> None:
+    def complete(meta: dict) -> dict[str, Any]:
         meta |= {
             "vocab_size": datasets.train.vocab_size,
             "data_fingerprint": datasets.train.fingerprint,
-            "versions": report.versions(),
+            "environment": report.environment(),
         }
-        store.save(
-            int(state.step),
-            state,
-            meta=meta,
-            config=config.to_json(),
-            tokenizer=tokenizer.json if tokenizer else None,
-        )
+        return {
+            "meta": meta,
+            "config": resuming.lasting(config).to_json(),
+            "tokenizer": tokenizer.json if tokenizer else None,
+        }
 
-    def restore() -> tuple[TrainState, dict] | None:
-        step = store.latest()
-        if step is None:
-            return None
-        meta = store.meta(step)
-        if meta["data_fingerprint"] not in (None, datasets.train.fingerprint):
-            raise ConfigError(
-                f"the data of run {paths.name} has changed since step {step}: its text, tokenizer "
-                "or split is another one; bring the old text back, or start another --run"
-            )
+    def read(step: int) -> tuple[TrainState, dict]:
+        meta = resuming.check_data(store, step, datasets.train, config, paths.name)
         if not store.has_optimizer(step):
             return states.begin(store.restore_params(step, abstract.params), optimizer, mesh), meta
         return store.restore_state(step, abstract), meta
 
-    restored = restore()
+    saver = Saver(store, config.checkpoint, complete, read)
+    restored = saver.restore(is_checked=True)
     if restored is not None:
         state = restored[0]
     elif origin is not None:
@@ -295,9 +374,12 @@ def _assemble(
         mesh=mesh,
         config=config.training,
         callbacks=callbacks,
-        save=save,
-        restore=restore,
+        saver=saver,
         stop_signal=stop_signal,
+        watchdog=watchdog,
+        is_exact=config.log.exact,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
     )
     if restored is not None:
         trainer.load_meta(restored[1])
@@ -305,12 +387,13 @@ def _assemble(
 
 
 def _callbacks(
-    training: TrainingConfig,
+    config: ExperimentConfig,
     sampler: "_Sampler | _PairSampler | None",
     paths: RunPaths,
     unit: str,
 ) -> list[Callback]:
     """The project's own callbacks, in the order in which they are called."""
+    training = config.training
     callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
     if sampler and training.sample_every:
 
@@ -324,6 +407,8 @@ def _callbacks(
         JsonLinesLogger(paths.metrics, training.log_every),
         TensorBoardLogger(paths.events, training.log_every),
     ]
+    if config.log.exact:
+        callbacks.append(ExactLogger(paths.exact))
     return callbacks
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from craft_jax import plugins
 from craft_jax.data import cache, pairs, sources, text
-from craft_jax.data.base import Dataset
+from craft_jax.data.base import Dataset, Recipe
 from craft_jax.data.cache import TokenCache
 from craft_jax.data.tokenizers import KINDS, Tokenizer
 from craft_jax.errors import ConfigError, UsageError
@@ -61,6 +61,16 @@ class DataConfig:
     )
     dataset: str | None = setting(
         None, "a dataset class of your own, path/file.py:Class; replaces the text pipeline"
+    )
+    workers: int = setting(0, "processes that make batches; 0 for a thread", minimum=0, maximum=64)
+    prefetch: int = setting(
+        2,
+        "batches made ahead, and as many by each of the workers; 0 makes each when it is asked for",
+        minimum=0,
+        maximum=1000,
+    )
+    allow_change: bool = setting(
+        False, "continue a run on data that has changed; its batches are counted from 0 again"
     )
 
     def contradictions(self) -> Iterator[Contradiction]:
@@ -137,6 +147,8 @@ def open_datasets(
             raise ConfigError(
                 f"data.dataset={config.dataset} is built as Class(config, split, seed): {error}"
             ) from error
+        for dataset, split in zip(splits, ("train", "val"), strict=True):
+            dataset.recipe = Recipe(config.dataset, config, split, seed)
         return Datasets(*splits)
     if config.pairs:
         given = tokenizer or config.tokenizer

@@ -27,6 +27,8 @@ class StepRecord:
         `tokens_per_second`; after an evaluation also `val_loss` and its companions.
       elapsed: seconds of this process since training began.
       state: the state after this step; only in `on_sync`, and only valid during the call.
+      batch_md5: of the step's batch, where `log.exact` is set.
+      is_open: only in `on_train_begin`: the evaluation and samples of this step are still to come.
     """
 
     step: int
@@ -34,6 +36,8 @@ class StepRecord:
     metrics: Mapping[str, float]
     elapsed: float = 0.0
     state: TrainState | None = None
+    batch_md5: str | None = None
+    is_open: bool = False
 
     @property
     def is_last(self) -> bool:

@@ -3,17 +3,22 @@
 To the terminal and the text log, to JSON lines, and to TensorBoard events.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
+import math
+import os
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from craft_jax import outputs, runtime
+from craft_jax.schema import setting
 from craft_jax.training.callbacks import Callback, StepRecord
 
 logger = logging.getLogger(__name__)
@@ -24,6 +29,18 @@ _SHOWN = {
     "exact_match": "exact match",
     "accuracy": "accuracy",
 }
+
+
+_STATUS_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written down beside the usual; a run may continue with other values."""
+
+    exact: bool = setting(
+        False, "write exact.jsonl into the run: losses in hexadecimal and a digest of each batch"
+    )
 
 
 class _Logger(Callback):
@@ -120,9 +137,7 @@ class JsonLinesLogger(_Logger):
         self._file: IO[str] | None = None
 
     def on_train_begin(self, record: StepRecord) -> None:
-        kept = [line for line in read_json_lines(self._path) if line["step"] <= record.step]
-        outputs.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = continued(self._path, record.step - record.is_open)
 
     def write(self, record: StepRecord) -> None:
         assert self._file is not None
@@ -157,7 +172,8 @@ class TensorBoardLogger(_Logger):
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # Tells TensorBoard to forget the steps that are done again.
         start = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=time.time(), step=record.step + 1, session_log=start))
+        again = record.step + (not record.is_open)
+        self._write(Event(wall_time=time.time(), step=again, session_log=start))
 
     def write(self, record: StepRecord) -> None:
         values = [
@@ -177,6 +193,92 @@ class TensorBoardLogger(_Logger):
         assert self._file is not None
         RecordWriter(self._file).write(event.SerializeToString())
         self._file.flush()
+
+
+class ExactLogger(Callback):
+    """Each step to the bit, as JSON lines: floats in hexadecimal, and a digest of the batch.
+
+    Args:
+      path: the file; continued if it exists.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def on_train_begin(self, record: StepRecord) -> None:
+        self._file = continued(self._path, record.step)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        assert self._file is not None
+        line = {
+            "step": record.step,
+            "loss_hex": record.metrics["loss"].hex(),
+            "grad_norm_hex": record.metrics["grad_norm"].hex(),
+            "lr_hex": record.metrics["learning_rate"].hex(),
+            "batch_md5": record.batch_md5,
+            "skipped": record.metrics["skipped"],
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def on_train_end(self, record: StepRecord) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class StatusFile(Callback):
+    """How the run is doing, in a small file that others read.
+
+    Args:
+      folder: of the run; see `outputs.read_status` for what is written.
+      num_steps: the length of the run.
+    """
+
+    def __init__(self, folder: Path, num_steps: int):
+        self._folder = folder
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "step": None,
+            "num_steps": num_steps,
+            "loss": None,
+            "reason": None,
+            "exit_code": None,
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "started": outputs.utc_now(),
+        }
+        self._next = 0.0
+
+    def on_train_begin(self, record: StepRecord) -> None:
+        self._update(step=record.step)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self._status |= {"step": record.step, "loss": _finite(record.metrics["loss"])}
+        if time.monotonic() >= self._next:
+            self._update()
+
+    def finish(self, state: str, reason: str | None, exit_code: int, **more: Any) -> None:
+        """Writes how the process ends."""
+        self._update(state=state, reason=reason, exit_code=exit_code, **more)
+
+    def _update(self, **changes: Any) -> None:
+        self._next = time.monotonic() + _STATUS_SECONDS
+        self._status |= changes | {"updated": outputs.utc_now()}
+        with contextlib.suppress(OSError):  # A full disk is reported by what needs the disk.
+            outputs.write_status(self._folder, self._status)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def continued(path: Path, last_step: int) -> IO[str]:
+    """Opens a file of JSON lines to add to, without the steps after one: they are done again."""
+    lines = read_json_lines(path)
+    kept = [line for line in lines if line["step"] <= last_step]
+    outputs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a", encoding="utf-8")
 
 
 def read_json_lines(path: Path) -> list[dict]:

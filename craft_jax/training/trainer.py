@@ -5,21 +5,24 @@ callbacks, and carries out what they ask for.
 """
 
 import collections
+import contextlib
+import copy
 import dataclasses
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from craft_jax import sharding
-from craft_jax.data.base import Dataset
-from craft_jax.data.loading import prefetch
-from craft_jax.errors import DivergedError
+from craft_jax import faults, sharding
+from craft_jax.data.base import Batch, Dataset
+from craft_jax.data.loading import load_batches
+from craft_jax.errors import DivergedError, StoppedError
 from craft_jax.models.base import ModelDef
 from craft_jax.optim import Schedule
 from craft_jax.precision import Policy
@@ -37,9 +40,13 @@ from craft_jax.training.callbacks import (
     Stop,
 )
 from craft_jax.training.evaluation import Evaluator
+from craft_jax.training.saving import Saver
 from craft_jax.training.state import TrainState
+from craft_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,9 @@ class TrainingConfig:
     checkpoint_every: int = setting(
         250, "steps between checkpoints; 0 for only the last and the best", minimum=0
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints that stay, beside the best", minimum=1)
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints that stay, beside the best; a single one could be damaged", minimum=2
+    )
     log_every: int = setting(10, "steps between logged lines", minimum=1)
     sample_every: int = setting(250, "steps between samples; 0 for none", minimum=0)
     sample_tokens: int = setting(100, "tokens in a sample; the last one is longer", minimum=1)
@@ -62,7 +71,17 @@ class TrainingConfig:
     remat: bool = setting(False, "recompute activations in the backward pass to save memory")
     seed: int = setting(0, "of parameters, dropout and data order", minimum=0, maximum=2**32 - 1)
     max_bad_steps: int = setting(20, "skipped updates in a row that end the run", minimum=1)
+    stall_seconds: float | None = setting(
+        None,
+        "seconds without progress that end the run with its stacks shown (exit 76); none for 20 "
+        "usual steps, at least 60 s; 0 for never. What compiles may take half an hour",
+        minimum=0,
+    )
     callbacks: tuple[str, ...] = setting((), "callback classes of your own, path/file.py:Class")
+
+
+class _InterruptedError(Exception):
+    """A signal came while the trainer did something that can be done again."""
 
 
 class _Pending(NamedTuple):
@@ -71,6 +90,7 @@ class _Pending(NamedTuple):
     step: int
     numbers: steps.Metrics
     items: int
+    batch_md5: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,9 +119,11 @@ class Trainer:
       mesh: the devices.
       config: how long, and in which parts.
       callbacks: called in this order.
-      save: writes a checkpoint of (state, meta); None keeps nothing.
-      restore: returns the newest checkpoint's (state, meta); None where there is none.
-      stop_signal: polled after every step.
+      saver: writes and restores checkpoints; None keeps nothing.
+      stop_signal: polled after every step, and while an evaluation or the data takes time.
+      watchdog: is told of progress.
+      is_exact: whether the records have a digest of each batch.
+      workers, prefetch: see `loading.load_batches`.
     """
 
     unit = "examples"
@@ -119,16 +141,22 @@ class Trainer:
         mesh: Mesh,
         config: TrainingConfig,
         callbacks: Iterable[Callback] = (),
-        save: Callable[[TrainState, dict], None] | None = None,
-        restore: Callable[[], tuple[TrainState, dict] | None] = lambda: None,
+        saver: Saver | None = None,
         stop_signal: StopSignal | None = None,
+        watchdog: Watchdog | None = None,
+        is_exact: bool = False,
+        workers: int = 0,
+        prefetch: int = 2,
     ):
         self.state = state
         self.config = config
         self._train_data, self._val_data, self._mesh = train_data, val_data, mesh
         self._callbacks = list(callbacks)
-        self._save, self._restore = save, restore
+        self._saver = saver
         self._signal = stop_signal or StopSignal()
+        self._watchdog = watchdog or Watchdog(0)
+        self._is_exact = is_exact
+        self._workers, self._prefetch = workers, prefetch
         train_step = steps.make_train_step(
             model_def,
             optimizer,
@@ -146,6 +174,9 @@ class Trainer:
         self._scalings: list[tuple[int, float]] = []
         self._bad_steps = 0
         self._last_validation: dict[str, float] = {}
+        self._open_metrics: dict[str, float] | None = None
+        self._data_start = 0
+        self._may_interrupt = True
 
     # What subclasses for other kinds of data add to.
 
@@ -167,12 +198,18 @@ class Trainer:
 
         Raises:
           DivergedError: `max_bad_steps` updates in a row were skipped.
+          StorageError: the last checkpoint, or several in a row, could not be written.
+          StoppedError: a signal came before there was anything to save.
         """
         self._began = time.monotonic()
-        record = self._record(int(self.state.step), {})
-        for callback in self._callbacks:
-            callback.on_train_begin(record)
+        first = int(self.state.step)
+        is_open = self._open_metrics is not None
+        record = self._record(first, self._open_metrics or {}, is_open=is_open)
         try:
+            for callback in self._callbacks:
+                callback.on_train_begin(record)
+            if is_open:
+                record = self._sync(record, self._wanting(first))
             while not record.is_last and not self._stop:
                 record = self._run_from(record.step)
                 if self._roll_back:
@@ -180,6 +217,8 @@ class Trainer:
         finally:
             for callback in self._callbacks:
                 callback.on_train_end(record)
+            if self._saver:
+                self._saver.close()
         return FitResult(
             step=record.step,
             metrics={**self._last_validation, **record.metrics},
@@ -190,12 +229,22 @@ class Trainer:
         """Returns the metrics of one pass over `data`, or over the validation split."""
         data = data or self._val_data
         assert data is not None, "nothing to evaluate: there is no validation split"
-        return self.evaluation_metrics(self._evaluator(self.state.params, data), data)
+        with self._watchdog.slow_work():
+            sums = self._evaluator(self.state.params, data, self._between_batches)
+        return self.evaluation_metrics(sums, data)
+
+    def _between_batches(self) -> None:
+        faults.point("eval")
+        self._watchdog.restart()
+        if self._signal.is_set and self._may_interrupt:
+            raise _InterruptedError
 
     def load_meta(self, meta: Mapping) -> None:
         """Takes over what a checkpoint kept beside the state."""
         self._bad_steps = meta.get("bad_steps", 0)
         self._scalings = [(step, factor) for step, factor in meta.get("scalings", ())]
+        self._data_start = meta.get("data_start", 0)
+        self._open_metrics = dict(meta["metrics"]) if meta.get("is_open") else None
         for name, callback in self._named_callbacks():
             if state := meta.get("callbacks", {}).get(name):
                 callback.load_state_dict(state)
@@ -212,9 +261,10 @@ class Trainer:
         states = {name: callback.state_dict() for name, callback in self._named_callbacks()}
         return {
             "metrics": dict(record.metrics),
-            "callbacks": {name: state for name, state in states.items() if state},
+            "callbacks": {name: copy.deepcopy(state) for name, state in states.items() if state},
             "bad_steps": self._bad_steps,
-            "scalings": self._scalings,
+            "scalings": list(self._scalings),
+            "data_start": self._data_start,
         }
 
     # The loop.
@@ -225,37 +275,79 @@ class Trainer:
         pending: _Pending | None = None
         record = self._record(first, {})
         self._start_window()
-        batches = prefetch(self._loader(self._train_data), first, num_steps)
-        for step, (batch, items) in enumerate(batches, start=first + 1):
+        batches = self._until_stopped(
+            load_batches(
+                self._train_data,
+                first - self._data_start,
+                num_steps - self._data_start,
+                workers=self._workers,
+                ahead=self._prefetch,
+                then=self._put,
+            )
+        )
+        for step, (batch, items, md5) in enumerate(batches, start=first + 1):
+            faults.point("compile" if step == first + 1 else "step")
             self.state, numbers = self._train_step(self.state, batch)
+            self._signal.defer()
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
             self._scale_learning_rate(step)
-            pending = _Pending(step, numbers, items)
-            wanting = [c for c in self._callbacks if c.wants_state(step, step == num_steps)]
+            pending = _Pending(step, numbers, items, md5)
+            wanting = self._wanting(step)
             if wanting or step == num_steps or self._interrupted():
                 record = self._sync(self._announce(pending), wanting)
                 pending = None
             if self._stop or self._roll_back:
-                break
+                return record
+        if self._interrupted():  # While it waited for data.
+            record = self._sync(self._announce(pending) if pending else record, [])
         return record
+
+    def _until_stopped(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yields batches; ends when a signal comes while it waits for one, and there are steps.
+
+        Raises:
+          StoppedError: no step was made in this process, so nothing has to be saved.
+        """
+        has_steps = False
+        with contextlib.closing(batches):
+            while not self._signal.is_set:
+                try:
+                    with self._signal.waiting():
+                        batch = next(batches, None)
+                except StoppedError:
+                    if not has_steps:
+                        raise
+                    return
+                if batch is None:
+                    return
+                yield batch
+                has_steps = True
+
+    def _wanting(self, step: int) -> list[Callback]:
+        """Returns the callbacks that want the state after this step."""
+        is_last = step == self.config.num_steps
+        return [c for c in self._callbacks if c.wants_state(step, is_last)]
 
     def _interrupted(self) -> bool:
         """Whether someone asks for the state now: a signal, or a callback's request."""
-        if self._signal.exit_code is not None and not self._stop:
-            self._stop = Stop("a signal")
+        if self._signal.is_set and not self._stop:
+            self._stop = Stop(self._signal.name or "a signal")
         return bool(self._stop or self._roll_back or self._save_asked or self._evaluation_asked)
 
     def _announce(self, pending: _Pending) -> StepRecord:
         """Waits for a step's numbers and tells the callbacks."""
         values = {name: float(value) for name, value in pending.numbers.items()}
+        self._watchdog.step()
+        if self._saver:
+            self._saver.poll()
         values["skipped"] = int(values["skipped"])
         self._window_items += pending.items
         seconds = time.monotonic() - self._window_start
         values[f"{self.unit}_per_second"] = self._window_items / max(seconds, 1e-9)
         if pending.step % self.config.log_every == 0 or self._window_items == pending.items:
             self._start_window()
-        record = self._record(pending.step, values)
+        record = self._record(pending.step, values, batch_md5=pending.batch_md5)
         for callback in self._callbacks:
             # The next step may run already, or not: either way it keeps its learning rate, so that
             # evaluating and saving do not change a run.
@@ -270,20 +362,50 @@ class Trainer:
         return record
 
     def _sync(self, record: StepRecord, wanting: Iterable[Callback]) -> StepRecord:
-        """Does what needs the state of this step: `on_sync`, evaluation, saving."""
-        record = self._evaluate_if_asked(record)
-        for callback in wanting:
-            with_state = dataclasses.replace(record, state=self.state)
-            self._take(callback.on_sync(with_state), record.step)
-            record = self._evaluate_if_asked(record)
-        self._scale_learning_rate(record.step)
-        if (self._save_asked or self._stop) and self._save is not None:
-            for callback in self._callbacks:
-                callback.on_save(record)
-            self._save(self.state, self._meta(record))
+        """Does what needs the state of this step: `on_sync`, evaluation, saving.
+
+        A signal that comes during an evaluation saves the state as it was before; what belongs to
+        this step is then done when the run continues. Of the last step it is done now.
+        """
+        before = self._meta(record) | {"is_open": True}
+        if record.is_last and self._signal.is_set:
+            self._write(record, before)
+        try:
+            done = self._look(record, wanting)
+        except _InterruptedError:
+            if not record.is_last:
+                self._interrupted()
+                self._write(record, before)
+                return record
+            self._write(record, before)
+            self.load_meta(before)
+            done = self._look(record, wanting)
+        self._scale_learning_rate(done.step)
+        if self._save_asked or self._stop:
+            self._write(done, self._meta(done))
         self._save_asked = False
         self._start_window()
+        self._watchdog.restart()
+        return done
+
+    def _look(self, record: StepRecord, wanting: Iterable[Callback]) -> StepRecord:
+        """Lets callbacks see the state, and evaluates."""
+        self._may_interrupt = not (record.is_last and self._signal.is_set)
+        with self._watchdog.slow_work():
+            record = self._evaluate_if_asked(record)
+            for callback in wanting:
+                with_state = dataclasses.replace(record, state=self.state)
+                self._take(callback.on_sync(with_state), record.step)
+                record = self._evaluate_if_asked(record)
         return record
+
+    def _write(self, record: StepRecord, meta: dict) -> None:
+        if self._saver is None:
+            return
+        for callback in self._callbacks:
+            callback.on_save(record)
+        with self._watchdog.slow_work():
+            self._saver.save(self.state, meta, is_final=record.is_last or bool(self._stop))
 
     def _evaluate_if_asked(self, record: StepRecord) -> StepRecord:
         asked, self._evaluation_asked = self._evaluation_asked, False
@@ -329,7 +451,7 @@ class Trainer:
     def _go_back(self, record: StepRecord) -> StepRecord:
         assert self._roll_back is not None
         reason, self._roll_back = self._roll_back.reason, None
-        restored = self._restore()
+        restored = self._saver.restore() if self._saver else None
         if restored is None:
             raise DivergedError(f"asked to roll back ({reason}), but there is no checkpoint yet")
         self.state, meta = restored
@@ -338,18 +460,25 @@ class Trainer:
         logger.info("rolled back from step %d to step %d: %s", record.step, back.step, reason)
         return back
 
-    def _loader(self, data: Dataset) -> Callable[[int], tuple[dict[str, jax.Array], int]]:
-        def load(step: int) -> tuple[dict[str, jax.Array], int]:
-            batch = data.batch(step)
-            return sharding.put_batch(batch, self._mesh), self.count(batch)
+    def _put(self, batch: Batch) -> tuple[dict[str, jax.Array], int, str | None]:
+        """Puts a batch on the devices; returns it with what is known of it only here."""
+        faults.point("data")
+        md5 = batch_md5(batch) if self._is_exact else None
+        return sharding.put_batch(batch, self._mesh), self.count(batch), md5
 
-        return load
-
-    def _record(self, step: int, metrics: Mapping[str, float]) -> StepRecord:
+    def _record(self, step: int, metrics: Mapping[str, float], **more: Any) -> StepRecord:
         elapsed = time.monotonic() - self._began
-        return StepRecord(
-            step=step, num_steps=self.config.num_steps, metrics=metrics, elapsed=elapsed
-        )
+        num_steps = self.config.num_steps
+        return StepRecord(step=step, num_steps=num_steps, metrics=metrics, elapsed=elapsed, **more)
 
     def _start_window(self) -> None:
         self._window_start, self._window_items = time.monotonic(), 0
+
+
+def batch_md5(batch: Mapping[str, np.ndarray]) -> str:
+    """Returns the MD5 over the names, dtypes, shapes and bytes of a batch, hexadecimal."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for name, array in sorted(batch.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

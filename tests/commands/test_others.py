@@ -28,7 +28,7 @@ def test_visualize(trained, capsys):
 def test_runs(trained, capsys):
     assert cli.main(["runs", f"--workdir={trained}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "state", "step", "val", "loss", "age"]
+    assert lines[0].split() == ["run", "state", "step", "loss", "val", "loss", "age"]
     assert [line.split()[:3] for line in lines[1:]] == [
         ["one", "finished", "3/3"],
         ["two", "finished", "3/3"],

@@ -12,7 +12,7 @@ from craft_jax import runs
 from craft_jax.errors import UsageError
 from craft_jax.models.seq2seq import Transformer
 from tests.commands.test_train import final_digest, losses, run_paths
-from tests.conftest import ROOT, command, environment, overrides
+from tests.conftest import ROOT, command, environment, overrides, seal
 
 MICRO = {
     "model.num_layers": 1,
@@ -279,6 +279,7 @@ def test_a_run_that_names_no_pairs_generates_but_does_not_train(trained, capsys)
         saved = json.loads(place.read_text(encoding="utf-8"))
         saved["data"]["pairs"] = None
         place.write_text(json.dumps(saved), encoding="utf-8")
+    seal(paths.checkpoints / "6")
     assert main(trained, "generate", "--run=bare", "--prompt=two") == 0
     for words in (["evaluate", "--run=bare"], ["--run=bare", "--config.training.num_steps=8"]):
         assert (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from craft_jax import checkpointing, optim, outputs, runs, sharding
+from craft_jax import checkpointing, locks, optim, outputs, runs, sharding
 from craft_jax import main as cli
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training import state as states
@@ -231,7 +231,7 @@ def test_a_run_refuses_other_data(text_file, workdir, capsys):
 
 def test_two_trainers_on_one_run(text_file, workdir, capsys):
     assert train(*micro(text_file), "--run=mine", f"--workdir={workdir}") == 0
-    with runs.lock(run_paths(workdir)):
+    with locks.hold(run_paths(workdir).folder):
         again = ["--run=mine", f"--workdir={workdir}", "--config.training.num_steps=9"]
         assert train(*again) == 69
     said = capsys.readouterr().err
@@ -314,4 +314,6 @@ def test_the_config_in_the_checkpoint_is_json(text_file, workdir):
     train(*micro(text_file), f"--workdir={workdir}")
     saved = json.loads((run_paths(workdir).checkpoints / "6/config.json").read_text())
     assert saved["data"]["path"] == str(text_file)
-    assert set(saved) == {"init_from", "model", "data", "optim", "training", "parallel"}
+    assert set(saved) == {
+        "init_from", "model", "data", "optim", "training", "parallel", "checkpoint", "log",
+    }  # fmt: skip

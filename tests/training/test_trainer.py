@@ -67,6 +67,34 @@ class Diary(Callback):
         return [step for name, step in self.entries if name == hook]
 
 
+class Kept:
+    """Keeps checkpoints in memory, as `Saver` keeps them on disk."""
+
+    def __init__(self):
+        self.all, self.finals = [], []
+
+    def save(self, state, meta, *, is_final=False):
+        self.all.append((jax.tree.map(lambda x: x.copy(), state), meta))
+        self.finals.append(is_final)
+
+    def restore(self):
+        return self.all[-1]
+
+    def poll(self):
+        pass
+
+    def close(self):
+        pass
+
+    @property
+    def steps(self):
+        return [int(state.step) for state, _ in self.all]
+
+    @property
+    def metas(self):
+        return [meta for _, meta in self.all]
+
+
 class Poisoned(TrainingWindows):
     """Batches that are not finite from a step on."""
 
@@ -100,27 +128,25 @@ def trainer(callbacks=(), num_steps=8, bad=range(0), cls=LanguageModelTrainer, *
 
 
 def test_hooks_in_order():
-    diary, saved = Diary(sync_at=(3,)), []
-    result = trainer(
-        [EvaluationCallback(4), CheckpointCallback(4), diary],
-        save=lambda state, meta: saved.append((int(state.step), meta["metrics"]["val_loss"])),
-    ).fit()
+    diary, kept = Diary(sync_at=(3,)), Kept()
+    result = trainer([EvaluationCallback(4), CheckpointCallback(4), diary], saver=kept).fit()
     assert result.step == 8
     assert result.stopped is None
     assert diary.steps("step") == [1, 2, 3, 4, 5, 6, 7, 8]
     assert diary.steps("evaluate") == [4, 8]
     assert diary.steps("save") == [4, 8]
     assert diary.steps("sync") == [3]
-    assert [step for step, _ in saved] == [4, 8]
+    assert kept.steps == [4, 8]
+    assert kept.finals == [False, True]
     assert diary.entries[0] == ("begin", 0)
     assert diary.entries[-1] == ("end", 8)
-    assert result.metrics["val_loss"] == saved[-1][1] == pytest.approx(saved[-1][1])
+    assert result.metrics["val_loss"] == kept.metas[-1]["metrics"]["val_loss"]
 
 
 def test_looking_does_not_change_what_is_seen():
     quiet, busy = Diary(), Diary(sync_at=range(100))
     trainer([quiet]).fit()
-    trainer([EvaluationCallback(1), CheckpointCallback(1), busy], save=lambda *_: None).fit()
+    trainer([EvaluationCallback(1), CheckpointCallback(1), busy], saver=Kept()).fit()
     assert busy.losses == quiet.losses
 
 
@@ -132,31 +158,29 @@ def test_evaluation_counts_every_token():
 
 
 def test_stop_saves_first():
-    saved = []
+    kept = Kept()
     diary = Diary({("step", 3): Stop("enough")})
-    result = trainer([diary], save=lambda state, meta: saved.append(int(state.step))).fit()
+    result = trainer([diary], saver=kept).fit()
     assert result.stopped == "enough"
     # The numbers of step 3 arrive while step 4 runs.
-    assert saved == [4]
+    assert kept.steps == [4]
     assert result.step == 4
 
 
 def test_stop_after_an_evaluation_saves_too():
-    saved = []
+    kept = Kept()
     diary = Diary({("evaluate", 4): Stop("enough")})
-    result = trainer(
-        [EvaluationCallback(2), diary], save=lambda state, meta: saved.append(int(state.step))
-    ).fit()
-    assert saved == [result.step] == [4]
+    result = trainer([EvaluationCallback(2), diary], saver=kept).fit()
+    assert kept.steps == [result.step] == [4]
 
 
 def test_requests_for_what_is_not_due():
-    saved = []
+    kept = Kept()
     diary = Diary({("step", 2): Evaluate(), ("step", 4): Save()})
-    trainer([diary], save=lambda state, meta: saved.append(int(state.step))).fit()
+    trainer([diary], saver=kept).fit()
     # Asked for with the numbers of a step, done after the one that ran meanwhile.
     assert diary.steps("evaluate") == [3]
-    assert saved == [5]
+    assert kept.steps == [5]
 
 
 def test_two_callbacks_of_one_class_keep_their_own_state():
@@ -170,28 +194,24 @@ def test_two_callbacks_of_one_class_keep_their_own_state():
         def load_state_dict(self, state):
             self.number = state["number"]
 
-    metas = []
-    trainer(
-        [Number(1), Number(2), CheckpointCallback(0)], save=lambda state, meta: metas.append(meta)
-    ).fit()
+    kept = Kept()
+    trainer([Number(1), Number(2), CheckpointCallback(0)], saver=kept).fit()
     again = [Number(0), Number(0)]
-    trainer(again).load_meta(metas[-1])
+    trainer(again).load_meta(kept.metas[-1])
     assert [callback.number for callback in again] == [1, 2]
 
 
 @pytest.mark.parametrize("code", [130, 75])
 def test_a_signal_saves_and_ends(code):
-    signal, saved = StopSignal(), []
+    signal, kept = StopSignal(), Kept()
 
     class Press(Callback):
         def on_step_end(self, record):
             if record.step == 2:
                 signal.exit_code = code
 
-    result = trainer(
-        [Press()], stop_signal=signal, save=lambda state, meta: saved.append(int(state.step))
-    ).fit()
-    assert saved == [result.step] == [3]
+    result = trainer([Press()], stop_signal=signal, saver=kept).fit()
+    assert kept.steps == [result.step] == [3]
     assert result.stopped == "a signal"
 
 
@@ -219,13 +239,8 @@ def test_scaling_the_learning_rate(hook, sync_at):
 
 
 def test_rolling_back():
-    kept = {}
-
-    def save(state, meta):
-        kept["now"] = jax.tree.map(lambda x: x.copy(), state), meta
-
     diary = Diary({("step", 6): RollBack("a test")})
-    result = trainer([CheckpointCallback(4), diary], save=save, restore=lambda: kept["now"]).fit()
+    result = trainer([CheckpointCallback(4), diary], saver=Kept()).fit()
     assert result.step == 8
     assert diary.steps("step") == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8][: len(diary.steps("step"))]
     assert diary.steps("step")[-4:] == [5, 6, 7, 8]
@@ -267,13 +282,13 @@ def test_the_base_trainer_knows_nothing_of_tokens():
 
 
 def test_callback_state_travels_in_the_checkpoint():
-    metas = []
+    kept = Kept()
     trainer(
         [EvaluationCallback(2), CheckpointCallback(2)],
         num_steps=4,
-        save=lambda state, meta: metas.append(meta),
+        saver=kept,
     ).fit()
-    best = min(meta["metrics"]["val_loss"] for meta in metas)
+    best = min(meta["metrics"]["val_loss"] for meta in kept.metas)
     again = CheckpointCallback(2)
-    trainer([again]).load_meta(metas[-1])
+    trainer([again]).load_meta(kept.metas[-1])
     assert again.best_loss == best

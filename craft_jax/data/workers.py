@@ -1,0 +1,309 @@
+"""Processes that make batches, each a part of them, for `loading`.
+
+Worker w of n makes the batches whose number is w modulo n, in order, one when it is asked to; a
+pipe of its own takes the numbers there and the batches back. Whatever ends a worker is noticed by
+the end of its pipe and named. Workers are spawned, not forked: the threads of JAX would not survive
+a fork. They keep no state, so they are killed rather than asked to leave.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import sysconfig
+import traceback
+from multiprocessing import connection, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, Self
+
+from craft_jax import errors
+from craft_jax.data.base import Batch, Dataset
+from craft_jax.errors import ConfigError, CraftError, DataError
+
+_LOOK_SECONDS = 1.0
+_MAX_MESSAGE = 300
+_PR_SET_PDEATHSIG = 1
+# A terminal and a scheduler send these to all processes of a run; the parent decides what to do.
+_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_HINTS = {signal.SIGKILL: " (out of memory?)", signal.SIGSEGV: " (a fault in native code?)"}
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_READY = "ready"
+
+
+class Workers:
+    """Worker processes for the batches `first` to `last - 1` of a dataset, while a context lasts.
+
+    Args:
+      dataset: whose batches; it must pickle.
+      first, last: their numbers.
+      count: processes, at least one.
+      ahead: batches that each makes before they are asked for.
+
+    Raises:
+      ConfigError: the dataset does not pickle.
+    """
+
+    def __init__(self, dataset: Dataset, first: int, last: int, *, count: int, ahead: int):
+        try:
+            self._pickled = ForkingPickler.dumps(dataset)
+        except Exception as error:
+            raise ConfigError(
+                f"data.workers={count}: the dataset {origin(dataset)} cannot be sent to processes "
+                f"({_one_line(error)}); use data.workers=0, or name its class with data.dataset"
+            ) from error
+        self._dataset, self._asked, self._last = dataset, first, last
+        self._ahead = ahead * count
+        self._workers: list[_Worker] = []
+        self._count = count
+
+    def __enter__(self) -> Self:
+        try:
+            self._workers = [_Worker() for _ in range(self._count)]
+            # All of them start at the same time, and before the first of them has to listen.
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        for worker in self._workers:
+            worker.close()
+
+    def kill(self) -> None:
+        """Kills all of them; a `get` in another thread then raises."""
+        for worker in self._workers:
+            worker.kill()
+
+    def get(self, step: int) -> Batch:
+        """Returns a batch; to be called for all of them in order.
+
+        Raises:
+          DataError: making it failed, or its worker died.
+          CraftError: what the dataset raised, if that is one.
+        """
+        for number in range(self._asked, min(step + self._ahead + 1, self._last)):
+            self._worker(number).send(number, self._pickled)
+            self._asked = number + 1
+        answer = self._worker(step).receive()
+        if isinstance(answer, _Failure):
+            raise answer.error(self._dataset, step) from _WorkerTraceback(answer.traceback)
+        if answer is None:
+            raise _death(self._dataset, step, self._worker(step))
+        return answer
+
+    def _worker(self, step: int) -> "_Worker":
+        return self._workers[step % self._count]
+
+
+class _WorkerTraceback(Exception):
+    """The traceback of an error that was raised in a worker, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class _Failure(NamedTuple):
+    """What a worker sends in place of a batch.
+
+    Attributes:
+      what: the error in words.
+      traceback: its traceback as text.
+      is_opening: whether it came from building the dataset.
+      passed: class name, arguments and attributes of a CraftError; None for other errors.
+    """
+
+    what: str
+    traceback: str
+    is_opening: bool = False
+    passed: tuple[str, tuple, dict] | None = None
+
+    @classmethod
+    def of(cls, error: BaseException, is_opening: bool = False) -> "_Failure":
+        passed = None
+        if isinstance(error, CraftError):
+            # The parent may not know a class of the user's.
+            known = next(c for c in type(error).__mro__ if c.__module__ == errors.__name__)
+            passed = (known.__name__, error.args, vars(error))
+        return cls(_failed(error), traceback.format_exc(), is_opening, passed)
+
+    def error(self, dataset: Dataset, step: int) -> CraftError:
+        if self.passed:
+            name, args, attributes = self.passed
+            kind = getattr(errors, name)
+            found = kind.__new__(kind, *args)  # Its own `__init__` made `args` already.
+            vars(found).update(attributes)
+            return found
+        if self.is_opening:
+            return DataError(
+                f"{origin(dataset)}: building the dataset in a worker process {self.what}; mend "
+                "it, or use data.workers=0"
+            )
+        return _batch_error(dataset, step, self.what)
+
+
+class _Worker:
+    """The parent's side of a worker process."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, self._other_end = spawn.Pipe()
+        self.process: BaseProcess = spawn.Process(
+            target=_work, args=(self._other_end, os.getpid()), name="loader", daemon=True
+        )
+        self._has_dataset = False
+        self.is_ready = False
+
+    def start(self) -> None:
+        # What the first start of a process would start, with these signals unblocked.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._other_end.close()
+
+    def send(self, step: int, pickled: Any) -> None:
+        # That a worker is dead shows when its batch is due.
+        with contextlib.suppress(OSError):
+            if not self._has_dataset:
+                self._pipe.send_bytes(pickled)
+                self._has_dataset = True
+            self._pipe.send(step)
+
+    def receive(self) -> Any:
+        """Returns what the worker sends next; None if it dies instead."""
+        while True:
+            # A process that the dataset started may hold the pipe open: so look at times.
+            while not connection.wait([self._pipe, self.process.sentinel], _LOOK_SECONDS):
+                if self.process.exitcode is not None:
+                    break
+            try:
+                answer = self._pipe.recv() if self._pipe.poll() else None
+            except (EOFError, OSError):
+                return None
+            if not isinstance(answer, str):
+                return answer
+            self.is_ready = True  # It said so.
+
+    def kill(self) -> None:
+        with contextlib.suppress(AttributeError, ValueError):  # Not started, or closed.
+            self.process.kill()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._other_end.close()
+        if self.process.pid is not None:
+            self.process.join()
+        self.process.close()
+
+
+# The process itself.
+
+
+def _work(pipe: Connection, parent: int) -> None:
+    _die_with(parent)
+    for number in _FOR_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
+    # A dataset that imports JAX must not take the accelerator from the parent.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with contextlib.suppress(EOFError, OSError):  # The parent has gone.
+        pickled = pipe.recv_bytes()
+        try:
+            dataset = ForkingPickler.loads(pickled)
+        except BaseException as error:
+            _send(pipe, _Failure.of(error, is_opening=True))
+            return
+        del pickled
+        pipe.send(_READY)
+        while True:
+            step = pipe.recv()
+            try:
+                answer = dataset.batch(step)
+            except BaseException as error:
+                answer = _Failure.of(error)
+            _send(pipe, answer)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when the thread that started it ends, in whatever way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # It ended before.
+        os._exit(1)
+
+
+def _send(pipe: Connection, answer: Any) -> None:
+    try:
+        pipe.send(answer)
+    except OSError:
+        raise
+    except Exception as error:  # It does not pickle.
+        pipe.send(_Failure.of(error))
+
+
+# Words.
+
+
+def origin(dataset: Dataset) -> str:
+    """Returns how messages call a dataset: by its config reference, or by its name."""
+    return f"data.dataset={dataset.recipe.reference}" if dataset.recipe else f"data {dataset.name}"
+
+
+def batch_error(dataset: Dataset, step: int, error: BaseException) -> DataError:
+    """Returns the error that says that making a batch raised another one, and where."""
+    return _batch_error(dataset, step, _failed(error))
+
+
+def _batch_error(dataset: Dataset, step: int, what: str) -> DataError:
+    return DataError(f"{origin(dataset)}: batch {step} {what}; mend what its batch({step}) does")
+
+
+def _failed(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    place = [f" ({frame.filename}:{frame.lineno})" for frame in (own or frames)[-1:]]
+    if isinstance(error, SystemExit):
+        what = f"exited with code {_exit_code(error.code)} in the middle of a batch"
+    else:
+        what = f"failed with {_one_line(error)}"
+    return what + "".join(place)
+
+
+def _exit_code(code: Any) -> int:
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def _one_line(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    words = words if len(words) <= _MAX_MESSAGE else f"{words[:_MAX_MESSAGE]}..."
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _death(dataset: Dataset, step: int, worker: _Worker) -> DataError:
+    worker.process.join(_LOOK_SECONDS)
+    code = worker.process.exitcode
+    remedy = f"mend what its batch({step}) does"
+    if code is None:
+        what = "closed its pipe"
+    elif code < 0:
+        what = f"was killed by {signal.Signals(-code).name}{_HINTS.get(-code, '')}"
+        if -code == signal.SIGKILL:
+            remedy = "use fewer data.workers or a smaller data.prefetch, or 0 workers"
+    else:
+        what = f"exited with code {code} in the middle of a batch"
+    if not worker.is_ready and not (code and code < 0):
+        what = f"exited with code {code} before its first batch"
+        remedy = (
+            'a script must train under `if __name__ == "__main__":`, for its workers import it; '
+            "else use data.workers=0"
+        )
+    return DataError(f"{origin(dataset)}: batch {step}: its worker process {what}; {remedy}")

@@ -1,0 +1,78 @@
+"""Files and folders that outlive a crash: synced to the disk, and put in place in one step."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def sync_tree(path: Path) -> None:
+    """Waits until a file, or everything in a folder, is on the disk."""
+    if not path.is_dir():
+        _sync(path)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder, not what they stand for, are on the disk."""
+    _sync(path)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swaps two paths in one step; returns False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = (os.fsencode(a), os.fsencode(b))
+    return renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0
+
+
+def put_in_place(partial: Path, place: Path, old: Path) -> None:
+    """Renames a synced folder to its place; what stood there is at `old` afterwards.
+
+    At every moment the place holds one of the two whole, where the system can swap them.
+    """
+    if not os.path.lexists(place):
+        partial.rename(place)
+    elif exchange(partial, place):
+        partial.rename(old)
+    else:
+        place.rename(old)
+        partial.rename(place)
+    sync_folder(place.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,155 @@
+"""When checkpoints are written and chosen, and what is done when that fails.
+
+The trainer asks for a save or a restore; `CheckpointStore` does it. What stands between is policy:
+one save at a time in the background, failures on the way that do not end a run at once, and the
+way back to the newest checkpoint that is as it was written.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from craft_jax import manifests
+from craft_jax.checkpointing import CheckpointConfig, CheckpointStore
+from craft_jax.errors import StorageError
+from craft_jax.manifests import DamagedError
+from craft_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+_FAILURES_IN_A_ROW = 3
+
+Restored = tuple[TrainState, dict]
+
+
+class Saver:
+    """Writes a run's checkpoints and finds the one to go on from.
+
+    Args:
+      store: the checkpoints.
+      config: the policy.
+      complete: adds to the trainer's meta what the run knows; returns the arguments of
+        `CheckpointStore.save` but for step and state.
+      read: restores a step; raises DamagedError where it cannot be read.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        complete: Callable[[dict], Mapping[str, Any]],
+        read: Callable[[int], Restored],
+    ):
+        self._store, self._config = store, config
+        self._complete, self._read = complete, read
+        self._failures = 0
+
+    def save(self, state: TrainState, meta: dict, *, is_final: bool = False) -> None:
+        """Writes a checkpoint; in the background unless it is the last thing that is done.
+
+        Raises:
+          StorageError: the last checkpoint, or several in a row, could not be written.
+        """
+        with self._tolerance():
+            self._store.wait()
+        arguments = self._complete(meta)
+        if is_final:
+            self._store.save(int(state.step), state, **arguments)
+            return
+        with self._tolerance():
+            self._store.save(
+                int(state.step), state, **arguments, background=self._config.background
+            )
+
+    def poll(self) -> None:
+        """Learns of a save that failed in the background.
+
+        Raises:
+          StorageError: it was one too many.
+        """
+        with self._tolerance():
+            self._store.poll()
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        with self._tolerance():
+            self._store.wait()
+
+    @contextlib.contextmanager
+    def _tolerance(self) -> Iterator[None]:
+        """Turns failures into warnings, up to a number of them in a row."""
+        written = self._store.written
+        try:
+            yield
+            if self._store.written > written:
+                self._failures = 0
+        except StorageError as error:
+            self._failures += 1
+            if self._config.on_error == "halt" or self._failures >= _FAILURES_IN_A_ROW:
+                raise
+            logger.warning("%s; training goes on", error)
+
+    def restore(self, is_checked: bool = False) -> Restored | None:
+        """Returns the newest checkpoint that is as it was written; None where there is none.
+
+        Damaged ones are renamed, once an older one has been read.
+
+        Args:
+          is_checked: whether every file has just been read and found to be as it was.
+
+        Raises:
+          StorageError: there are checkpoints, and none can be read.
+          ConfigError: they are of another model.
+        """
+        with self._tolerance():
+            self._store.wait()
+        level = "none" if is_checked else self._config.verify
+        return go_back(self._store, level, self._read)
+
+
+def go_back(
+    store: CheckpointStore, level: manifests.Level, read: Callable[[int], Any]
+) -> Any | None:
+    """Reads the newest checkpoint that can be read, and sets the damaged ones before it aside.
+
+    Args:
+      store: the checkpoints; no other process writes to them.
+      level: how closely to look, see `manifests.check`.
+      read: reads what is wanted of a step; raises DamagedError where it cannot.
+
+    Returns:
+      What `read` returned; None where there is no checkpoint, and there never was one.
+
+    Raises:
+      StorageError: there are checkpoints, and none can be read.
+    """
+    bad: dict[int, str] = {}
+    while True:
+        step, worse = store.newest_good(level, below=min(bad, default=None))
+        bad |= worse
+        if step is None:
+            break
+        try:
+            found = read(step)
+        except DamagedError as error:
+            bad[step] = str(error)
+            continue
+        for damaged, reason in bad.items():
+            place = store.mark_corrupt(damaged)
+            logger.warning(
+                "checkpoint step %d is damaged (%s); falling back to step %d; it stays as %s",
+                damaged,
+                reason,
+                step,
+                place.name,
+            )
+        return found
+    reasons = [f"step {step}: {reason}" for step, reason in sorted(bad.items(), reverse=True)]
+    reasons += [f"{name}: found damaged earlier" for name in store.corrupt()]
+    if not reasons:
+        return None
+    raise StorageError(
+        f"no checkpoint below {store.folder} can be read ({'; '.join(reasons)}); to begin again "
+        "from step 0 add --config.checkpoint.resume=none, or use another --run"
+    )
