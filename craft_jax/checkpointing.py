@@ -46,7 +46,7 @@ from craft_jax.schema import setting
 logger = logging.getLogger(__name__)
 
 # TensorStore keeps what it has not written yet in memory, up to one data file.
-_DATA_FILE_SIZE = 64 * 2**20
+_IMPORTED_FILE_SIZE = 64 * 2**20
 
 _LEFTOVER = re.compile(r"\.(\d+)\.(tmp|trash)-\d+")
 _FULL = {
@@ -406,7 +406,7 @@ class CheckpointStore(Checkpoints):
         place, partial = self.folder / str(step), self._aside(step, "tmp")
         try:
             partial.mkdir(parents=True)
-            leaves = _write_arrays(partial, PARAMS, params, is_stoppable=True)
+            leaves = _write_arrays(partial, PARAMS, params, is_imported=True)
             outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
             self._commit(partial, step, leaves)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
@@ -415,25 +415,31 @@ class CheckpointStore(Checkpoints):
 
 
 def _write_arrays(
-    folder: Path, part: str, arrays: Mapping[str, np.ndarray], *, is_stoppable: bool = False
+    folder: Path, part: str, arrays: Mapping[str, np.ndarray], *, is_imported: bool = False
 ) -> dict[str, Leaf]:
     """Writes arrays with Orbax into a folder of a checkpoint.
 
     Args:
       folder, part: where.
       arrays: by path.
-      is_stoppable: whether a signal ends it.
+      is_imported: whether they are views of mapped files: then one is in memory at a time, and a
+        signal ends it.
 
     Returns:
       What was in memory, by `part/path`.
     """
-    writer = _OneByOne(arrays)
+    writer = _Writer(arrays, one_by_one=is_imported)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    save = ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=_DATA_FILE_SIZE)
-    stopping = _stopping(writer) if is_stoppable else contextlib.nullcontext()
-    with quiet_absl(), stopping, ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder / part, args=save)
+    size = _IMPORTED_FILE_SIZE if is_imported else None
+    save = ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=size)
+    with quiet_absl(), _stopping(writer) if is_imported else contextlib.nullcontext():
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(folder / part, args=save)
+        finally:
+            if writer.failure:
+                raise writer.failure
     return {f"{part}/{name}": writer.leaves[name] for name in arrays}
 
 
@@ -458,42 +464,50 @@ class Pin:
             fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes arrays one after the other, until it is told to stop.
+class _Writer(ocp.type_handlers.NumpyHandler):
+    """Writes arrays, takes their checksums, and reports the first failure when all have ended.
 
-    Orbax alone holds a copy of all of them, and goes on in its threads when the program is told to
-    end.
+    Orbax alone gives up at once: the writes that go on then find its event loop closed, and print
+    that. It holds a copy of all arrays, and goes on in its threads when it is told to end.
+
+    Args:
+      arrays: by path.
+      one_by_one: keep no more than one in memory, and stop between two of them when told to.
     """
 
-    def __init__(self, params: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray], one_by_one: bool) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self.leaves: dict[str, Leaf] = {}
-        self._names = {id(array): name for name, array in params.items()}
-        self.is_stopped = self._has_failed = False
+        self.is_stopped = False
+        self.failure: BaseException | None = None
+        self._names = {id(array): name for name, array in arrays.items()}
+        self._one_by_one = one_by_one
         self._turn: asyncio.Lock | None = None
 
     async def _open_and_write(self, value: np.ndarray, *args: Any, **kwargs: Any) -> None:
+        if not self._one_by_one:
+            await self._write(value, *args, **kwargs)
+            return
         self._turn = self._turn or asyncio.Lock()
-        await self._turn.acquire()
+        async with self._turn:
+            await self._write(value, *args, **kwargs)
+
+    async def _write(self, value: np.ndarray, *args: Any, **kwargs: Any) -> None:
+        if self.failure:
+            return
         try:
-            if self._has_failed:
-                return  # One failure is enough for Orbax, and a second is printed.
             if self.is_stopped:
                 raise InterruptedError("told to stop")
             # TensorStore is slow on views whose rows are far apart, such as transposed ones.
             array = np.ascontiguousarray(value).reshape(value.shape)
             self.leaves[self._names[id(value)]] = manifests.leaf_of(array)
             await super()._open_and_write(array, *args, **kwargs)
-        except BaseException:
-            self._has_failed = True
-            raise
-        finally:
-            with contextlib.suppress(RuntimeError):  # After a failure the event loop is gone.
-                self._turn.release()
+        except Exception as error:
+            self.failure = self.failure or error
 
 
 @contextlib.contextmanager
-def _stopping(handler: _OneByOne) -> Iterator[None]:
+def _stopping(handler: _Writer) -> Iterator[None]:
     """Lets signals stop a handler between two arrays, and passes them on when it has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,8 +2,8 @@
 # All that CI checks: bash scripts/check.sh
 #
 # In a new virtual environment: the README's test command, then the README's main command on a
-# shortened config, from an empty folder, and the commands that follow it. Where python3.12 exists,
-# the tests once more with the newest JAX and without torch.
+# shortened config, from an empty folder, and the commands that follow it; the fault tests. Where
+# python3.12 exists, the tests once more with the newest JAX and without torch.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
@@ -56,6 +56,9 @@ $interop verify "$run" ckpt.pt
 $interop import gpt2 outputs/models/imported
 $craft generate --run=imported --prompt="def " --max_new_tokens=20
 find outputs -maxdepth 2 | sort
+
+section "runs that are killed, damaged and starved"
+bash "$root/scripts/faults.sh" --quick
 
 # The other Python is looked for by name; a version manager may offer a name that does not run.
 if python312=$(command -v python3.12) && "$python312" --version >/dev/null 2>&1; then

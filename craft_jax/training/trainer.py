@@ -369,7 +369,7 @@ class Trainer:
         """
         before = self._meta(record) | {"is_open": True}
         if record.is_last and self._signal.is_set:
-            self._write(record, before)
+            self._write(record, before, is_announced=False)
         try:
             done = self._look(record, wanting)
         except _InterruptedError:
@@ -377,7 +377,7 @@ class Trainer:
                 self._interrupted()
                 self._write(record, before)
                 return record
-            self._write(record, before)
+            self._write(record, before, is_announced=False)
             self.load_meta(before)
             done = self._look(record, wanting)
         self._scale_learning_rate(done.step)
@@ -399,11 +399,12 @@ class Trainer:
                 record = self._evaluate_if_asked(record)
         return record
 
-    def _write(self, record: StepRecord, meta: dict) -> None:
+    def _write(self, record: StepRecord, meta: dict, *, is_announced: bool = True) -> None:
         if self._saver is None:
             return
-        for callback in self._callbacks:
-            callback.on_save(record)
+        if is_announced:  # Else the step is not yet done, and loggers do not write it yet.
+            for callback in self._callbacks:
+                callback.on_save(record)
         with self._watchdog.slow_work():
             self._saver.save(self.state, meta, is_final=record.is_last or bool(self._stop))
 

@@ -7,14 +7,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.cases import CASES, PYTEST
+from tests.faults.cases import CASES, QUICK
 from tests.faults.harness import Lab
 
 
 def main() -> int:
     """Returns 0 if nothing was lost."""
     parser = argparse.ArgumentParser(prog="bash scripts/faults.sh", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer trials, without pytest's")
+    parser.add_argument("--quick", action="store_true", help="the most important, with few trials")
     parser.add_argument("--only", help="names of cases, separated by commas")
     parser.add_argument("--keep", action="store_true", help="leave the runs where they are")
     args = parser.parse_args()
@@ -22,7 +22,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"{unknown[0]} is not one of {', '.join(sorted(CASES))}")
     if args.quick and not args.only:
-        names = [name for name in names if name not in PYTEST]
+        names = QUICK
     lost: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="craft_jax_faults_"))
     print(
@@ -37,13 +37,12 @@ def main() -> int:
                 survived += 1
         except Exception as error:
             failed = 1
-            lost.append(f"{name}: {type(error).__name__}: {error}")
+            lost.append(name)
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         took = time.monotonic() - start
         print(f"| {name} | {title} | {survived + failed} | {survived} | {failed} | {took:.0f} |",
               flush=True)  # fmt: skip
-    print(f"\nlost: {len(lost)} ({time.monotonic() - begin:.0f} s in all)")
-    for reason in lost:
-        print(f"\n--- {reason}")
+    print(f"\nlost: {', '.join(lost) or 'nothing'} ({time.monotonic() - begin:.0f} s in all)")
     if not (lost or args.keep):
         shutil.rmtree(folder, ignore_errors=True)
     else:

@@ -19,6 +19,8 @@ from tests.faults.harness import ROOT, Child, Lab, Lost, damage, files, need, sm
 
 Trials = Iterator[None]
 CASES: dict[str, tuple[str, Callable[[Lab], Trials]]] = {}
+# What is also tried in CI, with fewer trials: the rest repeats it in other places.
+QUICK = "A1 A2 A5 B1 B2 C1 C1b C2 D1 D3 F2 F6 I2 M1 M2".split()
 
 
 def case(name: str, title: str) -> Callable[[Callable[[Lab], Trials]], Callable[[Lab], Trials]]:
@@ -66,7 +68,8 @@ def kills_around_saves(lab: Lab) -> Trials:
 @case("A2", "kill -9 at each point of a save")
 def kills_at_points(lab: Lab) -> Trials:
     reference = lab.reference()
-    for point in ("begin", "mid_write", "before_commit", "after_commit", "mid_gc"):
+    points = ("before_commit", "mid_gc", "begin", "mid_write", "after_commit")
+    for point in points[: 2 if lab.is_quick else None]:
         name = lab.name()
         lab.train(name, fault=f"ckpt.{point}:2:kill9")
         again = lab.train(name).must(0)
@@ -130,7 +133,8 @@ def _stopped(lab: Lab, child: Child, name: str, code: int = 75) -> int:
 @case("B1", "SIGTERM in the middle of a run")
 def preempted(lab: Lab) -> Trials:
     reference = lab.reference()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for number in numbers[: 1 if lab.is_quick else None]:
         name = lab.name()
         child = lab.start(name, training__checkpoint_every=1000, fault="step:9:sleep=1")
         child.until(lambda child=child: "step 7/40" in child.said)
@@ -149,7 +153,7 @@ def preempted_anywhere(lab: Lab) -> Trials:
         ("ckpt.mid_write:3:sleep=2", "step 9/40"),
         ("ckpt.begin:2:sleep=2", "step 9/40"),
         ("data:12:sleep=3", "step 9/40"),
-    ):
+    )[:: 3 if lab.is_quick else 1]:
         name = lab.name()
         child = lab.start(name, fault=fault)
         child.until(lambda child=child, words=words: words in child.said)
@@ -163,7 +167,7 @@ def preempted_anywhere(lab: Lab) -> Trials:
         ("start:1:sleep=3", ""),
         ("data:1:sleep=5", "batch "),
         ("compile:1:sleep=3", "batch "),
-    ):
+    )[2 if lab.is_quick else 0 :]:
         name = lab.name()
         child = lab.start(name, fault=fault)
         child.until(lambda child=child, words=words: words in child.said)
@@ -248,17 +252,17 @@ def _damage_in_process(lab: Lab, kinds: str, trials: int | None) -> Trials:
 
 @case("C1", "each file of the newest checkpoint deleted, emptied, halved, one bit flipped")
 def damaged(lab: Lab) -> Trials:
-    yield from _damage_in_process(lab, "delete,empty,half,flip", 12 if lab.is_quick else None)
+    yield from _damage_in_process(lab, "delete,empty,half,flip", 4 if lab.is_quick else None)
 
 
 @case("C1b", "one flipped bit in any file of the newest checkpoint")
 def flipped(lab: Lab) -> Trials:
-    yield from _damage_in_process(lab, "flip", 8 if lab.is_quick else 100)
+    yield from _damage_in_process(lab, "flip", 4 if lab.is_quick else 100)
 
 
 @case("C2", "every checkpoint damaged: refused, never begun again")
 def all_damaged(lab: Lab) -> Trials:
-    for kind in ("flip", "delete"):
+    for kind in ("flip",) if lab.is_quick else ("flip", "delete"):
         name = lab.copy(lab.reference())
         for path in sorted(lab.store(name).folder.glob("*/meta.json")):
             damage(path, kind, lab.rng)
@@ -349,8 +353,8 @@ def _full_disk(lab: Lab, disk: Path) -> Trials:
         with ballast.open("wb") as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 16))
-        child.until(lambda: "checkpoint at step 15 failed: no space left" in child.said)
-        need("still safe at step 10" in child.said, child.said)
+        failed = r"checkpoint at step 1[05] failed: no space left on .* still safe at step (5|10);"
+        child.until(lambda: re.search(failed, child.said))
         ballast.unlink()
         child.wait().must(0, "step 20: checkpoint saved")
         lab.same(name, reference)
@@ -406,7 +410,7 @@ def twice(lab: Lab) -> Trials:
 @case("F2", "stopped after any step, and continued")
 def any_step(lab: Lab) -> Trials:
     reference = lab.reference()
-    steps = [1, 7, 20, 39] if lab.is_quick else range(1, 40)
+    steps = [7, 39] if lab.is_quick else range(1, 40)
     for step in steps:
         name = lab.name()
         fault = f"step:{step}:term"  # Counts from the second step of a process.
@@ -425,7 +429,8 @@ def epochs(lab: Lab) -> Trials:
     texts = [p.read_text(encoding="utf-8") for p in log.glob("*.log")]
     epoch = min(int(n) for t in texts for n in re.findall(r"an epoch is (\d+) steps", t))
     need(2 * epoch < 40, f"an epoch has {epoch} steps")
-    for step in sorted({k * epoch + d for k in (1, 2) for d in (-2, -1, 0)}):
+    steps = sorted({k * epoch + d for k in (1, 2) for d in (-2, -1, 0)})
+    for step in steps[:2] if lab.is_quick else steps:
         name = lab.name()
         lab.train(name, fault=f"step:{step}:term", **changes).must(75)
         lab.train(name, **changes).must(0)
@@ -436,7 +441,7 @@ def epochs(lab: Lab) -> Trials:
 @case("F4", "stopped with gradients of several micro-batches")
 def accumulated(lab: Lab) -> Trials:
     changes = {"training__accumulate": 4}
-    for step in (6, 13):
+    for step in (6,) if lab.is_quick else (6, 13, 38):
         name = lab.name()
         lab.train(name, fault=f"step:{step}:term", **changes).must(75)
         lab.train(name, **changes).must(0)
@@ -460,7 +465,7 @@ def dropout(lab: Lab) -> Trials:
 @case("F6", "any number of worker processes and batches ahead, also changed on resume")
 def workers(lab: Lab) -> Trials:
     reference = lab.reference()
-    for count, ahead in ((0, 0), (1, 8), (2, 1), (3, 8))[:: 2 if lab.is_quick else 1]:
+    for count, ahead in ((2, 1), (1, 8), (0, 0), (3, 8))[: 1 if lab.is_quick else None]:
         name = lab.name()
         options = {"data__workers": count, "data__prefetch": ahead}
         lab.train(name, fault="step:11:term", **options).must(75)
@@ -589,7 +594,7 @@ def another_tokenizer(lab: Lab) -> Trials:
     name = lab.copy(lab.reference())
     theirs = lab.store(name).tokenizer_file(40)
     other = lab.folder / "other.json"
-    other.write_text(theirs.read_text(encoding="utf-8").replace('"z"', '"Z"'), encoding="utf-8")
+    other.write_text(theirs.read_text(encoding="utf-8").replace('"t"', '"Z"'), encoding="utf-8")
     said = lab.command("generate", f"--run={name}", f"--tokenizer={other}").must(78).said
     need(said.count("digest") == 2, said)
     yield

@@ -205,6 +205,8 @@ class Lab:
           **changes: fields of the config, with `__` for the dot.
         """
         env = self.environment(**(env or {}), **({"CRAFT_FAULT": fault} if fault else {}))
+        if limit:  # It would leave half-written entries in the cache of compiled programs.
+            env["JAX_ENABLE_COMPILATION_CACHE"] = "0"
         words = [*prefix, *self.words(run, *more, **changes)]
         return Child(words, env, self.folder, preexec_fn=limit)
 
