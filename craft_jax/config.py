@@ -173,9 +173,9 @@ def model_class(name: str) -> type[Model]:
     Raises:
       ConfigError: there is none.
     """
-    if name in MODELS:
+    if isinstance(name, str) and name in MODELS:
         return MODELS[name]
-    if plugins.is_reference(name):
+    if isinstance(name, str) and plugins.is_reference(name):
         return plugins.load(name, "model.name", Model)
     close = difflib.get_close_matches(str(name), MODELS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -501,10 +501,15 @@ def coerce(value: Any, kind: Any) -> Any:
             if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
                 return tuple(value)
         elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ValueError("is too large for a number") from None
         elif (option is int and isinstance(value, int) and not isinstance(value, bool)) or (
             option in (bool, str) and isinstance(value, option)
         ):
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError("has a NUL character")
             return value
     raise ValueError(f"is not {_in_words(kind)}")
 
@@ -532,8 +537,10 @@ def parse(text: str, kind: Any) -> Any:
             if option is float:
                 return float(text)
             if option is str:
-                return text
+                return coerce(text, str)
         except ValueError:
+            if option is str:
+                raise
             continue
     return coerce(text, kind)
 

@@ -22,7 +22,7 @@ class OptimConfig:
     """How parameters move."""
 
     name: Literal["adamw"] = setting("adamw", "the optimizer: adamw")
-    learning_rate: float = setting(1e-3, "the peak learning rate", above=0)
+    learning_rate: float = setting(1e-3, "the peak learning rate", above=0, maximum=1e6)
     min_learning_rate: float = setting(
         1e-4, "where cosine, linear and wsd end, and the floor of inverse_sqrt", minimum=0
     )
@@ -38,10 +38,12 @@ class OptimConfig:
     wsd_fraction: float = setting(
         0.2, "the last part of the schedule in which wsd decays", above=0, maximum=1
     )
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", minimum=0)
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay, on matrices only", minimum=0, maximum=1e6
+    )
     beta1: float = setting(0.9, "decay of the first moment", minimum=0, below=1)
     beta2: float = setting(0.99, "decay of the second moment", minimum=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0, minimum=1e-30)
     clip_norm: float | None = setting(
         1.0, "largest norm of the whole gradient; none for no clipping", above=0
     )

@@ -238,7 +238,7 @@ class Checkpoints:
     def _read_json(self, step: int, name: str) -> dict:
         path = self.folder / str(step) / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         except (OSError, ValueError) as error:
             raise StorageError(f"checkpoint file {path} cannot be read: {error}") from error
 
@@ -393,7 +393,8 @@ def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     """
     partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        # Names of files need not be Unicode.
+        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text)
             file.flush()
             if sync:

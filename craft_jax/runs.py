@@ -438,6 +438,6 @@ def saved_config(paths: RunPaths) -> dict:
       StorageError: it cannot be read.
     """
     try:
-        return json.loads(paths.config.read_text(encoding="utf-8"))
+        return json.loads(paths.config.read_text(encoding="utf-8", errors="surrogateescape"))
     except (OSError, ValueError) as error:
         raise StorageError(f"{paths.config} cannot be read: {error}") from error

@@ -90,7 +90,7 @@ def setup_logging() -> None:
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Also writes every message to a file, with its time, while the context lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger("craft_jax")
     root.addHandler(handler)

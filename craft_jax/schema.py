@@ -10,6 +10,14 @@ import math
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+MAX_WIDTH = 2**20
+MAX_LAYERS = 1000
+MAX_POSITIONS = 2**24
+MAX_VOCAB = 2**26
+"""Sizes of a model beyond these are mistakes, and would be noticed only by hours of work."""
+
+_MAX_INT = 2**31 - 1
+
 
 class Contradiction(NamedTuple):
     """Values that are possible alone but not together.
@@ -51,14 +59,22 @@ def out_of_bounds(section: Any, name: str) -> Iterator[tuple[str, str]]:
         full_name, value = f"{name}.{field.name}", getattr(section, field.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             yield full_name, f"{full_name}={value} is not finite; the default is {field.default}"
         elif demands := _broken_bounds(value, field.metadata):
             words = " and ".join(demands)
+            value = _short(value)
             yield full_name, f"{full_name}={value} must be {words}; the default is {field.default}"
 
 
+def _short(value: float) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:8]}... ({len(text)} digits)"
+
+
 def _broken_bounds(value: float, bounds: Any) -> list[str]:
+    if isinstance(value, int):
+        bounds = {"maximum": _MAX_INT} | dict(bounds)
     rules = [
         ("minimum", "at least", value.__ge__),
         ("maximum", "at most", value.__le__),
@@ -66,7 +82,7 @@ def _broken_bounds(value: float, bounds: Any) -> list[str]:
         ("below", "less than", value.__lt__),
     ]
     return [
-        f"{words} {bounds[rule]:g}"
+        f"{words} {bounds[rule]}"
         for rule, words, holds in rules
         if rule in bounds and holds(type(value)(bounds[rule])) is not True
     ]

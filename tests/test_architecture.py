@@ -22,6 +22,7 @@ LAYERS = [
         "sharding",
         "runtime",
         "watchdog",
+        "memory",
         "generation",
         "profiling",
         "checkpointing",

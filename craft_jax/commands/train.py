@@ -20,6 +20,7 @@ from craft_jax import config as configs
 from craft_jax import (
     faults,
     locks,
+    memory,
     optim,
     outputs,
     plugins,
@@ -119,6 +120,7 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
         datasets = _open_datasets(config, workdir, found, step, origin)
         model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
         model_def = base.define(config.model_class, model_config)
+        _check_memory(config, model_def, mesh)
         if found:
             paths = found
         else:
@@ -168,6 +170,18 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
         _finish(config, trainer, sampler, paths, result.metrics)
         status.finish("done", None, OK)
     return OK
+
+
+def _check_memory(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sharding.Mesh) -> None:
+    need = memory.least(
+        model_def.num_params,
+        model_def.config,
+        batch_size=config.data.batch_size,
+        seq_len=config.data.seq_len,
+        accumulate=config.training.accumulate,
+        mesh=mesh,
+    )
+    memory.check(need, mesh)
 
 
 @contextlib.contextmanager

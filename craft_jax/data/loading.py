@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.workers import Workers, batch_error, origin
 from craft_jax.errors import CraftError, DataError
@@ -92,7 +94,8 @@ def check_ids(dataset: Dataset, step: int, batch: Batch) -> None:
             continue
         if ids.min() >= 0 and ids.max() < vocab_size:
             continue
-        place = [int(i) for i in next(zip(*((ids < 0) | (ids >= vocab_size)).nonzero()))]
+        wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
+        place = wrong[0].tolist()
         where = ""
         if len(place) == 2 and name != "source":
             # A target is the token one place later.

@@ -15,7 +15,7 @@ from craft_jax.data.base import Dataset, Recipe
 from craft_jax.data.cache import TokenCache
 from craft_jax.data.tokenizers import KINDS, Tokenizer
 from craft_jax.errors import ConfigError, UsageError
-from craft_jax.schema import Contradiction, setting
+from craft_jax.schema import MAX_POSITIONS, MAX_VOCAB, Contradiction, setting
 
 NO_TOKENIZER = "the model came without a tokenizer: name one with --tokenizer=PATH"
 
@@ -33,7 +33,10 @@ class DataConfig:
         "bpe", "char, byte, bpe, or the path of a tokenizer.json; none for a model without one"
     )
     vocab_size: int = setting(
-        1024, "tokens in the vocabulary that bpe trains; others ignore it", minimum=257
+        1024,
+        "tokens in the vocabulary that bpe trains; others ignore it",
+        minimum=257,
+        maximum=MAX_VOCAB,
     )
     val_fraction: float = setting(
         0.1,
@@ -49,15 +52,16 @@ class DataConfig:
         "pairs of text instead of running text: dates, reverse or sort (made here), or the path of "
         "a .tsv or .jsonl file (fields source, target)",
     )
-    num_pairs: int = setting(20000, "made pairs that train", minimum=1)
+    num_pairs: int = setting(20000, "made pairs that train", minimum=1, maximum=10**7)
     seq_len: int = setting(
         128,
         "tokens in a training window; of pairs, the most in a source and in a target, end token "
         "included",
         minimum=1,
+        maximum=MAX_POSITIONS,
     )
     batch_size: int = setting(
-        16, "windows or pairs per optimizer step, over all devices", minimum=1
+        16, "windows or pairs per optimizer step, over all devices", minimum=1, maximum=2**24
     )
     dataset: str | None = setting(
         None, "a dataset class of your own, path/file.py:Class; replaces the text pipeline"

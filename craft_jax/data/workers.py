@@ -93,7 +93,7 @@ class Workers:
             self._asked = number + 1
         answer = self._worker(step).receive()
         if isinstance(answer, _Failure):
-            raise answer.error(self._dataset, step) from _WorkerTraceback(answer.traceback)
+            raise answer.error(self._dataset, step) from _WorkerTracebackError(answer.traceback)
         if answer is None:
             raise _death(self._dataset, step, self._worker(step))
         return answer
@@ -102,7 +102,7 @@ class Workers:
         return self._workers[step % self._count]
 
 
-class _WorkerTraceback(Exception):
+class _WorkerTracebackError(Exception):
     """The traceback of an error that was raised in a worker, as text."""
 
     def __str__(self) -> str:

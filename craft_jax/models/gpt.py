@@ -15,7 +15,14 @@ from flax import nnx
 from craft_jax.models.base import LanguageModel
 from craft_jax.models.blocks import MLP, Attention, Cached, KVCache, residual_std, split_keys
 from craft_jax.models.layers import Embedding, Head, LayerNorm, dropout
-from craft_jax.schema import Contradiction, setting
+from craft_jax.schema import (
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    Contradiction,
+    setting,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,13 +33,22 @@ class GPTConfig:
         "gpt", "gpt, transformer, seq2seq, or a model class of your own, path/file.py:Class"
     )
     vocab_size: int | None = setting(
-        None, "rows of the token embedding; none for the tokenizer's size", minimum=1
+        None,
+        "rows of the token embedding; none for the tokenizer's size",
+        minimum=1,
+        maximum=MAX_VOCAB,
     )
-    num_layers: int = setting(4, "blocks", minimum=1)
-    num_heads: int = setting(4, "attention heads; must divide d_model", minimum=1)
-    d_model: int = setting(128, "width of the residual stream", minimum=1)
-    d_ff: int | None = setting(None, "hidden width of the MLP; none for 4 * d_model", minimum=1)
-    max_seq_len: int = setting(128, "positions, that is the longest context in tokens", minimum=1)
+    num_layers: int = setting(4, "blocks", minimum=1, maximum=MAX_LAYERS)
+    num_heads: int = setting(
+        4, "attention heads; must divide d_model", minimum=1, maximum=MAX_WIDTH
+    )
+    d_model: int = setting(128, "width of the residual stream", minimum=1, maximum=MAX_WIDTH)
+    d_ff: int | None = setting(
+        None, "hidden width of the MLP; none for 4 * d_model", minimum=1, maximum=4 * MAX_WIDTH
+    )
+    max_seq_len: int = setting(
+        128, "positions, that is the longest context in tokens", minimum=1, maximum=MAX_POSITIONS
+    )
     dropout: float = setting(
         0.0, "probability of zeroing embeddings, attention and residuals", minimum=0, below=1
     )
@@ -45,7 +61,7 @@ class GPTConfig:
     )
     tie_embeddings: bool = setting(True, "whether the head is the token embedding")
     head_bias: bool = setting(False, "whether the head has a bias")
-    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0)
+    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0, minimum=1e-20, maximum=1)
 
     def contradictions(self) -> Iterator[Contradiction]:
         yield from heads_divide(self)

@@ -26,7 +26,7 @@ from craft_jax.models.transformer import (
     embed,
     position_table,
 )
-from craft_jax.schema import setting
+from craft_jax.schema import MAX_LAYERS, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Seq2SeqConfig(StackConfig):
     """The architecture of a `Transformer`."""
 
     name: str = setting("seq2seq", "seq2seq")
-    num_layers: int = setting(2, "blocks of the encoder", minimum=1)
-    num_decoder_layers: int = setting(2, "blocks of the decoder", minimum=1)
+    num_layers: int = setting(2, "blocks of the encoder", minimum=1, maximum=MAX_LAYERS)
+    num_decoder_layers: int = setting(2, "blocks of the decoder", minimum=1, maximum=MAX_LAYERS)
     share_embeddings: bool = setting(True, "whether source and target have one token embedding")
 
 

@@ -26,7 +26,14 @@ from craft_jax.models.blocks import (
 )
 from craft_jax.models.gpt import heads_divide
 from craft_jax.models.layers import Embedding, Head, LayerNorm, Sinusoids, dropout
-from craft_jax.schema import Contradiction, setting
+from craft_jax.schema import (
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    Contradiction,
+    setting,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +42,21 @@ class StackConfig:
 
     name: str
     vocab_size: int | None = setting(
-        None, "rows of each embedding; none for the tokenizer's size", minimum=1
+        None,
+        "rows of each embedding; none for the tokenizer's size",
+        minimum=1,
+        maximum=MAX_VOCAB,
     )
-    num_heads: int = setting(4, "attention heads; must divide d_model", minimum=1)
-    d_model: int = setting(128, "width of the residual stream", minimum=1)
-    d_ff: int | None = setting(None, "hidden width of the MLP; none for 4 * d_model", minimum=1)
-    max_seq_len: int = setting(128, "positions, that is the longest context in tokens", minimum=1)
+    num_heads: int = setting(
+        4, "attention heads; must divide d_model", minimum=1, maximum=MAX_WIDTH
+    )
+    d_model: int = setting(128, "width of the residual stream", minimum=1, maximum=MAX_WIDTH)
+    d_ff: int | None = setting(
+        None, "hidden width of the MLP; none for 4 * d_model", minimum=1, maximum=4 * MAX_WIDTH
+    )
+    max_seq_len: int = setting(
+        128, "positions, that is the longest context in tokens", minimum=1, maximum=MAX_POSITIONS
+    )
     dropout: float = setting(
         0.0,
         "probability of zeroing embeddings, attention, hidden units and residuals",
@@ -54,7 +70,7 @@ class StackConfig:
     norm_first: bool = setting(
         True, "layer norms before attention and MLP (pre-norm), or after the residual sum"
     )
-    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0)
+    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0, minimum=1e-20, maximum=1)
     positions: Literal["learned", "sinusoidal"] = setting(
         "learned", "learned, or sinusoidal: a table of sines that never trains"
     )
@@ -81,7 +97,7 @@ class TransformerConfig(StackConfig):
     """The architecture of a `TransformerLM`; the defaults are those of Craft's own model."""
 
     name: str = setting("transformer", "transformer")
-    num_layers: int = setting(4, "blocks", minimum=1)
+    num_layers: int = setting(4, "blocks", minimum=1, maximum=MAX_LAYERS)
     norm_bias: bool | None = setting(
         None, "whether the layer norms of the blocks have biases; none for the same as bias"
     )

@@ -27,7 +27,7 @@ from craft_jax.models.base import ModelDef
 from craft_jax.optim import Schedule
 from craft_jax.precision import Policy
 from craft_jax.runtime import StopSignal
-from craft_jax.schema import setting
+from craft_jax.schema import Contradiction, setting
 from craft_jax.training import step as steps
 from craft_jax.training.callbacks import (
     Callback,
@@ -63,7 +63,9 @@ class TrainingConfig:
     )
     log_every: int = setting(10, "steps between logged lines", minimum=1)
     sample_every: int = setting(250, "steps between samples; 0 for none", minimum=0)
-    sample_tokens: int = setting(100, "tokens in a sample; the last one is longer", minimum=1)
+    sample_tokens: int = setting(
+        100, "tokens in a sample; the last one is longer", minimum=1, maximum=100_000
+    )
     accumulate: int = setting(1, "micro-batches that a batch is computed in", minimum=1)
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "the dtype of products and activations; parameters stay float32"
@@ -78,6 +80,14 @@ class TrainingConfig:
         minimum=0,
     )
     callbacks: tuple[str, ...] = setting((), "callback classes of your own, path/file.py:Class")
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        if 0 < (self.stall_seconds or 0) < 1:
+            yield Contradiction(
+                ("training.stall_seconds",),
+                f"training.stall_seconds={self.stall_seconds} is shorter than a step may be; use 1 "
+                "or more, or 0 for never",
+            )
 
 
 class _InterruptedError(Exception):
