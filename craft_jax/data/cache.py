@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from craft_jax.errors import DataError, OutputError, StorageError
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-_FORMAT = 1
+_FORMAT = 2
 _BPE_SAMPLE_CHARS = 32 << 20
 _CHARACTER_LIMIT = 65536
 
@@ -132,11 +133,15 @@ def build(
 def _open(path: Path, digest: str) -> TokenCache | None:
     """Opens a cache; None if there is none. One that is not whole is moved out of the way."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(
+            (path / "manifest.json").read_text(encoding="utf-8", errors="surrogateescape")
+        )
         for split in SPLITS:
             expected = manifest["splits"][split]["tokens"] * np.dtype(manifest["dtype"]).itemsize
             if (path / f"{split}.bin").stat().st_size != expected:
                 raise ValueError(f"{split}.bin does not have {expected} bytes")
+            if _crc32(path / f"{split}.bin") != manifest["splits"][split]["crc32"]:
+                raise ValueError(f"{split}.bin: crc32 mismatch")
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         if (manifest["digest"], manifest["tokenizer"]["digest"]) != (digest, tokenizer.digest):
             raise ValueError("its digests do not agree")
@@ -197,7 +202,9 @@ def _write(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
-    (path / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    # Names of files need not be Unicode.
+    with (path / "manifest.json").open("w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text + "\n")
     logger.info(
         "data: %s training and %s validation tokens in %.1f s",
         f"{splits['train']['tokens']:,}",
@@ -275,7 +282,17 @@ def _encode(
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
+    for split in SPLITS:
+        counts[split]["crc32"] = _crc32(path / f"{split}.bin")
     return counts
+
+
+def _crc32(path: Path) -> str:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def _known(tokenizer: Tokenizer, pieces: Iterable[str], source: Source) -> Iterator[str]:

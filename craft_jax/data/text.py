@@ -6,6 +6,7 @@ of a batch, T tokens of a window.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -42,6 +43,24 @@ class TrainingWindows(Dataset):
         self._offsets = seq_len if len(tokens_N) >= 2 * seq_len else 1
         self._windows = (len(tokens_N) - self._offsets) // seq_len
         self._order = grain.MapDataset.range(self._windows).seed(seed).shuffle().repeat()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self), tokenizer=None)
+        tokens_N = self.tokens_N
+        if isinstance(tokens_N, np.memmap):  # A worker maps the file itself.
+            state["tokens_N"] = (
+                tokens_N.filename,
+                tokens_N.dtype.str,
+                tokens_N.offset,
+                tokens_N.shape,
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["tokens_N"], tuple):
+            name, dtype, offset, shape = state["tokens_N"]
+            state["tokens_N"] = np.memmap(name, dtype, "r", offset, shape)
+        vars(self).update(state)
 
     def __len__(self) -> int:
         return max(1, self._windows // self.batch_size)
