@@ -327,7 +327,7 @@ def no_room(lab: Lab) -> Trials:
     lab.train(name).must(0, "resuming from step 10")
     lab.same(name, lab.reference())
     yield
-    if (tmpfs := _tmpfs(lab)) is not None:
+    if not lab.is_quick and (tmpfs := _tmpfs(lab)) is not None:
         yield from _full_disk(lab, tmpfs)
 
 
@@ -570,7 +570,7 @@ for _name, (_title, _words) in PYTEST.items():
 
 @case("I2", "kill -9 of a trainer: its workers end")
 def orphans(lab: Lab) -> Trials:
-    for _ in range(2 if lab.is_quick else 5):
+    for _ in range(1 if lab.is_quick else 5):
         before = set(os.listdir("/dev/shm"))
         name = lab.name()
         child = lab.start(name, data__workers=2, fault="step:9:sleep=5")
