@@ -384,7 +384,7 @@ def heals(lab: Lab) -> Trials:
     yield
 
 
-@case("D4", "outputs that cannot be written: exit 73 in less than 3 s")
+@case("D4", "outputs that cannot be written: exit 73 before anything is compiled")
 def unwritable(lab: Lab) -> Trials:
     file = lab.folder / "a_file"
     file.write_text("", encoding="utf-8")
