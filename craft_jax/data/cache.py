@@ -4,7 +4,8 @@ A cache is a folder `{workdir}/data/<digest>/` with `train.bin` and `val.bin` (l
 documents one after another, each ended by the end token where the vocabulary has one),
 `tokenizer.json`, and `manifest.json`, which says what it was made from. The digest covers the text,
 the tokenizer's recipe and the split, so an equal request finds the cache of an earlier one, and a
-changed text cannot. It is written beside its place and renamed: a cache is whole or absent.
+changed text cannot. It is written beside its place and renamed: a cache is whole or absent. What
+is read from it later is checked first, by a checksum and the largest id of each split.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from craft_jax import durable
 from craft_jax.data import tokenizers
 from craft_jax.data.sources import Source
 from craft_jax.data.tokenizers import Tokenizer
@@ -31,8 +34,9 @@ from craft_jax.errors import DataError, OutputError, StorageError
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-_FORMAT = 2
+_FORMAT = 3
 _BPE_SAMPLE_CHARS = 32 << 20
+_BLOCK_BYTES = 1 << 22
 _CHARACTER_LIMIT = 65536
 
 
@@ -91,7 +95,7 @@ def build(
       folder: where caches live.
 
     Raises:
-      DataError: the source is empty or unreadable.
+      DataError: the source is empty or unreadable, or changes while it is read.
       OutputError: the folder cannot be made.
       StorageError: the cache cannot be written.
     """
@@ -110,8 +114,9 @@ def build(
     if cache := _open(path, digest):
         logger.info("data: %s (prepared already)", path)
         return cache
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    partial = path.with_name(f".{path.name}{_partial_mark()}{os.getpid()}")
     try:
+        _remove_left(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
@@ -133,16 +138,21 @@ def build(
 def _open(path: Path, digest: str) -> TokenCache | None:
     """Opens a cache; None if there is none. One that is not whole is moved out of the way."""
     try:
-        manifest = json.loads(
-            (path / "manifest.json").read_text(encoding="utf-8", errors="surrogateescape")
-        )
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        tokenizer, dtype = Tokenizer.load(path / "tokenizer.json"), np.dtype(manifest["dtype"])
         for split in SPLITS:
-            expected = manifest["splits"][split]["tokens"] * np.dtype(manifest["dtype"]).itemsize
+            promised = manifest["splits"][split]
+            expected = promised["tokens"] * dtype.itemsize
             if (path / f"{split}.bin").stat().st_size != expected:
                 raise ValueError(f"{split}.bin does not have {expected} bytes")
-            if _crc32(path / f"{split}.bin") != manifest["splits"][split]["crc32"]:
+            found = _Ids()
+            with (path / f"{split}.bin").open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found.add(np.frombuffer(block, dtype))
+            if found.crc32 != promised["crc32"]:
                 raise ValueError(f"{split}.bin: crc32 mismatch")
-        tokenizer = Tokenizer.load(path / "tokenizer.json")
+            if found.largest != promised["largest"] or found.largest >= tokenizer.vocab_size:
+                raise ValueError(f"{split}.bin has ids up to {found.largest}")
         if (manifest["digest"], manifest["tokenizer"]["digest"]) != (digest, tokenizer.digest):
             raise ValueError("its digests do not agree")
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
@@ -180,7 +190,12 @@ def _write(
         tokenizer = tokenizers.train_bpe(_bpe_sample(source, cut), vocab_size)
     assert isinstance(tokenizer, Tokenizer)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    splits = _encode(source, tokenizer, cut, path, dtype)
+    try:
+        splits = _encode(source, tokenizer, cut, path, dtype)
+    except DataError:
+        _check_unchanged(source, recipe["source"])
+        raise
+    _check_unchanged(source, recipe["source"])
     (path / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     manifest = recipe | {
         "source": {
@@ -202,15 +217,58 @@ def _write(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
-    # Names of files need not be Unicode.
-    with (path / "manifest.json").open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text + "\n")
+    (path / "manifest.json").write_text(text + "\n", encoding="utf-8")
     logger.info(
         "data: %s training and %s validation tokens in %.1f s",
         f"{splits['train']['tokens']:,}",
         f"{splits['val']['tokens']:,}",
         time.monotonic() - start,
     )
+
+
+def _check_unchanged(source: Source, digest: str) -> None:
+    """Sees that what was read in several passes was the same in all of them."""
+    if source.digest() != digest:
+        raise DataError(
+            f"{source.origin}: the text changed while it was tokenized; start again when nothing "
+            "writes to it"
+        )
+
+
+def _partial_mark() -> str:
+    """Returns what stands before the process id in the name of a folder that is being written."""
+    host = "".join(c for c in socket.gethostname() if c.isalnum() or c in "-_")
+    return f".tmp-{host}-"
+
+
+def _remove_left(folder: Path) -> None:
+    """Removes what processes of this machine left that were killed while they wrote a cache."""
+    mark = _partial_mark()
+    for left in folder.glob(f".*{mark}*"):
+        pid = left.name.rpartition(mark)[2]
+        if pid.isdigit() and not durable.is_alive(int(pid)):
+            logger.info("data: removing %s, which a killed process left", left)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+class _Ids:
+    """Keeps a checksum of ids, and the largest, while they pass.
+
+    Attributes:
+      largest: -1 before there are any.
+    """
+
+    def __init__(self) -> None:
+        self.largest, self._crc = -1, 0
+
+    def add(self, ids: np.ndarray) -> None:
+        self._crc = zlib.crc32(ids, self._crc)
+        if ids.size:
+            self.largest = max(self.largest, int(ids.max()))
+
+    @property
+    def crc32(self) -> str:
+        return f"{self._crc:08x}"
 
 
 @dataclasses.dataclass
@@ -268,7 +326,8 @@ def _bpe_sample(source: Source, cut: int) -> Iterator[str]:
 def _encode(
     source: Source, tokenizer: Tokenizer, cut: int, path: Path, dtype: np.dtype
 ) -> dict[str, dict]:
-    counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
+    counts: dict[str, dict] = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
+    written = {split: _Ids() for split in SPLITS}
     marks, texts = itertools.tee(_split_at(source, cut))
     encoded = tokenizer.encode_pieces(_known(tokenizer, (piece for _, piece, _ in texts), source))
     with contextlib.ExitStack() as stack:
@@ -276,23 +335,17 @@ def _encode(
         for (split, piece, is_end), ids in zip(marks, encoded, strict=True):
             if is_end and tokenizer.end_id is not None:
                 ids.append(tokenizer.end_id)
-            files[split].write(np.array(ids, dtype).tobytes())
+            ids_N = np.array(ids, dtype)
+            files[split].write(ids_N.tobytes())
+            written[split].add(ids_N)
             counts[split]["tokens"] += len(ids)
             counts[split]["bytes"] += len(piece.encode())
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    for split in SPLITS:
-        counts[split]["crc32"] = _crc32(path / f"{split}.bin")
+    for split, ids in written.items():
+        counts[split] |= {"crc32": ids.crc32, "largest": ids.largest}
     return counts
-
-
-def _crc32(path: Path) -> str:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
 
 
 def _known(tokenizer: Tokenizer, pieces: Iterable[str], source: Source) -> Iterator[str]:

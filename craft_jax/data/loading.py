@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.workers import Workers, batch_error, origin
+from craft_jax.data.workers import Workers, batch_error, make_batch, origin
 from craft_jax.errors import CraftError, DataError
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def read_batch(dataset: Dataset, step: int) -> Batch:
       DataError, CraftError: see `load_batches`.
     """
     try:
-        batch = dataset.batch(step)
+        batch = make_batch(dataset, step)
     except CraftError:
         raise
     except BaseException as error:

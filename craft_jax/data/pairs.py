@@ -20,7 +20,7 @@ import numpy as np
 
 from craft_jax.data import tokenizers
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.sources import blocks, plain_name
+from craft_jax.data.sources import blocks, other_encoding, plain_name, shown
 from craft_jax.data.tokenizers import END_TOKEN, Tokenizer
 from craft_jax.errors import DataError
 
@@ -159,11 +159,19 @@ def read(path: Path, field: str = "data.pairs") -> Pairs:
       DataError: it cannot be read, or a line of it; names the line.
     """
     if not has_pairs_name(path.name):
-        raise DataError(f"{field}={path} is no file of pairs; its name must end in .tsv or .jsonl")
+        raise DataError(
+            f"{field}={shown(path)} is no file of pairs; its name must end in .tsv or .jsonl"
+        )
     parse = _from_json if ".jsonl" in path.name.lower() else _from_tabs
-    origin = f"{field}: {path} line"
+    content = b"".join(blocks(path, field))
+    if encoding := other_encoding(content):
+        raise DataError(
+            f"{field}: {shown(path)} is {encoding} text; convert it to UTF-8 (iconv -f {encoding} "
+            "-t utf-8)"
+        )
+    origin = f"{field}: {shown(path)} line"
     pairs: list[Pair] = []
-    for place, raw in enumerate(b"".join(blocks(path, field)).split(b"\n"), start=1):
+    for place, raw in enumerate(content.split(b"\n"), start=1):
         here = f"{origin} {place}"
         try:
             line = raw.removesuffix(b"\r").decode()
@@ -181,7 +189,7 @@ def read(path: Path, field: str = "data.pairs") -> Pairs:
             raise DataError(f"{here} has an empty source; mend or remove it")
         pairs.append(pair)
     if not pairs:
-        raise DataError(f"{field}: {path} holds no pair; write one in each line")
+        raise DataError(f"{field}: {shown(path)} holds no pair; write one in each line")
     return Pairs(plain_name(path), origin, pairs, [])
 
 

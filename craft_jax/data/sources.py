@@ -1,5 +1,6 @@
 """Where text comes from: the standard library's source, or the user's files, as documents.
 
+Text is UTF-8; a byte order mark that a file begins with is no part of its text.
 A source is read as a stream: a document yields its text in pieces of bounded size, so memory does
 not grow with the corpus, nor with the length of a line. What flows out are `Document`s; what is
 unreadable raises `DataError` with the file, the place in it and the remedy.
@@ -23,6 +24,12 @@ from craft_jax.errors import DataError
 
 PIECE_CHARS = 1 << 16
 _BLOCK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 10
+_MAX_WORD = 60
+_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # Begins as UTF-16 does.
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _TEXT_SUFFIXES = {
     ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".json", ".jsonl",
     ".yaml", ".yml", ".toml", ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
@@ -135,8 +142,8 @@ def open_source(kind: str, path: str | None, text_field: str = "text") -> Source
             text_field=text_field,
         )
     assert path is not None
-    origin = f"data.path={path}"
-    target = Path(path).expanduser()
+    origin = f"data.path={shown(path)}"
+    target = Path(os.path.expanduser(path))
     root, paths = _find_files(target, origin)
     return Source(
         name=plain_name(target), origin=origin, root=root, paths=paths, text_field=text_field
@@ -156,13 +163,29 @@ def _find_files(target: Path, origin: str) -> tuple[Path, tuple[Path, ...]]:
         if not os.path.isfile(target):
             raise DataError(f"{origin}: neither a file nor a folder; name one that holds text")
         return target.parent, (target,)
-    paths = sorted(p for p in map(Path, glob.glob(str(target), recursive=True)) if p.is_file())
+    if os.path.islink(target):
+        raise DataError(
+            f"{origin}: a link to {shown(os.readlink(target))}, which leads nowhere; mend it, or "
+            "name what it should lead to"
+        )
+    paths = sorted(p for p in map(Path, _matches(str(target))) if p.is_file())
     if not paths:
         what = "no file matches" if glob.has_magic(str(target)) else "no such file or folder"
-        hint = f"; the current folder is {Path.cwd()}" if not target.is_absolute() else ""
-        raise DataError(f"{origin}: {what}{hint}")
+        hint = f" (the current folder is {Path.cwd()})" if not target.is_absolute() else ""
+        raise DataError(f"{origin}: {what}{hint}; name a file, a folder or a glob pattern of text")
     parents = {str(p.parent) for p in paths}
     return Path(os.path.commonpath(parents)), tuple(paths)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yields each file of a glob pattern once, also where links to folders go round in circles."""
+    seen = set()
+    for path in sorted(glob.iglob(pattern, recursive=True), key=len):
+        folder, name = os.path.split(path)
+        place = os.path.join(os.path.realpath(folder), name)
+        if place not in seen:
+            seen.add(place)
+            yield path
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -178,16 +201,24 @@ def _is_text_name(path: Path) -> bool:
 
 
 def plain_name(target: Path) -> str:
-    """Turns a path into a word for file names: letters, digits and underscores."""
+    """Turns a path into a short word for file names: letters, digits and underscores."""
     word = "".join(c if c.isalnum() else "_" for c in target.name.split(".")[0]).strip("_")
-    return word or "text"
+    return word[:_MAX_WORD] or "text"
+
+
+def shown(path: str | Path) -> str:
+    """Returns a path as messages show it: in one line, with escapes for what cannot be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def _open_plain(path: Path, field: str = "data.path") -> BinaryIO:
     try:
+        # Opening a named pipe would wait for whoever writes into it.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{field}: {shown(path)} is no file; name one that holds text")
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"{field}: cannot read {path}: {error.strerror}") from error
+        raise DataError(f"{field}: cannot read {shown(path)}: {error.strerror}") from error
 
 
 def blocks(path: Path, field: str = "data.path") -> Iterator[bytes]:
@@ -206,17 +237,19 @@ def blocks(path: Path, field: str = "data.path") -> Iterator[bytes]:
             while block := file.read(_BLOCK_BYTES):
                 yield block
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{field}: {path} is not a whole gzip file: {error}") from error
+            raise DataError(f"{field}: {shown(path)} is not a whole gzip file: {error}") from error
         except OSError as error:
-            raise DataError(f"{field}: cannot read {path}: {error}") from error
+            raise DataError(f"{field}: cannot read {shown(path)}: {error.strerror}") from error
 
 
 def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    offset, is_start = 0, True
     for block in blocks(path):
-        yield _decode(decoder, block, path, offset)
+        text = _decode(decoder, block, path, offset)
         offset += len(block)
+        yield text.removeprefix("\ufeff") if is_start else text
+        is_start = is_start and not text
     yield _decode(decoder, b"", path, offset, final=True)
 
 
@@ -224,40 +257,64 @@ def _decode(
     decoder: codecs.IncrementalDecoder, block: bytes, path: Path, offset: int, final: bool = False
 ) -> str:
     pending = len(decoder.getstate()[0])
+    encoding = other_encoding(block) if offset == 0 else None
     try:
         text = decoder.decode(block, final)
     except UnicodeDecodeError as error:
         place = offset - pending + error.start
-        what = "looks like a binary file" if b"\0" in block else "is not UTF-8 text"
+        is_binary = b"\0" in block and not encoding
+        what = "looks like a binary file" if is_binary else f"is {encoding or 'not UTF-8'} text"
         raise DataError(
-            f"data.path: {path} {what}: byte 0x{error.object[error.start]:02x} at offset {place}; "
-            "convert it to UTF-8 (iconv -f ... -t utf-8) or leave it out"
+            f"data.path: {shown(path)} {what}: byte 0x{error.object[error.start]:02x} at offset "
+            f"{place}; convert it to UTF-8 (iconv -f {encoding or '...'} -t utf-8) or leave it out"
         ) from None
     if "\0" in text:
-        place = offset + block.index(b"\0")
+        what, remedy = "looks like a binary file", ""
+        if encoding:
+            what, remedy = f"is {encoding} text", f"convert it (iconv -f {encoding} -t utf-8) or "
         raise DataError(
-            f"data.path: {path} looks like a binary file: NUL byte at offset {place}; leave it out"
+            f"data.path: {shown(path)} {what}: NUL byte at offset {offset + block.index(0)}; "
+            f"{remedy}leave it out"
         )
     return text
+
+
+def other_encoding(start: bytes) -> str | None:
+    """Returns which of UTF-16 and UTF-32 a file that begins with these bytes is in, if one."""
+    for encoding, marks in _MARKS.items():
+        if start.startswith(marks):
+            return encoding
+    # Without a mark: of the two bytes of a Latin letter one is 0.
+    for encoding, high in (("UTF-16BE", 0), ("UTF-16LE", 1)):
+        zeros = [start[:_HEAD_BYTES][side::2].count(0) for side in (high, 1 - high)]
+        if zeros[0] > len(start[:_HEAD_BYTES]) // 3 and not zeros[1]:
+            return encoding
+    return None
 
 
 def _jsonl_documents(path: Path, text_field: str) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
+        here = f"data.path: {shown(path)} line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"data.path: {path} line {number} is not JSON: {error.msg}; mend or remove it"
-            ) from None
+        except (ValueError, RecursionError) as error:
+            words = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"{here} is not JSON: {words}; mend or remove it") from None
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise DataError(
-                f"data.path: {path} line {number} has no text in the field {text_field!r} (it has: "
-                f"{have}); set data.text_field"
+                f"{here} has no text in the field {text_field!r} (it has: {shown(have)}); set "
+                "data.text_field"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{here} has half a character in the field {text_field!r}; mend or remove it"
+            ) from None
         yield Document(path=path, line=number, text=text)
 
 

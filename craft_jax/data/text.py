@@ -5,6 +5,7 @@ of a batch, T tokens of a window.
 """
 
 import functools
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,40 @@ from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import DataError
 
 
-class TrainingWindows(Dataset):
+class _Windows(Dataset):
+    """What training and validation share."""
+
+    tokens_N: np.ndarray
+
+    def place(self, step: int, row: int, position: int) -> str:
+        path = getattr(self.tokens_N, "filename", None)
+        return f"{path or 'the stream'} token {self._first(step, row) + position}"
+
+    def _first(self, step: int, row: int) -> int:
+        """Returns the place of a window's first token in the stream."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self), tokenizer=None)
+        tokens_N = self.tokens_N
+        # A worker maps the file itself. A slice does not know its place in it, and goes as it is.
+        if isinstance(tokens_N, np.memmap) and isinstance(tokens_N.base, mmap.mmap):
+            state["tokens_N"] = (
+                tokens_N.filename,
+                tokens_N.dtype.str,
+                tokens_N.offset,
+                tokens_N.shape,
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["tokens_N"], tuple):
+            name, dtype, offset, shape = state["tokens_N"]
+            state["tokens_N"] = np.memmap(name, dtype, "r", offset, shape)
+        vars(self).update(state)
+
+
+class TrainingWindows(_Windows):
     """Shuffled windows, epoch after epoch, without end.
 
     Each epoch lays the windows side by side from an offset of its own, and visits them in an order
@@ -44,23 +78,8 @@ class TrainingWindows(Dataset):
         self._windows = (len(tokens_N) - self._offsets) // seq_len
         self._order = grain.MapDataset.range(self._windows).seed(seed).shuffle().repeat()
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(vars(self), tokenizer=None)
-        tokens_N = self.tokens_N
-        if isinstance(tokens_N, np.memmap):  # A worker maps the file itself.
-            state["tokens_N"] = (
-                tokens_N.filename,
-                tokens_N.dtype.str,
-                tokens_N.offset,
-                tokens_N.shape,
-            )
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["tokens_N"], tuple):
-            name, dtype, offset, shape = state["tokens_N"]
-            state["tokens_N"] = np.memmap(name, dtype, "r", offset, shape)
-        vars(self).update(state)
+    def _first(self, step: int, row: int) -> int:
+        return self._start(step * self.batch_size + row)
 
     def __len__(self) -> int:
         return max(1, self._windows // self.batch_size)
@@ -81,7 +100,7 @@ class TrainingWindows(Dataset):
         return offset + int(self._order[n]) * self.seq_len
 
 
-class ValidationWindows(Dataset):
+class ValidationWindows(_Windows):
     """All of a stream, once, in windows that do not overlap.
 
     Every token but the first is predicted exactly once. The last batch is filled up with windows
@@ -100,6 +119,9 @@ class ValidationWindows(Dataset):
         _need_a_window(len(tokens_N), seq_len, "validation")
         self.tokens_N, self.seq_len, self.batch_size = tokens_N, seq_len, batch_size
         self._windows = -(-(len(tokens_N) - 1) // seq_len)
+
+    def _first(self, step: int, row: int) -> int:
+        return (step * self.batch_size + row) * self.seq_len
 
     def __len__(self) -> int:
         return -(-self._windows // self.batch_size)
@@ -127,10 +149,13 @@ def from_cache(
       DataError: the split is shorter than one window.
     """
     tokens_N = cache.tokens(split)
-    if split == "train":
-        dataset = TrainingWindows(tokens_N, seq_len=seq_len, batch_size=batch_size, seed=seed)
-    else:
-        dataset = ValidationWindows(tokens_N, seq_len=seq_len, batch_size=batch_size)
+    try:
+        if split == "train":
+            dataset = TrainingWindows(tokens_N, seq_len=seq_len, batch_size=batch_size, seed=seed)
+        else:
+            dataset = ValidationWindows(tokens_N, seq_len=seq_len, batch_size=batch_size)
+    except DataError as error:
+        raise DataError(f"{cache.manifest['source']['origin']}: {error}") from None
     return _described(
         dataset,
         tokenizer=cache.tokenizer,

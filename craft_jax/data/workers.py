@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 # A terminal and a scheduler send these to all processes of a run; the parent decides what to do.
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _HINTS = {signal.SIGKILL: " (out of memory?)", signal.SIGSEGV: " (a fault in native code?)"}
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_NOT_OWN = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _READY = "ready"
 
 
@@ -227,7 +227,7 @@ def _work(pipe: Connection, parent: int) -> None:
         while True:
             step = pipe.recv()
             try:
-                answer = dataset.batch(step)
+                answer = make_batch(dataset, step)
             except BaseException as error:
                 answer = _Failure.of(error)
             _send(pipe, answer)
@@ -250,6 +250,21 @@ def _send(pipe: Connection, answer: Any) -> None:
         pipe.send(_Failure.of(error))
 
 
+def make_batch(dataset: Dataset, step: int) -> Batch:
+    """Returns a batch of a dataset, if it is one.
+
+    Raises:
+      TypeError: it is no dict of arrays.
+    """
+    batch = dataset.batch(step)
+    if not isinstance(batch, dict):
+        raise TypeError(f"it returned a {type(batch).__name__}, not a dict of arrays")
+    for name, array in batch.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"its {name!r} is a {type(array).__name__}, not an array")
+    return batch
+
+
 # Words.
 
 
@@ -269,7 +284,7 @@ def _batch_error(dataset: Dataset, step: int, what: str) -> DataError:
 
 def _failed(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OWN)]
     place = [f" ({frame.filename}:{frame.lineno})" for frame in (own or frames)[-1:]]
     if isinstance(error, SystemExit):
         what = f"exited with code {_exit_code(error.code)} in the middle of a batch"

@@ -244,7 +244,7 @@ def test_two_trainers_on_one_run(text_file, workdir, capsys):
     [
         (b"", "the text is empty"),
         (b"x", "data.seq_len=16 needs at least 17 tokens, but the training split has 0"),
-        (b"\xff\xfe\0a", "looks like a binary file: byte 0xff at offset 0"),
+        (b"\xff\xfe\0a", "is UTF-16 text: byte 0xff at offset 0"),
         (b"abc\xe9\n" * 100, "not UTF-8 text: byte 0xe9 at offset 3"),
         (None, "no such file or folder"),
     ],

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -75,6 +76,76 @@ def test_a_damaged_cache_is_made_again(text_file, workdir):
     for file, content in (("train.bin", b"\0"), ("manifest.json", b"{"), ("tokenizer.json", b"")):
         (first.path / file).write_bytes(content)
         assert build(text_file, workdir).tokens("train").tolist() == expected
+
+
+def test_a_flipped_bit_is_found(text_file, workdir, caplog):
+    first = build(text_file, workdir)
+    expected = first.tokens("val").tolist()
+    content = bytearray((first.path / "val.bin").read_bytes())
+    content[17] ^= 1
+    (first.path / "val.bin").write_bytes(content)
+    assert build(text_file, workdir).tokens("val").tolist() == expected
+    assert "is damaged (val.bin: crc32 mismatch); making it again" in caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
+    first = build(text_file, workdir)
+    assert first.manifest["splits"]["train"]["largest"] == first.tokens("train").max()
+    expected = first.tokens("train").tolist()
+    ids = first.tokens("train").copy()
+    ids[5] = 60_000
+    ids.tofile(first.path / "train.bin")
+    promised = first.manifest["splits"]["train"]
+    promised |= {"crc32": f"{zlib.crc32(ids):08x}", "largest": 60_000}
+    (first.path / "manifest.json").write_text(json.dumps(first.manifest), encoding="utf-8")
+    assert build(text_file, workdir).tokens("train").tolist() == expected
+    assert "train.bin has ids up to 60000" in caplog.text
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_a_text_that_changes_while_it_is_read(text_file, workdir, monkeypatch, tokenizer):
+    survey = cache._survey
+
+    def and_replace(source, want_alphabet):
+        found = survey(source, want_alphabet)
+        text_file.write_text("NEW " + words(2400, seed=3), encoding="utf-8")
+        return found
+
+    monkeypatch.setattr(cache, "_survey", and_replace)
+    with pytest.raises(DataError, match=r"^data.path=.*the text changed while it was tokenized"):
+        build(text_file, workdir, tokenizer)
+    assert not list((workdir / "data").iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_leaves_nothing(text_file, workdir, monkeypatch, error):
+    def interrupted(*_):
+        raise error
+
+    monkeypatch.setattr(cache, "_encode", interrupted)
+    with pytest.raises(error):
+        build(text_file, workdir)
+    assert not list((workdir / "data").iterdir())
+
+
+def test_what_killed_builders_left_goes(text_file, workdir):
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from craft_jax.data import cache, sources\n"
+        "cache._encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cache.build(sources.open_source('files', sys.argv[1]), tokenizer='byte',\n"
+        "    vocab_size=300, val_fraction=0.1, folder=Path(sys.argv[2]))\n"
+    )
+    folder = workdir / "data"
+    killed = [sys.executable, "-c", program, str(text_file), str(folder)]
+    assert subprocess.run(killed, env=environment(), check=False).returncode == -9
+    (left,) = folder.iterdir()
+    alive = folder / left.name.replace(left.name.rpartition("-")[2], str(os.getppid()))
+    elsewhere = folder / ".0123456789abcdef.tmp-another-host-1"
+    for other in (alive, elsewhere):
+        other.mkdir()
+    tokens = build(text_file, workdir)
+    assert set(folder.iterdir()) == {tokens.path, alive, elsewhere}
 
 
 def test_a_tokenizer_of_the_users_own(text_file, tmp_path, workdir):

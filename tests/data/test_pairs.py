@@ -213,6 +213,8 @@ BAD_LINES = [
     ("a.jsonl", b'{"source": 1, "target": "b"}\n', "no text in the field 'source'"),
     ("a.jsonl", b'{"source": "\\ud800", "target": "b"}\n', "half a character"),
     ("a.jsonl", b"[" * 5000, "line 1 is not JSON"),
+    ("a.tsv", "one\tun\n".encode("utf-16"), "a.tsv is UTF-16 text; convert it to UTF-8 (iconv -f"),
+    ("a.tsv", "one\tun\n".encode("utf-16-le"), "a.tsv is UTF-16LE text; convert it"),
     ("a.csv", b"one,un\n", "its name must end in .tsv or .jsonl"),
     ("a.tsv", b"one\tun\n", "leaves no training pair of 1"),
     ("a.tsv", b"one\tun\n" * 9, "leaves no validation pair of 9"),

@@ -58,6 +58,22 @@ def test_pieces_are_bounded_and_whole(tmp_path, monkeypatch):
     assert all(piece.endswith("\n") for piece in pieces[:5])
 
 
+def test_a_mark_at_the_start_is_dropped_and_no_other(tmp_path, monkeypatch):
+    for size in (1, 2, 3, 100):
+        monkeypatch.setattr(sources, "_BLOCK_BYTES", size)
+        for name, content in (("a.txt", "\ufeff\ufeffa\ufeff"), ("b.txt", ""), ("c.txt", "\ufeff")):
+            (tmp_path / name).write_text(content, encoding="utf-8")
+        assert text_of(open_source("files", str(tmp_path))) == ["\ufeffa\ufeff", "", ""]
+
+
+def test_links_that_go_round(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.txt").write_text("once", encoding="utf-8")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    for pattern in ("**/*.txt", "a/**", "*/*.txt", ""):
+        assert text_of(open_source("files", str(tmp_path / pattern))) == ["once"]
+
+
 def test_digest_follows_names_and_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one", encoding="utf-8")
@@ -98,6 +114,9 @@ def test_the_place_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
         ('{"body": "x"}', "it has: body"),
         ("[1]", "it has: list"),
         ('{"text"', "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ("1" * 10_000, "line 2 is not JSON"),
+        ('{"text": "\\ud800"}', "line 2 has half a character in the field 'text'"),
     ],
 )
 def test_a_bad_json_line_is_named(tmp_path, line, message):
