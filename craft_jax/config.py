@@ -6,6 +6,7 @@ defaults hold for whatever a file leaves out. All mistakes are collected, from t
 command line, and between fields, and raised as one `ConfigError`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -14,6 +15,7 @@ import sys
 import traceback
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -173,14 +175,21 @@ def model_class(name: str) -> type[Model]:
     Raises:
       ConfigError: there is none.
     """
-    if isinstance(name, str) and name in MODELS:
+    if name in MODELS:
         return MODELS[name]
-    if isinstance(name, str) and plugins.is_reference(name):
-        return plugins.load(name, "model.name", Model)
-    close = difflib.get_close_matches(str(name), MODELS, n=1)
+    if plugins.is_reference(name):
+        found = plugins.load(name, "model.name", Model)
+        config = getattr(found, "Config", None)
+        if not (dataclasses.is_dataclass(config) and hasattr(config, "name")):
+            raise ConfigError(
+                f"model.name={name}: {found.__name__}.Config must be a dataclass, with a default "
+                "for its field `name`"
+            )
+        return found
+    close = difflib.get_close_matches(name, MODELS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"model.name={name!r} is not one of {', '.join(MODELS)}, nor a class as "
+        f"model.name={_shown(name)} is not one of {', '.join(MODELS)}, nor a class as "
         f"path/file.py:Class{hint}"
     )
 
@@ -220,7 +229,10 @@ def load(
     is_saved = file is None
     values = dict((saved or {}) if is_saved else read_file(file))
     given = {override.field: override.text for override in overrides}
-    init_from = given.get("init_from", values.get("init_from"))
+    init_from = values.get("init_from")
+    if "init_from" in given:
+        with contextlib.suppress(ValueError):  # The check of all fields names it.
+            init_from = parse(given["init_from"], str | None)
     found = weights(init_from if isinstance(init_from, str) else None)
     if found:
         values["model"] = found.model
@@ -270,12 +282,14 @@ def read_file(reference: str) -> dict[str, Any]:
       ConfigError: the file is missing, fails, or returns something else.
     """
     path, _, preset = reference.partition(":")
-    here = f"--config={reference}"
+    here = f"--config={_cut(reference)}"
+    if os.path.isdir(path):
+        raise ConfigError(f"{here}: this is a folder; name a Python file in it")
     if not os.path.isfile(path):
         raise ConfigError(f"{here}: no such file; the current folder is {Path.cwd()}")
     spec = importlib.util.spec_from_file_location("craft_jax_config", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{here}: not a Python file")
+        raise ConfigError(f"{here}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:
@@ -283,19 +297,28 @@ def read_file(reference: str) -> dict[str, Any]:
         if not callable(getattr(module, "get_config", None)):
             raise ConfigError(f"{here}: the file has no function get_config()")
         config = module.get_config(preset) if preset else module.get_config()
+        if not isinstance(config, ConfigDict):
+            kind = type(config).__name__
+            raise ConfigError(f"{here}: get_config() returned {kind}, not ConfigDict")
+        return config.to_dict()
     except ConfigError:
         raise
     except SyntaxError as error:
-        raise ConfigError(f"{here}: {error.filename} line {error.lineno}: {error.msg}") from error
+        place = f"{error.filename or path} line {error.lineno or '?'}"
+        raise ConfigError(_one_line(f"{here}: {place}: {error.msg}")) from error
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno for f in reversed(frames) if Path(f.filename) == Path(path)), "?")
-        raise ConfigError(f"{here}: line {line}: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(_one_line(f"{here}: {_line_of(error, path)}{what}")) from error
     finally:
         sys.dont_write_bytecode = before
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{here}: get_config() returned {type(config).__name__}, not ConfigDict")
-    return config.to_dict()
+
+
+def _line_of(error: BaseException, path: str) -> str:
+    """Returns `line 3: ` for an error that passed through a file, else nothing."""
+    own = os.path.realpath(path)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == own]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 def from_values(
@@ -318,12 +341,13 @@ def from_values(
     found = _Mistakes()
     flat = dict(_flatten(values, found, origin or "the config"))
     cli = {override.field: override.text for override in overrides}
-    name = cli.get("model.name", flat.get("model.name", "gpt"))
+    model: type[Model] = GPT
     try:
-        model = model_class(name)
+        model = model_class(coerce(cli.get("model.name", flat.get("model.name", "gpt")), str))
+    except ValueError:  # `_assign` says so.
+        pass
     except ConfigError as error:
         found.add("model.name", *error.problems)
-        model = GPT
     classes = {
         field.name: model.Config if field.name == "model" else field.type
         for field in dataclasses.fields(ExperimentConfig)
@@ -336,14 +360,27 @@ def from_values(
     ):
         for field, raw in assignments:
             _assign(chosen, classes, field, raw, read, found, source)
+    missing = [
+        f"{section}.{field.name}"
+        for section, cls in classes.items()
+        for field in dataclasses.fields(cls)
+        if field.name not in chosen[section] and not _has_default(field)
+    ]
+    if missing:
+        new = [field for field in missing if field not in found.fields]
+        found.add("", *(f"{field} has no default; give it a value" for field in new))
+        raise ConfigError(found.lines)
     sections = {s: cls(**chosen[s]) for s, cls in classes.items()}
     if plugins.is_reference(sections["model"].name):
-        absolute = plugins.absolute(sections["model"].name)
+        absolute = _absolute_class(sections["model"].name)
         sections["model"] = dataclasses.replace(sections["model"], name=absolute)
     sections["data"], sections["training"] = _absolute(sections["data"], sections["training"])
     if check_files:
         found.add("data.tokenizer", *_missing_tokenizer(sections["data"].tokenizer))
         found.add("data.pairs", *_missing_pairs(sections["data"].pairs))
+        found.add("data.dataset", *_missing_class("data.dataset", sections["data"].dataset))
+        for callback in sections["training"].callbacks:
+            found.add("training.callbacks", *_missing_class("training.callbacks", callback))
     for section, value in sections.items():
         for field, problem in schema.out_of_bounds(value, section):
             found.add(field, problem)
@@ -360,12 +397,16 @@ def from_values(
     return config
 
 
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not field.default_factory  # Both are MISSING where there is none.
+
+
 def _missing_tokenizer(tokenizer: str | None) -> Iterator[str]:
     if tokenizer and is_tokenizer_path(tokenizer) and not os.path.exists(tokenizer):
         name = os.path.basename(tokenizer)
         close = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        yield f"data.tokenizer={name!r} is not one of {', '.join(KINDS)}, nor a file{hint}"
+        yield f"data.tokenizer={_shown(name)} is not one of {', '.join(KINDS)}, nor a file{hint}"
 
 
 def _missing_pairs(pairs: str | None) -> Iterator[str]:
@@ -373,7 +414,18 @@ def _missing_pairs(pairs: str | None) -> Iterator[str]:
         name = os.path.basename(pairs)
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        yield f"data.pairs={name!r} is not one of {', '.join(TASKS)}, nor a file{hint}"
+        yield f"data.pairs={_shown(name)} is not one of {', '.join(TASKS)}, nor a file{hint}"
+
+
+def _missing_class(field: str, reference: str | None) -> Iterator[str]:
+    """Yields what is wrong with the name of a class, as far as it shows without importing it."""
+    if not reference:
+        return
+    place, _, name = reference.rpartition(":")
+    if not (place and name):
+        yield f"{field}={reference!r} names no class; write path/file.py:Class or module:Class"
+    elif place.endswith(".py") and not os.path.isfile(place):
+        yield f"{field}={reference}: no such file; give its path from {Path.cwd()}"
 
 
 class _Mistakes:
@@ -386,7 +438,25 @@ class _Mistakes:
     def add(self, field: str, *problems: str) -> None:
         if problems and field:
             self.fields.add(field)
-        self.lines += problems
+        self.lines += map(_one_line, problems)
+
+
+def _one_line(text: str) -> str:
+    """Returns a text without line breaks."""
+    return " ".join(text.split())
+
+
+def _cut(text: str) -> str:
+    """Returns the beginning of a text that is too long for a message."""
+    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a message shows it."""
+    try:
+        return _cut(repr(value))
+    except ValueError:  # Python writes no integer of more than some thousand digits.
+        return f"(a {type(value).__name__} of too many digits)"
 
 
 def _flatten(values: Mapping[str, Any], found: _Mistakes, origin: str) -> Iterator[tuple[str, Any]]:
@@ -394,7 +464,9 @@ def _flatten(values: Mapping[str, Any], found: _Mistakes, origin: str) -> Iterat
         if isinstance(content, Mapping):
             yield from ((f"{section}.{name}", value) for name, value in content.items())
         elif section in SECTIONS:
-            found.add(section, f"{origin}: {section}={content!r} must be a section with fields")
+            found.add(
+                section, f"{origin}: {section}={_shown(content)} must be a section with fields"
+            )
         else:
             yield section, content
 
@@ -420,10 +492,12 @@ def _assign(
     try:
         chosen[section][name] = read(raw, types_[name])
     except ValueError as error:
-        found.add(field, f"{field}={raw!r} {error} (in {source})")
+        found.add(field, f"{field}={_shown(raw)} {error} (in {source})")
 
 
 def _unknown(field: str, classes: Mapping[str, type]) -> str:
+    if not field.strip("."):
+        return "a field has no name; write --config.SECTION.FIELD=VALUE"
     section, _, name = field.rpartition(".")
     if not section:
         section, name = name, ""
@@ -439,6 +513,8 @@ def _unknown(field: str, classes: Mapping[str, type]) -> str:
             hint = f"the sections are {', '.join(known)}"
         return f"{field} is no field; {hint}"
     own = known[section]
+    if not name:
+        return f"{section} is a section: name one of its fields, {', '.join(own)}"
     alias = _ALIASES.get(name, name)
     if alias in own:
         hint = f"did you mean `{alias}`?"
@@ -455,18 +531,29 @@ def _absolute(data: DataConfig, training: TrainingConfig) -> tuple[DataConfig, T
     """Makes paths absolute, so that a run can be continued from another folder."""
     changes: dict[str, Any] = {}
     if data.path:
-        changes["path"] = str(Path(data.path).expanduser().absolute())
+        changes["path"] = _absolute_path(data.path)
     if data.tokenizer and is_tokenizer_path(data.tokenizer):
-        changes["tokenizer"] = str(Path(data.tokenizer).expanduser().absolute())
+        changes["tokenizer"] = _absolute_path(data.tokenizer)
     if data.pairs and is_pairs_path(data.pairs):
-        changes["pairs"] = str(Path(data.pairs).expanduser().absolute())
+        changes["pairs"] = _absolute_path(data.pairs)
     if data.dataset:
-        changes["dataset"] = plugins.absolute(data.dataset)
-    callbacks = tuple(map(plugins.absolute, training.callbacks))
+        changes["dataset"] = _absolute_class(data.dataset)
+    callbacks = tuple(map(_absolute_class, training.callbacks))
     return (
         dataclasses.replace(data, **changes),
         dataclasses.replace(training, callbacks=callbacks),
     )
+
+
+def _absolute_path(path: str) -> str:
+    # Unlike its namesake of pathlib, this `expanduser` leaves the home of nobody as it is.
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+def _absolute_class(reference: str) -> str:
+    with contextlib.suppress(RuntimeError):  # The home of nobody, or links in a circle.
+        return plugins.absolute(reference)
+    return reference
 
 
 # Types.
@@ -491,14 +578,16 @@ def coerce(value: Any, kind: Any) -> Any:
         raise ValueError(f"is not {_in_words(kind)}")
     for option in options:
         if typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
+            if isinstance(value, str) and value in typing.get_args(option):
                 return value
             choices = typing.get_args(option)
-            close = difflib.get_close_matches(str(value), choices, n=1)
+            close = difflib.get_close_matches(_shown(value).strip("'"), choices, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"is not one of {', '.join(choices)}{hint}")
         if typing.get_origin(option) is tuple:
             if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+                for part in value:
+                    _check_text(part)
                 return tuple(value)
         elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             try:
@@ -508,8 +597,8 @@ def coerce(value: Any, kind: Any) -> Any:
         elif (option is int and isinstance(value, int) and not isinstance(value, bool)) or (
             option in (bool, str) and isinstance(value, option)
         ):
-            if isinstance(value, str) and "\0" in value:
-                raise ValueError("has a NUL character")
+            if isinstance(value, str):
+                _check_text(value)
             return value
     raise ValueError(f"is not {_in_words(kind)}")
 
@@ -529,7 +618,8 @@ def parse(text: str, kind: Any) -> Any:
     for option in options:
         try:
             if typing.get_origin(option) is tuple:
-                return tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+                parts = (part.strip() for part in text.strip("()[]").split(","))
+                return coerce(tuple(part for part in parts if part), option)
             if option is bool and lowered in _BOOLEANS:
                 return _BOOLEANS[lowered]
             if option is int:
@@ -539,13 +629,28 @@ def parse(text: str, kind: Any) -> Any:
             if option is str:
                 return coerce(text, str)
         except ValueError:
-            if option is str:
+            if option not in (int, float):
                 raise
-            continue
-    return coerce(text, kind)
+    try:
+        return coerce(text, kind)
+    except ValueError as error:
+        if text == "true":
+            raise ValueError(f"{error}; true stands for a value that is left out") from None
+        raise
 
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _check_text(text: str) -> None:
+    """Checks that a text can be stored, and shown in one line.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    for kind, what in (("Cs", "is not valid UTF-8"), ("Cc", "has a control character")):
+        if any(unicodedata.category(letter) == kind for letter in text):
+            raise ValueError(what)
 
 
 def _options(kind: Any) -> tuple:

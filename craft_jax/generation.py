@@ -21,6 +21,9 @@ from craft_jax.models.base import Cache, EncoderDecoderModel, LanguageModel, Mod
 CHUNK = 16
 """Tokens decoded on the device between two looks at them on the host."""
 
+MAX_BEAMS = 1000
+"""Each beam takes the memory of a row."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -28,8 +31,8 @@ class SamplingConfig:
 
     Attributes:
       repetition_penalty: divides positive and multiplies negative logits of tokens seen before
-        (Keskar et al. 2019); 1 for none.
-      temperature: divides the logits; 0 takes the most likely token.
+        (Keskar et al. 2019); 1 for none. From 0.001 to 1000.
+      temperature: divides the logits; 0 takes the most likely token. Else from 0.001 to 1000.
       top_k: keeps the k most likely tokens; None for all.
       top_p: keeps the smallest set of most likely tokens with at least this probability (Holtzman
         et al. 2020); 1 for all.
@@ -51,14 +54,16 @@ class SamplingConfig:
         wrong = [
             f"--{name}={value} must be {demand}"
             for name, value, possible, demand in (
-                ("temperature", self.temperature, 0 <= self.temperature < float("inf"),
-                 "0 (most likely token) or more"),
+                # Far outside, float32 has no room: all logits become infinite, or nan.
+                ("temperature", self.temperature,
+                 self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+                 "0 (most likely token), or from 0.001 to 1000"),
                 ("top_k", self.top_k, self.top_k is None or 1 <= self.top_k <= vocab_size,
                  f"from 1 to the vocabulary's {vocab_size}"),
                 ("top_p", self.top_p, 0 < self.top_p <= 1, "greater than 0 and at most 1"),
                 ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
                 ("repetition_penalty", self.repetition_penalty,
-                 0 < self.repetition_penalty < float("inf"), "greater than 0; 1 for none"),
+                 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000; 1 for none"),
             )
             if not possible
         ]  # fmt: skip
@@ -94,7 +99,8 @@ def choose(
         sorted_BV = -jnp.sort(-logits_BV, axis=-1)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         # A token stays while those before it have not reached top_p, so the first always does.
-        kept_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < config.top_p
+        top_p = max(config.top_p, 1e-30)  # Below that it is 0 in float32.
+        kept_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
         smallest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= smallest_B1, logits_BV, -jnp.inf)
     if config.min_p > 0.0:
@@ -226,15 +232,17 @@ class Generator:
           sources: ids of what an encoder-decoder reads, one to `max_len` for each prompt.
           max_new_tokens: per row.
           config: how tokens are chosen.
-          seed: of the randomness.
+          seed: of the randomness, in [0, 2**32).
           sample_index: tells samples of the same prompt apart; None for 0 in every row.
           on_refill: called with the number of tokens kept, when a row goes on past the context.
 
         Raises:
-          UsageError: an impossible sampling value, or a prompt or a source that is empty, too long
-            or none of this model's.
+          UsageError: an impossible sampling value or seed, or a prompt or a source that is empty,
+            too long or none of this model's.
         """
         config.check(self._vocab_size)
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"--seed={seed} must be from 0 to {2**32 - 1}")
         texts = [list(map(int, prompt)) for prompt in prompts]
         self._check(texts, sources)
         if max_new_tokens <= 0 or not texts:
@@ -307,8 +315,8 @@ class Generator:
         Raises:
           UsageError: an impossible value, or a prompt or a source as for `stream`.
         """
-        if num_beams < 1:
-            raise UsageError(f"--num_beams={num_beams} must be 1 (greedy) or more")
+        if not 1 <= num_beams <= MAX_BEAMS:
+            raise UsageError(f"--num_beams={num_beams} must be from 1 (greedy) to {MAX_BEAMS}")
         if not 0 <= length_penalty < float("inf"):
             raise UsageError(f"--length_penalty={length_penalty} must be 0 (none) or more")
         texts = [list(map(int, prompt)) for prompt in prompts]

@@ -41,9 +41,10 @@ class OptimConfig:
     weight_decay: float = setting(
         0.1, "decoupled weight decay, on matrices only", minimum=0, maximum=1e6
     )
-    beta1: float = setting(0.9, "decay of the first moment", minimum=0, below=1)
-    beta2: float = setting(0.99, "decay of the second moment", minimum=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0, minimum=1e-30)
+    # Closer to 1 they are 1 in float32, and the moments' correction divides by zero.
+    beta1: float = setting(0.9, "decay of the first moment", minimum=0, maximum=0.999999)
+    beta2: float = setting(0.99, "decay of the second moment", minimum=0, maximum=0.999999)
+    eps: float = setting(1e-8, "added to the root of the second moment", minimum=1e-30)
     clip_norm: float | None = setting(
         1.0, "largest norm of the whole gradient; none for no clipping", above=0
     )
@@ -54,6 +55,13 @@ class OptimConfig:
                 ("optim.min_learning_rate", "optim.learning_rate"),
                 f"optim.min_learning_rate={self.min_learning_rate} is above "
                 f"optim.learning_rate={self.learning_rate}; try {self.learning_rate / 10:g}",
+            )
+        if self.learning_rate * self.weight_decay > 1:
+            yield Contradiction(
+                ("optim.learning_rate", "optim.weight_decay"),
+                f"optim.learning_rate={self.learning_rate} times optim.weight_decay="
+                f"{self.weight_decay} is above 1: each step would take away more than the weights; "
+                "lower one of them",
             )
         if self.decay_steps is not None and (self.warmup_steps or 0) > self.decay_steps:
             yield Contradiction(

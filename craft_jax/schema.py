@@ -68,6 +68,8 @@ def out_of_bounds(section: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _short(value: float) -> str:
+    if isinstance(value, int) and value.bit_length() > 10_000:  # `str` would refuse.
+        return f"(about 10**{round(value.bit_length() * math.log10(2))})"
     text = str(value)
     return text if len(text) <= 24 else f"{text[:8]}... ({len(text)} digits)"
 
@@ -90,7 +92,11 @@ def _broken_bounds(value: float, bounds: Any) -> list[str]:
 
 def repaired(section: Any, name: str, known_bad: Collection[str]) -> Any:
     """Returns a section whose bad fields have their defaults, so that the others can be checked."""
-    fields = [f for f in dataclasses.fields(section) if f"{name}.{f.name}" in known_bad]
+    fields = [
+        field
+        for field in dataclasses.fields(section)
+        if f"{name}.{field.name}" in known_bad and field.default is not dataclasses.MISSING
+    ]
     return dataclasses.replace(section, **{field.name: field.default for field in fields})
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import random
 import re
+import subprocess
 
 import pytest
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from craft_jax import config as configs
 from craft_jax.config import ExperimentConfig, Override
 from craft_jax.errors import ConfigError, UsageError
+from tests.conftest import ROOT, command, environment
 
 MISTAKES = """
 from ml_collections import ConfigDict
@@ -18,6 +20,30 @@ def get_config():
     config.model = ConfigDict({"num_heads": 5, "d_model": 64})
     config.optim = ConfigDict({"learning_rat": 3e-4})
     return config
+"""
+
+
+REQUIRED = """
+from ml_collections import ConfigDict, config_dict
+
+def get_config():
+    return ConfigDict({"model": {"d_model": config_dict.required_placeholder(int)}})
+"""
+
+OWN_MODELS = """
+import dataclasses
+from craft_jax.models.base import Model
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = "own"
+    width: int
+
+class Bare(Model):
+    pass
+
+class Wide(Model):
+    Config = Config
 """
 
 
@@ -99,6 +125,22 @@ def test_five_mistakes_in_one_report(tmp_path):
         ("data.pairs=dates", "model.name=gpt does not read data.pairs=dates; use model.name=seq2"),
         ("data.pairs=dats", "is not one of dates, reverse, sort, nor a file; did you mean 'dates'"),
         ("data.num_pairs=0", "must be at least 1"),
+        ("model.num_heads=300", "does not divide model.d_model=128; try 128"),
+        ("model.num_heads=" + "9" * 40, "(40 digits) must be at most"),
+        ("model.d_model=true", "not a whole number; true stands for a value that is left out"),
+        ("optim.beta2=0.9999999", "must be at most 0.999999"),
+        ("optim.eps=1e-40", "must be at least 1e-30"),
+        ("optim.weight_decay=100000", "each step would take away more than the weights"),
+        ("optim.learning_rate=1e400", "is not finite"),
+        ("data.path=a\nb", "has a control character"),
+        ("data.path=a\udcff", "is not valid UTF-8"),
+        ("data.dataset=mine", "names no class; write path/file.py:Class"),
+        ("data.dataset=missing.py:Data", "no such file"),
+        ("data.dataset=~nobody/missing.py:Data", "no such file"),
+        ("training.callbacks=mine", "names no class"),
+        ("model=3", "model is a section: name one of its fields"),
+        ("=3", "write --config.SECTION.FIELD=VALUE"),
+        ("model.name=" + "x" * 5000, "(5002 characters) is not one of gpt"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, expected):
@@ -139,6 +181,14 @@ def test_overrides_are_read_as_the_type_of_the_field(override, value):
         ({"model": 5}, "must be a section"),
         ({"training": {"callbacks": [1]}}, "is not a list of texts"),
         ({"optim": {"adam": {"beta": 1}}}, "optim.adam is no field"),
+        ({"optim": {"learning_rate": 10**400}}, "is too large for a number"),
+        ({"optim": {"name": ["adamw"]}}, "is not one of adamw"),
+        ({"data": {"path": 10**6000}}, "data.path=(a int of too many digits) is not a text"),
+        ({"data": {"path": "a\0b"}}, "has a control character"),
+        ({"training": {"callbacks": ["a:B\n"]}}, "has a control character"),
+        ({"model": {"name": print}}, "is not a text"),
+        ({"model": {"name": ["gpt"]}}, "is not a text"),
+        ({"model": {"a\nb": 1}}, "model.a b is no field"),
     ],
 )
 def test_wrong_types_in_a_file(values, expected):
@@ -163,6 +213,7 @@ def test_pairs_and_their_models(tmp_path, monkeypatch):
     assert config.reads_pairs
     config.check_pairs()
     # A dataset of the user's own may be of pairs.
+    (tmp_path / "own.py").write_text("", encoding="utf-8")
     assert problems({"model": {"name": "seq2seq"}, "data": {"dataset": "own.py:Data"}}) == []
     assert "contradicts data.path=" in problems(values, "data.path=x.txt")[0]
     assert "contradicts data.dataset=" in problems(values, "data.dataset=own.py:Data")[0]
@@ -190,6 +241,7 @@ def test_json_round_trip():
 
 def test_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("", encoding="utf-8")
     config = configs.from_values({"data": {"path": "text.txt", "dataset": "own.py:Data"}})
     assert config.data.path == str(tmp_path / "text.txt")
     assert config.data.dataset == f"{tmp_path / 'own.py'}:Data"
@@ -199,6 +251,14 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
     ("content", "expected"),
     [
         (None, "no such file"),
+        ("import sys\nsys.exit(3)", "line 2: SystemExit: 3"),
+        ("def get_config():\n    raise OSError('one\\ntwo')", "line 2: OSError: one two"),
+        ("def get_config():\n    return get_config()", "line 2: RecursionError"),
+        ("def get_config(a, b):\n    pass", "missing 2 required positional arguments"),
+        ("def get_config():\n    return None", "returned NoneType, not ConfigDict"),
+        ("get_config = 3", "has no function get_config"),
+        ("x = 1\0", "mine.py line ?: source code string cannot contain null bytes"),
+        (REQUIRED, "RequiredValueError: None value found"),
         ("x = 1", "has no function get_config"),
         ("def get_config(:", "line 1: invalid syntax"),
         ("\nimport no_such_module", "line 2: ModuleNotFoundError"),
@@ -213,6 +273,73 @@ def test_config_files_that_cannot_be_used(tmp_path, content, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)) as caught:
         configs.read_file(str(path))
     assert len(caught.value.problems) == 1
+
+
+def test_a_folder_and_another_suffix_are_no_config_files(tmp_path):
+    with pytest.raises(ConfigError, match="this is a folder; name a Python file in it"):
+        configs.read_file(str(tmp_path))
+    (tmp_path / "mine.txt").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"its name must end in \.py"):
+        configs.read_file(str(tmp_path / "mine.txt"))
+
+
+def test_the_line_of_an_error_is_known_where_the_path_is_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("\n\n1 / 0", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine\.py: line 3: ZeroDivisionError"):
+        configs.read_file("mine.py")
+
+
+def test_models_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_MODELS, encoding="utf-8")
+    (problem,) = problems(None, "model.name=own.py:Bare")
+    assert "Bare.Config must be a dataclass" in problem
+    assert problems(None, "model.name=own.py:Wide") == [
+        "model.width has no default; give it a value"
+    ]
+    (problem,) = problems(None, "model.name=own.py:Wide", "model.width=x")
+    assert "model.width='x' is not a whole number" in problem
+    config = configs.from_values({"model": {"name": "own.py:Wide", "width": 3}})
+    assert config.model.width == 3
+
+
+def test_init_from_may_be_none(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict({'init_from': 'a_run'})\n",
+        encoding="utf-8",
+    )
+    for text, expected in (("none", None), ("", None), ("other", "other")):
+        asked = []
+        config = configs.load(
+            str(tmp_path / "mine.py"), [Override("init_from", text)], weights=asked.append
+        )
+        assert asked == [expected]
+        assert config.init_from == expected
+
+
+def test_tables_of_sines_have_a_limit():
+    values = {"model": {"name": "transformer", "positions": "sinusoidal"}}
+    assert problems(values) == []
+    (problem,) = problems(values, "model.max_seq_len=16000000")
+    assert "use model.positions=learned" in problem
+
+
+def test_no_device_is_touched_before_the_config_is_right(tmp_path):
+    """A backend that does not exist would end in another error."""
+    done = subprocess.run(
+        command(f"--config={ROOT / 'configs/gpt.py'}", "--config.model.d_model=-1"),
+        cwd=tmp_path,
+        env=environment() | {"JAX_PLATFORMS": "no_such_backend"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith("config error: model.d_model=-1 must be at least 1")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_presets(tmp_path):

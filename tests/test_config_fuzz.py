@@ -19,13 +19,18 @@ TRIALS = 500 if os.environ.get("CRAFT_FAULTS_FULL") else 60
 # These make a run long, or leave files elsewhere; their values are checked, and not trained with.
 ONLY_CHECKED = {"training.num_steps", "training.sample_tokens", "data.num_pairs", "data.workers"}
 TEXTS = [
-    "", " ", "abc", "-1", "0", "1", "2", "3", "7", "16", "2.5", "-0.5", "0.3", "1e-320", "1e300",
-    "1e400", "-1e400", "nan", "inf", "9" * 40, "2147483648", "1073741824", "true", "maybe", "none",
-    "None", "[]", "(1,2)", "a,b", "\u6f22\u5b57", "\U0001f642", "a\nb", "../..", "/", "x.py:Class",
-    "--flag", "'", '"', "$(x)", "\udcff", "float64", "GPT", "char", "byte", "wsd", "constant",
+    "", " ", "abc", "-1", "0", "1", "2", "3", "7", "16", "2.5", "-0.5", "0.3", "1e-320", "1e-9",
+    "0.999999999999", "1e300", "1e400", "-1e400", "nan", "inf", "9" * 40, "2147483648",
+    "1073741824", "1_0", "true", "maybe", "none", "None", "[]", "(1,2)", "a,b", "\u6f22\u5b57",
+    "\U0001f642", "a\nb", "../..", "/", "x.py:Class", "~nobody/x", "~nobody/x.py:Class", "x:y", ":",
+    "os:path", "--flag", "'", '"', "$(x)", "\udcff", "float64", "GPT", "char", "byte", "wsd",
+    "constant",
 ]  # fmt: skip
-VALUES = [None, True, 0, -1, 3, 10**30, 2**31, 2.5, float("nan"), float("inf"), "", "abc", "a\0b",
-          [], [1], ["a"], {}, {"a": 1}, (), b"x", 1e300, object]  # fmt: skip
+VALUES = [
+    None, True, 0, -1, 3, 10**30, 10**400, 10**5000, 2**31, 2.5, 1e-320, 1e300, float("nan"),
+    float("inf"), "", "abc", "a\0b", "a\nb", "\udcff", "x" * 5000, "~nobody/x.py:Class", [], [1],
+    ["a"], {}, {"a": 1}, (), b"x", object,
+]  # fmt: skip
 
 
 def fields() -> list[str]:

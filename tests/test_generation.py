@@ -117,6 +117,22 @@ def test_padding_rows_of_the_vocabulary_are_never_chosen(params):
     assert greedy == by_full_forward(params, [1], 9, vocab_size=5)
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-3}, {"top_p": 1e-300}, {"top_k": 1}])
+def test_the_narrowest_sampling_is_greedy(params, generator, extreme):
+    options = {"max_new_tokens": 20, "seed": 3}
+    greedy = generator.generate(params, [[1, 2]], config=GREEDY, **options)
+    config = SamplingConfig(**extreme)
+    assert generator.generate(params, [[1, 2]], config=config, **options) == greedy
+
+
+def test_the_widest_sampling_chooses_tokens_of_the_vocabulary(params):
+    narrow = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=5, end_id=None)
+    for wide in ({"temperature": 1e3}, {"repetition_penalty": 1e3}, {"repetition_penalty": 1e-3}):
+        config = SamplingConfig(**wide)
+        (new,) = narrow.generate(params, [[1]], max_new_tokens=40, config=config)
+        assert max(new) < 5
+
+
 def test_from_a_model(params):
     model = base.define(GPT, CONFIG).merge(params)
     got = generation.generate(model, [[1, 2], [1, 2]], max_new_tokens=8)
@@ -376,7 +392,7 @@ def test_beams_without_an_end_token():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("gpt", {"num_beams": 0}, "--num_beams=0 must be 1"),
+        ("gpt", {"num_beams": 0}, "--num_beams=0 must be from 1"),
         ("gpt", {"length_penalty": -1.0}, "--length_penalty=-1.0 must be 0"),
         ("gpt", {"length_penalty": float("nan")}, "--length_penalty=nan"),
         ("gpt", {"sources": [[1]]}, "reads no source"),

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from craft_jax import outputs, runs
-from craft_jax.data.text import read_text
 from craft_jax.data.tokenizers import TextStream
-from craft_jax.errors import OK, UsageError
+from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.generation import SamplingConfig
 
 _TEMPERATURE = 0.8
+_MAX_SAMPLES = 100_000
+_ROWS = 256
+"""Texts that are made at the same time; more would only take more memory."""
+
 _UNSET = {
     "temperature": (None, 0.0),  # 0 asks for the likeliest text too.
     "top_k": (None,),
@@ -30,8 +33,12 @@ def run(args: argparse.Namespace) -> int:
     The text goes to standard output and to a file, everything else to standard error.
     """
     workdir = Path(args.workdir).expanduser().absolute()
-    if args.max_new_tokens < 1 or args.num_samples < 1:
-        raise UsageError("--max_new_tokens and --num_samples must be at least 1")
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens={args.max_new_tokens} must be at least 1")
+    if not 1 <= args.num_samples <= _MAX_SAMPLES:
+        raise UsageError(
+            f"--num_samples={args.num_samples} must be at least 1 and at most {_MAX_SAMPLES}"
+        )
     given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
     runs.check_beams(args.num_beams, args.length_penalty, given)
     opened = runs.open(
@@ -49,13 +56,6 @@ def run(args: argparse.Namespace) -> int:
         prompts = [""]
     rows = runs.encode_prompts(tokenizer, prompts, is_pair=is_pair)
     context = opened.model_def.config.max_seq_len
-    word, tokens = ("source", "tokens and an end") if is_pair else ("prompt", "tokens")
-    for prompt, ids in zip(prompts, rows.sources or rows.prompts, strict=True):
-        if len(ids) > context:
-            raise UsageError(
-                f"the {word} {_short(prompt)!r} has {len(ids) - is_pair} {tokens}, but the context "
-                f"of this model is {context} (model.max_seq_len); shorten it"
-            )
     sampling = SamplingConfig(
         temperature=_temperature(args, is_pair),
         top_k=args.top_k,
@@ -64,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
     )
     sampling.check(tokenizer.vocab_size)
+    rows, notes = _fit(rows, prompts, context, may_cut=args.num_beams == 1)
     _say(f"run {opened.paths.name}, step {opened.step}")
+    for note in notes:
+        _say(note)
     texts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     writer = _Writer(
         [""] * len(texts) if is_pair else texts,
@@ -84,6 +87,30 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
+def _fit(
+    rows: runs.PromptRows, prompts: list[str], context: int, *, may_cut: bool
+) -> tuple[runs.PromptRows, list[str]]:
+    """Cuts prompts to the last tokens that the context holds, and returns what to say of it.
+
+    Raises:
+      UsageError: a source is too long, of which every part counts, or a search has no room.
+    """
+    notes = []
+    is_pair = rows.sources is not None
+    word, tokens = ("source", "tokens and an end") if is_pair else ("prompt", "tokens")
+    for prompt, ids in zip(prompts, rows.sources or rows.prompts, strict=True):
+        if len(ids) <= context:
+            continue
+        found = f"the {word} {_short(prompt)!r} has {len(ids) - is_pair} {tokens}"
+        if is_pair or not may_cut:
+            raise UsageError(
+                f"{found}, but the context of this model is {context} (model.max_seq_len); "
+                "shorten it"
+            )
+        notes.append(f"{found}: going on from the last {context}, all that the context holds")
+    return rows._replace(prompts=[ids[-context:] for ids in rows.prompts]), notes
+
+
 def _sample(
     opened: runs.Run,
     rows: runs.PromptRows,
@@ -94,18 +121,25 @@ def _sample(
     """Yields the new tokens of every sample, some at a time."""
     times = range(args.num_samples)
     context = opened.model_def.config.max_seq_len
-    yield from opened.generator.stream(
-        opened.compute_params,
-        [row for row in rows.prompts for _ in times],
-        sources=None if rows.sources is None else [row for row in rows.sources for _ in times],
-        max_new_tokens=args.max_new_tokens,
-        config=sampling,
-        seed=args.seed,
-        sample_index=[i for _ in rows.prompts for i in times],
-        on_refill=lambda kept: writer.note(
-            f"[the context of {context} tokens is full: going on from the last {kept}]"
-        ),
-    )
+    prompts = [row for row in rows.prompts for _ in times]
+    sources = None if rows.sources is None else [row for row in rows.sources for _ in times]
+    sample_index = [i for _ in rows.prompts for i in times]
+    for first in range(0, len(prompts), _ROWS):
+        part = slice(first, first + _ROWS)
+        before, after = [[]] * first, [[]] * (len(prompts) - first - _ROWS)
+        for new in opened.generator.stream(
+            opened.compute_params,
+            prompts[part],
+            sources=None if sources is None else sources[part],
+            max_new_tokens=args.max_new_tokens,
+            config=sampling,
+            seed=args.seed,
+            sample_index=sample_index[part],
+            on_refill=lambda kept: writer.note(
+                f"[the context of {context} tokens is full: going on from the last {kept}]"
+            ),
+        ):
+            yield [*before, *new, *after]
 
 
 def _search(
@@ -187,18 +221,39 @@ class _Writer:
 def _prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of `--prompt`, and each line of `--prompt_file`."""
     prompts = list(args.prompt or [])
-    if args.prompt_file == "-":
-        prompts += sys.stdin.read().splitlines() if sys.stdin else []
-    elif args.prompt_file:
-        prompts += read_text(Path(args.prompt_file)).splitlines()
-    if args.prompt_file and not prompts:
-        raise UsageError(f"--prompt_file={args.prompt_file} holds no line; give a prompt in each")
+    if args.prompt_file is not None:
+        lines = _read(args.prompt_file).splitlines()
+        if not lines:
+            raise UsageError(
+                f"--prompt_file={args.prompt_file} holds no line; give a prompt in each"
+            )
+        prompts += lines
     for prompt in prompts:
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise UsageError(f"the prompt {_short(prompt)!a} is not valid UTF-8") from None
     return prompts
+
+
+def _read(file: str) -> str:
+    """Returns the text of a file, or of standard input.
+
+    Raises:
+      DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        if file == "-":
+            return sys.stdin.read() if sys.stdin else ""
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--prompt_file={file} is not UTF-8 text: byte {error.object[error.start]:#04x} at "
+            f"offset {error.start}; convert it to UTF-8 (iconv -f ... -t utf-8)"
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"--prompt_file={file} cannot be read: {why}") from None
 
 
 def _short(prompt: str) -> str:

@@ -61,7 +61,7 @@ class GPTConfig:
     )
     tie_embeddings: bool = setting(True, "whether the head is the token embedding")
     head_bias: bool = setting(False, "whether the head has a bias")
-    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0, minimum=1e-20, maximum=1)
+    norm_eps: float = setting(1e-5, "epsilon of the layer norms", minimum=1e-20, maximum=1)
 
     def contradictions(self) -> Iterator[Contradiction]:
         yield from heads_divide(self)
@@ -83,11 +83,11 @@ def heads_divide(config: Any) -> Iterator[Contradiction]:
     if config.d_model % config.num_heads:
         divisors = [n for n in range(1, config.d_model + 1) if config.d_model % n == 0]
         below = max(n for n in divisors if n <= config.num_heads)
-        above = min((n for n in divisors if n > below), default=config.d_model)
+        near = [str(below), *(str(n) for n in divisors if n > config.num_heads)][:2]
         yield Contradiction(
             ("model.num_heads", "model.d_model"),
             f"model.num_heads={config.num_heads} does not divide model.d_model={config.d_model}; "
-            f"try {below} or {above}",
+            f"try {' or '.join(near)}",
         )
 
 

@@ -35,6 +35,8 @@ from craft_jax.schema import (
     setting,
 )
 
+_MAX_SINES = 2**28
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackConfig:
@@ -70,7 +72,7 @@ class StackConfig:
     norm_first: bool = setting(
         True, "layer norms before attention and MLP (pre-norm), or after the residual sum"
     )
-    norm_eps: float = setting(1e-5, "epsilon of the layer norms", above=0, minimum=1e-20, maximum=1)
+    norm_eps: float = setting(1e-5, "epsilon of the layer norms", minimum=1e-20, maximum=1)
     positions: Literal["learned", "sinusoidal"] = setting(
         "learned", "learned, or sinusoidal: a table of sines that never trains"
     )
@@ -80,6 +82,14 @@ class StackConfig:
 
     def contradictions(self) -> Iterator[Contradiction]:
         yield from heads_divide(self)
+        # The table of sines is computed on the host, before a memory check can see it.
+        if self.positions == "sinusoidal" and self.max_seq_len * self.d_model > _MAX_SINES:
+            yield Contradiction(
+                ("model.positions", "model.max_seq_len", "model.d_model"),
+                f"model.positions=sinusoidal with model.max_seq_len={self.max_seq_len} and "
+                f"model.d_model={self.d_model} is a table of more than {_MAX_SINES} numbers; lower "
+                "one of them, or use model.positions=learned",
+            )
 
     @property
     def hidden_width(self) -> int:
