@@ -240,22 +240,24 @@ class CheckpointStore(Checkpoints):
 
     def mark_corrupt(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it is looked at by people alone."""
-        return self._rename(step, "corrupt")
+        return self._rename(str(step), "corrupt")
 
     def set_aside(self) -> list[Path]:
         """Renames all checkpoints, so that a run can begin again without losing them."""
-        steps = [*self.steps(), *self.damaged()]
-        return [self._rename(step, "aside") for step in steps]
+        names = [*map(str, (*self.steps(), *self.damaged())), *self.corrupt()]
+        return [self._rename(name, "aside") for name in names]
 
-    def _rename(self, step: int, word: str) -> Path:
+    def _rename(self, name: str, word: str) -> Path:
+        step = name.partition(".")[0]
         names = [f"{step}.{word}", *(f"{step}.{word}-{n}" for n in range(2, 10_000))]
         place = next(p for p in (self.folder / n for n in names) if not os.path.lexists(p))
-        (self.folder / str(step)).rename(place)
+        (self.folder / name).rename(place)
         return place
 
     def _prune(self) -> None:
-        keep = {*self.steps()[-self._keep_last :], self.best()}
-        for step in self.steps():
+        steps = self.steps()
+        keep = {*steps[-self._keep_last :], self.best()}
+        for step in steps:
             if step not in keep and not self._is_pinned(step):
                 # Renamed first: a folder that is half removed is no checkpoint any more.
                 trash = self._aside(step, "trash")

@@ -325,10 +325,10 @@ def _pinned(store: CheckpointStore, step: int | None, name: str) -> tuple[int, P
         chosen = step
         if step is None:
             chosen, bad = store.newest_good()
-        elif step in store.steps() and (wrong := store.wrong(step)):
-            bad = {step: wrong}
-        elif step not in store.steps():
+        elif not (store.folder / str(step)).is_dir():
             raise StorageError(f"run {name} has no checkpoint of step {step}; {_have(store)}")
+        elif wrong := store.wrong(step):
+            bad = {step: wrong}
         damaged = "; ".join(f"checkpoint step {s} is damaged ({why})" for s, why in bad.items())
         if chosen is None or chosen in bad:
             raise StorageError(

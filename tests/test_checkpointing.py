@@ -264,5 +264,5 @@ def test_damaged_ones_are_set_aside(tmp_path, state):
     assert store.corrupt() == ["3.corrupt", "3.corrupt-2"]
     assert store.foreign() == []
     save(store, state, 3)
-    assert [path.name for path in store.set_aside()] == ["3.aside"]
-    assert store.steps() == []
+    assert [path.name for path in store.set_aside()] == ["3.aside", "3.aside-2", "3.aside-3"]
+    assert store.steps() == store.corrupt() == store.foreign() == []

@@ -22,6 +22,12 @@ from craft_jax.training import saving
 logger = logging.getLogger(__name__)
 
 
+def is_untrained(paths: RunPaths) -> bool:
+    """Whether a run has nothing to lose: its process was killed before the first checkpoint."""
+    store = CheckpointStore(paths.checkpoints)
+    return not (store.steps() or store.damaged() or store.corrupt())
+
+
 def choose(paths: RunPaths, config: ExperimentConfig) -> int | None:
     """Returns the step to go on from, after clearing up what killed processes left.
 
@@ -126,6 +132,8 @@ def check_data(
 
 def say_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
     """Says what is different from the life of the run before this one."""
+    if not paths.config.exists():  # Its first process was killed before it wrote that.
+        return
     saved = runs.saved_config(paths)
     for part in configs.changes(saved, config):
         for change in part:

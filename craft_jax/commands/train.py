@@ -257,18 +257,21 @@ def _choose_config(
     """The config of the command line, which a run that exists must agree with.
 
     Returns:
-      The config and, for a new run with `init_from`, what it begins with.
+      The config and, for a run with `init_from` that has no checkpoint yet, what it begins with.
     """
     overrides = list(args.overrides)
     if args.tokenizer:
         overrides.append(Override("data.tokenizer", args.tokenizer))
-    if found is not None:
-        return _config_of(found, args.config, overrides), None
-    if args.config is None:
+    if found is not None and not resuming.is_untrained(found):
+        config = _config_of(found, args.config, overrides)
+        begins_again = config.checkpoint.resume == "none" and config.init_from
+        return config, _Origin(*runs.weights(config.init_from, workdir)) if begins_again else None
+    if found is None and args.config is None:
         missing = f"there is no run {args.run} below {args.workdir}; " if args.run else ""
         raise UsageError(f"{missing}a new run needs a config: --config=configs/gpt.py")
-    if args.run is not None:
+    if found is None and args.run is not None:
         outputs.check_name(args.run)
+    saved = runs.saved_config(found) if args.config is None else None
     origins: list[_Origin] = []
 
     def weights(init_from: str | None) -> Weights | None:
@@ -277,7 +280,7 @@ def _choose_config(
         origins.append(_Origin(*runs.weights(init_from, workdir)))
         return origins[0].given
 
-    config = configs.load(args.config, overrides, weights=weights)
+    config = configs.load(args.config, overrides, saved, weights)
     if not origins:
         return config, None
     run = origins[0].run
@@ -289,8 +292,6 @@ def _config_of(found: RunPaths, file: str | None, overrides: list[Override]) -> 
     saved = runs.saved_config(found)
     store = CheckpointStore(found.checkpoints)
     step = store.latest()
-    if step is None and not store.damaged() and not store.corrupt() and file:
-        return configs.load(file, overrides)  # Nothing was trained yet.
     # An imported run was never trained: all but its model is free until it is.
     is_fresh = step is not None and not store.has_optimizer(step)
 

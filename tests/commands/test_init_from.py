@@ -1,13 +1,15 @@
 """A run that begins with the weights of another, and one that was imported and never trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from craft_jax import main as cli
-from craft_jax import runs
+from craft_jax import outputs, runs
 from craft_jax.data import tokenizers
+from craft_jax.training.loggers import read_json_lines
 from tests.conftest import micro, words
 from tests.interop.models import make_run, spec
 
@@ -103,6 +105,25 @@ def test_the_shape_of_an_imported_model_is_fixed(workdir, imported, text_file, c
     given = ["--run=imported", f"--config.data.path={text_file}", "--config.model.num_heads=3"]
     assert main(workdir, *given) == 78
     assert "model.num_heads=3" in capsys.readouterr().err
+
+
+def test_what_was_not_saved_yet_begins_with_the_weights_again(text_file, workdir, imported):
+    """A process that is killed before its first checkpoint leaves a run that has none."""
+    given = fine_tune(text_file, init_from="imported", training__num_steps=1)
+    given = [word for word in given if "tokenizer" not in word]
+
+    def first_loss():
+        return read_json_lines(outputs.open_run(workdir / "models" / "new").metrics)[0]["loss"]
+
+    assert main(workdir, "--run=new", *given) == 0
+    loss, folder = first_loss(), workdir / "models" / "new"
+    for given_words in ([*given, "--run=new"], ["--run=new"]):
+        shutil.rmtree(folder / "checkpoints")
+        assert main(workdir, *given_words) == 0
+        assert first_loss() == loss
+    assert main(workdir, "--run=new", "--config.checkpoint.resume=none") == 0
+    assert first_loss() == loss
+    assert (folder / "checkpoints" / "1.aside").is_dir()
 
 
 def test_without_a_tokenizer_it_is_asked_for(bare, workdir, tmp_path, text_file, tokenizer, capsys):
