@@ -12,25 +12,21 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def sync_tree(path: Path) -> None:
     """Waits until a file, or everything in a folder, is on the disk."""
     if not path.is_dir():
-        _sync(path)
+        sync(path)
         return
     for folder, _, names in os.walk(path):
         for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+            sync(Path(folder) / name)
+        sync(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder, not what they stand for, are on the disk."""
-    _sync(path)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -55,7 +51,7 @@ def put_in_place(partial: Path, place: Path, old: Path) -> None:
     else:
         place.rename(old)
         partial.rename(place)
-    sync_folder(place.parent)
+    sync(place.parent)
 
 
 def remove(path: Path) -> None:

@@ -73,17 +73,21 @@ def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs the launcher to its end."""
 
     def run(command: list[str], *own: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            words("--backoff=0.01", *own, command=command),
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return ran(words("--backoff=0.01", *own, command=command), tmp_path)
 
     return run
+
+
+def ran(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.fixture
@@ -253,15 +257,7 @@ def test_the_command_is_passed_untouched(launch):
     ],
 )
 def test_usage_errors(tmp_path, arguments, message):
-    ended = subprocess.run(
-        [sys.executable, "-m", "craft_jax.launch", *arguments],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = ran([sys.executable, "-m", "craft_jax.launch", *arguments], tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.startswith("launch: ") and ended.stderr.count("\n") == 1
     assert message in ended.stderr

@@ -6,7 +6,6 @@ one.
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -14,14 +13,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from craft_jax import durable
 from interop.errors import DiskSpaceError, OutputExistsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a folder or file must have to be a model: --overwrite must not cost anything else.
 _OF_MODELS = {"interop_manifest.json", "config.json", "run.json"}
 _OF_CHECKPOINTS = (b"", b"PK", b"\x80\x02")
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def check_place(
@@ -91,7 +89,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
     made = _make_parents(out)
     try:
         _remove_leftovers(out)
-        _remove(partial)
+        durable.remove(partial)
         free = shutil.disk_usage(out.parent).free
         if num_bytes > free:
             raise DiskSpaceError(
@@ -99,7 +97,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
                 "written"
             )
         yield partial
-        _sync(partial)
+        durable.sync_tree(partial)
         _publish(partial, out, overwrite)
         made = []
     except OSError as error:
@@ -110,7 +108,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        _remove(partial)
+        durable.remove(partial)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -146,46 +144,12 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
         partial.replace(out)
     elif not os.path.lexists(out):
         partial.rename(out)
-    elif not _exchange(partial, out):
+    elif not durable.exchange(partial, out):
         old = out.with_name(f"{out.name}.old-{os.getpid()}")
         out.rename(old)
         partial.rename(out)
-        _remove(old)
-    _sync_folder(out.parent)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two paths in one step, where the system can."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    paths = (os.fsencode(a), os.fsencode(b))
-    return renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        for inner in path.rglob("*"):
-            if inner.is_file():
-                _sync_file(inner)
-        for folder in (path, *(p for p in path.rglob("*") if p.is_dir())):
-            _sync_folder(folder)
-    else:
-        _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        durable.remove(old)
+    durable.sync(out.parent)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -193,27 +157,9 @@ def _remove_leftovers(out: Path) -> None:
     pattern = re.compile(re.escape(out.name) + r"\.(tmp|old)-(\d+)")
     for path in out.parent.iterdir():
         found = pattern.fullmatch(path.name)
-        if not found or _is_alive(int(found.group(2))):
+        if not found or durable.is_alive(int(found.group(2))):
             continue
         if found.group(1) == "old" and not os.path.lexists(out):
             path.rename(out)
         else:
-            _remove(path)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+            durable.remove(path)

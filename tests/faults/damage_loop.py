@@ -1,6 +1,6 @@
 """Damages the newest checkpoint of copies of a run in turn, and continues each, in one process.
 
-python -m tests.faults.damages FOLDER RUN KINDS [TRIALS]
+python -m tests.faults.damage_loop FOLDER RUN KINDS [TRIALS]
 """
 
 import contextlib

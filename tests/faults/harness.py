@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from craft_jax import manifests, outputs
 from craft_jax.outputs import Checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
+
+Trials = Iterator[None]
 
 TINY = {
     "model.num_layers": 2,
