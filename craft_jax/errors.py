@@ -77,8 +77,11 @@ class StorageError(CraftError):
     exit_code = STORAGE
 
 
-class StoppedError(CraftError):
-    """A signal asked the program to end while there was nothing to save."""
+class StoppedError(BaseException):
+    """A signal asked the program to end while there was nothing to save.
+
+    Not an Exception: raised at any place, it must pass those who handle all errors of a library.
+    """
 
     def __init__(self, message: str, exit_code: int):
         self.exit_code = exit_code

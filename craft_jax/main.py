@@ -19,7 +19,15 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from craft_jax import locks
-from craft_jax.errors import INTERRUPTED, KILLED, PREEMPTED, STORAGE, CraftError, UsageError
+from craft_jax.errors import (
+    INTERRUPTED,
+    KILLED,
+    PREEMPTED,
+    STORAGE,
+    CraftError,
+    StoppedError,
+    UsageError,
+)
 
 
 class _Command(NamedTuple):
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = command.run(args)
         sys.stdout.flush()
         return code
-    except CraftError as error:
+    except (CraftError, StoppedError) as error:
         if debug:
             traceback.print_exc()
         print(error, file=sys.stderr)

@@ -114,12 +114,14 @@ class StopSignal:
     Attributes:
       exit_code: 130 after Ctrl-C, 75 after SIGTERM, SIGUSR1 or SIGHUP, None before any.
       name: of the signal.
+      on_deferred: called when a signal was noted, inside of its handler.
       on_abort: called with the exit code before a second signal ends the process.
     """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.name = ""
+        self.on_deferred: Callable[[], object] = lambda: None
         self.on_abort: Callable[[int], None] = lambda exit_code: None
         self._is_deferred = False
 
@@ -153,14 +155,15 @@ class StopSignal:
         self.exit_code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
         if not self._is_deferred:
             raise StoppedError(f"stopped by {self.name}; nothing was under way", self.exit_code)
-        logging.getLogger("craft_jax").info(
-            "%s received: finishing this step and saving (once more stops at once)", self.name
-        )
+        self.on_deferred()
 
 
 # What reaches the process within this time of the first signal is the same wish: a scheduler
 # signals every process of a job, and a launcher passes its own signal on.
 _SAME_WISH_SECONDS = 0.2
+
+# Among the numbers of signals in the pipe: no signal has it.
+_DEFERRED = b"\0"
 
 
 @contextlib.contextmanager
@@ -195,12 +198,14 @@ def stop_signals() -> Iterator[StopSignal]:
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # The system writes to the pipe even while Python's own handlers have to wait.
-    watcher = threading.Thread(target=_abort_at_the_second, args=(reader, numbers, asked))
+    asked.on_deferred = lambda: os.write(writer, _DEFERRED)
+    watcher = threading.Thread(target=_watch, args=(reader, numbers, asked))
     watcher.daemon = True
     watcher.start()
     try:
         yield asked
     finally:
+        asked.on_deferred = lambda: None
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
         watcher.join()
@@ -209,9 +214,14 @@ def stop_signals() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-def _abort_at_the_second(reader: int, numbers: Collection[int], asked: StopSignal) -> None:
+def _watch(reader: int, numbers: Collection[int], asked: StopSignal) -> None:
+    """Says that a signal was noted, and ends the process at the second one."""
     first: float | None = None
     while byte := os.read(reader, 1):
+        if byte == _DEFERRED:
+            # Not in the handler, which may have interrupted a write to the same stream; and not
+            # here, since a reader that is stuck must not keep the second signal from being seen.
+            threading.Thread(target=_say_deferred, args=(asked.name,), daemon=True).start()
         if byte[0] not in numbers:
             continue
         now = time.monotonic()
@@ -223,6 +233,12 @@ def _abort_at_the_second(reader: int, numbers: Collection[int], asked: StopSigna
                 asked.on_abort(exit_code)
                 os.write(2, b"\nstopped at once; the last checkpoint is whole\n")
             os._exit(exit_code)
+
+
+def _say_deferred(name: str) -> None:
+    logging.getLogger("craft_jax").info(
+        "%s received: finishing this step and saving (once more stops at once)", name
+    )
 
 
 def keep_freed_memory() -> None:

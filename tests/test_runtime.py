@@ -1,9 +1,11 @@
+import contextlib
 import io
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -75,6 +77,47 @@ def test_a_signal_ends_a_wait():
         asked.defer()
         with pytest.raises(StoppedError), asked.waiting():
             signal.raise_signal(signal.SIGUSR1)
+
+
+class _SignalsWhileWriting(io.RawIOBase):
+    """A file that is slow enough for a signal to come in the middle of a write."""
+
+    def __init__(self):
+        self.written = b""
+
+    def writable(self):
+        return True
+
+    def write(self, text):
+        if not self.written:
+            signal.raise_signal(signal.SIGTERM)
+        self.written += bytes(text)
+        return len(text)
+
+
+@pytest.mark.parametrize("is_deferred", [True, False])
+def test_a_signal_in_the_middle_of_a_message(is_deferred, caplog, capsys):
+    caplog.set_level(logging.INFO, "craft_jax")
+    raw = _SignalsWhileWriting()
+    handler = logging.StreamHandler(io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))
+    logger = logging.getLogger("craft_jax")
+    logger.addHandler(handler)
+    try:
+        with runtime.stop_signals() as asked:
+            stops = contextlib.nullcontext() if is_deferred else pytest.raises(StoppedError)
+            if is_deferred:
+                asked.defer()
+            with stops:
+                logger.warning("a step")
+            deadline = time.monotonic() + 10
+            while is_deferred and b"SIGTERM received" not in raw.written:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    finally:
+        logger.removeHandler(handler)
+    assert asked.exit_code == 75
+    assert is_deferred == (b"a step" in raw.written)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_earlier_handler_is_called_too():

@@ -13,7 +13,7 @@ import numpy as np
 
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.workers import Workers, batch_error, make_batch, origin
-from craft_jax.errors import CraftError, DataError
+from craft_jax.errors import CraftError, DataError, StoppedError
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def read_batch(dataset: Dataset, step: int) -> Batch:
     """
     try:
         batch = make_batch(dataset, step)
-    except CraftError:
+    except (CraftError, StoppedError):
         raise
     except BaseException as error:
         raise batch_error(dataset, step, error) from error
