@@ -1,6 +1,7 @@
 """Checkpoints: the whole state of a run at one step, in a folder that is complete or absent.
 
     {run}/checkpoints/{step}/params/         parameters by path (Orbax)
+                             average/        an average of them, where the optimizer keeps one
                              optimizer/      all other arrays of the state (Orbax)
                              meta.json       step, metrics, callback state, environment
                              config.json     the whole config
@@ -19,6 +20,7 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -40,7 +42,7 @@ from craft_jax import durable, faults, manifests, outputs
 from craft_jax.errors import ConfigError, StorageError
 from craft_jax.manifests import DamagedError, Leaf
 from craft_jax.models.base import Params
-from craft_jax.outputs import OPTIMIZER, PARAMS, Checkpoints
+from craft_jax.outputs import AVERAGE, OPTIMIZER, PARAMS, Checkpoints
 from craft_jax.schema import setting
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ _FULL = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How checkpoints are written and chosen; when and how many is in `training`."""
+    """How checkpoints are written, chosen and kept; how often and how many is in `training`."""
 
     resume: Literal["auto", "must", "none"] = setting(
         "auto",
@@ -68,6 +70,15 @@ class CheckpointConfig:
     verify: Literal["full", "fast", "none"] = setting(
         "full",
         "before a checkpoint is used: full reads every byte, fast the sizes of large files",
+    )
+    every_minutes: float = setting(
+        0.0, "minutes between checkpoints, beside training.checkpoint_every; 0 for none", minimum=0
+    )
+    best_metric: str = setting("val_loss", "the metric whose best evaluations stay")
+    best_mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
+    keep_best: int = setting(1, "how many of the best stay", minimum=1)
+    keep_multiples: int = setting(
+        0, "checkpoints of multiples of so many steps stay forever; 0 for none", minimum=0
     )
     background: bool = setting(True, "write while training goes on")
     on_error: Literal["warn", "halt"] = setting(
@@ -82,15 +93,18 @@ class CheckpointStore(Checkpoints):
 
     Args:
       folder: where the step folders stand; made by the first save.
-      keep_last: how many of the newest stay. The best by validation loss stays as well.
+      keep_last: how many of the newest stay.
+      config: which others stay.
 
     Attributes:
       written: how many checkpoints this object has written.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2):
+    def __init__(
+        self, folder: Path, keep_last: int = 2, config: CheckpointConfig = CheckpointConfig()
+    ):
         super().__init__(folder)
-        self._keep_last = keep_last
+        self._keep_last, self._config = keep_last, config
         self._pool: ThreadPoolExecutor | None = None
         self._under_way: Future[None] | None = None
         self.written = 0
@@ -111,7 +125,8 @@ class CheckpointStore(Checkpoints):
 
         Args:
           step: its number.
-          state: a tree of arrays with a mapping `params`; it is copied before this returns.
+          state: a tree of arrays with mappings `params` and `average`, the latter may be None; it
+            is copied before this returns.
           meta: JSON to store beside it.
           config: the config as JSON.
           tokenizer: the text of `tokenizer.json`, or None.
@@ -125,8 +140,8 @@ class CheckpointStore(Checkpoints):
         faults.point("ckpt.begin")
         # Copies: the next train step overwrites the buffers.
         parts = {
-            PARAMS: {name: np.array(leaf) for name, leaf in state.params.items()},
-            OPTIMIZER: {name: np.array(leaf) for name, leaf in _rest(state).items()},
+            part: {name: np.array(leaf) for name, leaf in leaves.items()}
+            for part, leaves in _split(state).items()
         }
 
         def write() -> None:
@@ -242,8 +257,14 @@ class CheckpointStore(Checkpoints):
         """Renames a damaged checkpoint, so that it is looked at by people alone."""
         return self._rename(str(step), "corrupt")
 
-    def set_aside(self) -> list[Path]:
-        """Renames all checkpoints, so that a run can begin again without losing them."""
+    def set_aside(self, after: int | None = None) -> list[Path]:
+        """Renames checkpoints, so that a run can go another way without losing them.
+
+        Args:
+          after: only those of later steps than this one; None for all, damaged ones included.
+        """
+        if after is not None:
+            return [self._rename(str(step), "aside") for step in self.steps() if step > after]
         names = [*map(str, (*self.steps(), *self.damaged())), *self.corrupt()]
         return [self._rename(name, "aside") for name in names]
 
@@ -256,7 +277,9 @@ class CheckpointStore(Checkpoints):
 
     def _prune(self) -> None:
         steps = self.steps()
-        keep = {*steps[-self._keep_last :], self.best()}
+        keep = {*steps[-self._keep_last :], *self.best_steps()}
+        if every := self._config.keep_multiples:
+            keep |= {step for step in steps if step % every == 0}
         for step in steps:
             if step not in keep and not self._is_pinned(step):
                 # Renamed first: a folder that is half removed is no checkpoint any more.
@@ -265,6 +288,15 @@ class CheckpointStore(Checkpoints):
                 (self.folder / str(step)).rename(trash)
                 faults.point("ckpt.mid_gc")
                 durable.remove(trash)
+
+    def best_steps(self) -> list[int]:
+        """Returns the steps with the best evaluations, the best first."""
+        config, found = self._config, {}
+        for step in self.steps():
+            value = self.meta(step).get("metrics", {}).get(config.best_metric)
+            if value is not None and math.isfinite(value):
+                found[step] = value if config.best_mode == "min" else -value
+        return sorted(found, key=found.__getitem__)[: config.keep_best]
 
     # Reading.
 
@@ -305,22 +337,21 @@ class CheckpointStore(Checkpoints):
           DamagedError: it cannot be read, or has other bits.
           ConfigError: it is the state of another model or optimizer.
         """
-        params, rest = dict(abstract.params), _rest(abstract)
-        self._check_leaves(step, {PARAMS: params, OPTIMIZER: rest})
-        return _join(
-            abstract,
-            self._restore(step, PARAMS, params),
-            self._restore(step, OPTIMIZER, rest),
-        )
+        wanted = _split(abstract)
+        self._check_leaves(step, wanted)
+        return _join(abstract, {part: self._restore(step, part, wanted[part]) for part in wanted})
 
-    def restore_params(self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-        """Reads the parameters alone, in the dtypes of `shapes`.
+    def restore_params(
+        self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct], *, last: bool = False
+    ) -> Params:
+        """Reads the parameters alone, in the dtypes of `shapes`; their average where there is one.
 
         An imported model may have been stored in other dtypes.
 
         Args:
           step: which.
           shapes: with shardings; onto the default device where there is none.
+          last: those of the last update, even where there is an average of them.
 
         Raises:
           DamagedError: they cannot be read.
@@ -331,8 +362,9 @@ class CheckpointStore(Checkpoints):
             name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here)
             for name, s in shapes.items()
         }
-        self._check_leaves(step, {PARAMS: placed}, any_dtype=True)
-        return self._restore(step, PARAMS, placed)
+        part = self.params_part(step, last=last)
+        self._check_leaves(step, {part: placed}, any_dtype=True)
+        return self._restore(step, part, placed)
 
     def _check_leaves(
         self, step: int, wanted: Mapping[str, Mapping[str, Any]], any_dtype: bool = False
@@ -542,16 +574,20 @@ def quiet_absl() -> Iterator[None]:
         absl.setLevel(level)
 
 
-def _rest(state: Any) -> dict[str, Any]:
-    """Returns everything but the parameters as a flat dict, by the path in the state."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.replace(params={}))
-    return {_name(path): leaf for path, leaf in leaves}
+def _split(state: Any) -> dict[str, dict[str, Any]]:
+    """Returns the leaves of a state in flat dicts: by their path, for the rest in the state."""
+    parts = {PARAMS: dict(state.params)}
+    if state.average is not None:
+        parts[AVERAGE] = dict(state.average)
+    leaves = jax.tree_util.tree_leaves_with_path(state.replace(params={}, average=None))
+    return parts | {OPTIMIZER: {_name(path): leaf for path, leaf in leaves}}
 
 
-def _join(abstract: Any, params: dict, rest: dict) -> Any:
-    empty = abstract.replace(params={})
+def _join(abstract: Any, parts: Mapping[str, dict[str, Any]]) -> Any:
+    """Returns the state that `_split` took apart."""
+    empty, rest = abstract.replace(params={}, average=None), parts[OPTIMIZER]
     filled = jax.tree_util.tree_map_with_path(lambda path, _: rest[_name(path)], empty)
-    return filled.replace(params=params)
+    return filled.replace(params=parts[PARAMS], average=parts.get(AVERAGE))
 
 
 def _name(path: tuple) -> str:

@@ -28,6 +28,7 @@ from craft_jax.data.pairs import TASKS
 from craft_jax.data.pipeline import DataConfig, is_pairs_path, is_tokenizer_path
 from craft_jax.data.tokenizers import KINDS
 from craft_jax.errors import ConfigError, UsageError
+from craft_jax.losses import LossConfig
 from craft_jax.models.base import EncoderDecoderModel, Model
 from craft_jax.models.gpt import GPT
 from craft_jax.models.seq2seq import Transformer
@@ -36,6 +37,7 @@ from craft_jax.optim import OptimConfig
 from craft_jax.schema import Contradiction, setting
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training.loggers import LogConfig
+from craft_jax.training.reactions import EarlyStoppingConfig, PlateauConfig
 from craft_jax.training.trainer import TrainingConfig
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "transformer": TransformerLM, "seq2seq": Transformer}
@@ -71,7 +73,8 @@ class ExperimentConfig:
     Attributes:
       init_from: the run whose weights and tokenizer this one began with, or None.
       model: the `Config` of the class that `model.name` names.
-      data, optim, training, parallel, checkpoint, log: the other sections.
+      data, optim, training, parallel, loss, plateau, early_stopping, checkpoint, log: the other
+        sections.
     """
 
     init_from: str | None = setting(
@@ -82,6 +85,9 @@ class ExperimentConfig:
     optim: OptimConfig
     training: TrainingConfig
     parallel: ParallelConfig
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    plateau: PlateauConfig = dataclasses.field(default_factory=PlateauConfig)
+    early_stopping: EarlyStoppingConfig = dataclasses.field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
@@ -111,6 +117,14 @@ class ExperimentConfig:
                 ("optim.warmup_steps", "training.num_steps"),
                 f"optim.warmup_steps={optim.warmup_steps} is more than "
                 f"training.num_steps={training.num_steps}; warm up in fewer steps",
+            )
+        early, best = self.early_stopping, self.checkpoint
+        if early.patience and early.restore_best and early.monitor != best.best_metric:
+            yield Contradiction(
+                ("early_stopping.monitor", "checkpoint.best_metric"),
+                f"early_stopping.monitor={early.monitor} is not checkpoint.best_metric="
+                f"{best.best_metric}, whose best checkpoint stays; make them the same, or set "
+                "early_stopping.restore_best=false",
             )
         vocab = getattr(self.model, "vocab_size", None)
         if vocab is not None and data.tokenizer == "bpe" and data.vocab_size > vocab:
@@ -718,8 +732,13 @@ def _may_change(field: str) -> bool:
         "training.num_steps",
         "training.stall_seconds",
         "training.keep_checkpoints",
+        "training.reduce_after",
+        "training.roll_back_after",
+        "training.max_roll_backs",
+        "training.max_bad_steps",
         "data.workers",
         "data.prefetch",
         "data.allow_change",
     )
-    return field in free or field.endswith("_every") or field.startswith(("checkpoint.", "log."))
+    sections = ("checkpoint.", "early_stopping.", "log.", "parallel.", "plateau.")
+    return field in free or field.endswith("_every") or field.startswith(sections)

@@ -3,6 +3,8 @@
 `CRAFT_FAULT=POINT:NTH:ACTION` in the environment arms one point; the NTH time that the process
 passes it, the action happens. Several are separated by commas. Without the variable `point` does
 nothing. docs/reliability.md lists the points.
+
+`CRAFT_POISON=KIND:STEPS` spoils the gradients of some steps (`nan:12`, `inf:5-9`), see `poison`.
 """
 
 import errno
@@ -10,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 POINTS = (
     "start", "data", "compile", "step", "eval", "ckpt.begin", "ckpt.mid_write",
@@ -62,3 +65,40 @@ def _nothing(name: str) -> None:
 
 point: Callable[[str], None] = _pass if _ARMED else _nothing
 """Marks a place in the program by its name, one of `POINTS`."""
+
+_KINDS = ("nan", "inf")
+
+
+def _poisons(text: str) -> list[tuple[str, int, int]]:
+    found = []
+    for part in filter(None, text.split(",")):
+        kind, _, steps = part.partition(":")
+        first, _, last = steps.partition("-")
+        if kind not in _KINDS:
+            raise ValueError(f"CRAFT_POISON={part}: no such kind")
+        found.append((kind, int(first), int(last or first)))
+    return found
+
+
+_POISONS = _poisons(os.environ.get("CRAFT_POISON", ""))
+
+
+def poison(grads: dict[str, Any], step: Any) -> dict[str, Any]:
+    """Returns gradients, spoilt in the steps that `CRAFT_POISON` names.
+
+    Without the variable nothing is added to the program. With it the program is one and the same
+    for every step, named or not: `nan:0` gives the reference.
+
+    Args:
+      grads: arrays by path.
+      step: number of updates before this one, an integer scalar; the first update is step 1.
+    """
+    for kind, first, last in _POISONS:
+        is_bad = (first <= step + 1) & (step + 1 <= last)
+        # One element of one array: in a layer that several devices share, that of one of them.
+        path = sorted(grads)[len(grads) // 2]
+        flat = grads[path].reshape(-1)
+        place = (1 - is_bad.astype("int32")) * flat.size  # Beyond the end nothing is set.
+        flat = flat.at[place].set(float(kind), mode="drop")
+        grads = {**grads, path: flat.reshape(grads[path].shape)}
+    return grads

@@ -3,10 +3,33 @@
 Shape letters: B batch, T time, V vocabulary.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from craft_jax.schema import setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What training adds to the cross-entropy. It steers the gradient; no reported loss has it."""
+
+    label_smoothing: float = setting(
+        0.0, "the part of each target that is spread evenly over the vocabulary", minimum=0, below=1
+    )
+    z_loss: float = setting(
+        0.0,
+        "factor on the squared log of the softmax's normaliser, 1e-4 in PaLM",
+        minimum=0,
+        maximum=1,
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is added."""
+        return not (self.label_smoothing or self.z_loss)
 
 
 class LossSums(NamedTuple):
@@ -16,18 +39,20 @@ class LossSums(NamedTuple):
       loss: sum of the weighted losses, in nats.
       weight: sum of the weights; the mean loss is `loss / weight`.
       correct: weighted number of targets that the model ranks first.
+      penalty: sum of what a `LossConfig` adds, weighted; training descends `loss + penalty`.
     """
 
     loss: jax.Array
     weight: jax.Array
     correct: jax.Array
+    penalty: jax.Array | float = 0.0
 
 
 class PairSums(NamedTuple):
     """Sums over the targets of a batch of pairs; scalars, at least float32.
 
     Attributes:
-      loss, weight, correct: as in `LossSums`.
+      loss, weight, correct, penalty: as in `LossSums`.
       exact: rows whose every target the model ranks first, given the targets before it; greedy
         decoding gives just these rows back whole.
       rows: rows that have a target.
@@ -38,10 +63,17 @@ class PairSums(NamedTuple):
     correct: jax.Array
     exact: jax.Array
     rows: jax.Array
+    penalty: jax.Array | float = 0.0
+
+
+PLAIN = LossConfig()
 
 
 def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array | None = None
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array | None = None,
+    config: LossConfig = PLAIN,
 ) -> LossSums:
     """Cross-entropy of integer targets, in at least float32.
 
@@ -49,28 +81,40 @@ def cross_entropy(
       logits_BTV: unnormalised log probabilities, any float dtype.
       targets_BT: int32 ids in [0, V). JAX clips or wraps others silently: check them before.
       weights_BT: what each target counts; None for 1 each.
+      config: what is added as `penalty`: for label smoothing by s, s times the mean over the
+        vocabulary of the cross-entropy beyond that of the target (Szegedy et al. 2016); for a
+        z-loss by z, z times the squared logsumexp of the logits (Chowdhery et al. 2022, section 5).
     """
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
+    normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    losses_BT = normaliser_BT - chosen_BT
     correct_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(losses_BT.dtype)
+    parts = [losses_BT, correct_BT]
+    if not config.is_plain:
+        spread_BT = config.label_smoothing * (chosen_BT - logits_BTV.mean(axis=-1))
+        parts.append(spread_BT + config.z_loss * normaliser_BT**2)
     if weights_BT is None:
         weight = jnp.asarray(targets_BT.size, losses_BT.dtype)
-        return LossSums(losses_BT.sum(), weight, correct_BT.sum())
-    weights_BT = weights_BT.astype(losses_BT.dtype)
-    return LossSums(
-        (losses_BT * weights_BT).sum(), weights_BT.sum(), (correct_BT * weights_BT).sum()
-    )
+        loss, correct, *penalty = (part_BT.sum() for part_BT in parts)
+    else:
+        weights_BT = weights_BT.astype(losses_BT.dtype)
+        weight = weights_BT.sum()
+        loss, correct, *penalty = ((part_BT * weights_BT).sum() for part_BT in parts)
+    return LossSums(loss, weight, correct, *penalty)
 
 
 def pair_cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    config: LossConfig = PLAIN,
 ) -> PairSums:
     """Cross-entropy of targets that are one sequence in each row; see `cross_entropy`."""
-    sums = cross_entropy(logits_BTV, targets_BT, weights_BT)
+    sums = cross_entropy(logits_BTV, targets_BT, weights_BT, config)
     counts_BT = weights_BT > 0
     wrong_B = jnp.any((jnp.argmax(logits_BTV, axis=-1) != targets_BT) & counts_BT, axis=-1)
     is_row_B = jnp.any(counts_BT, axis=-1)
     dtype = sums.loss.dtype
     exact, rows = (jnp.sum(x, dtype=dtype) for x in (is_row_B & ~wrong_B, is_row_B))
-    return PairSums(*sums, exact=exact, rows=rows)
+    return PairSums(**sums._asdict(), exact=exact, rows=rows)

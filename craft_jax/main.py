@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parse([word for word in words if word != "--debug"])
-        if args.command == "train" and args.run:
+        if args.command == "train" and args.run and args.replay_step is None:
             # Before what takes seconds to import.
             locks.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
         command = importlib.import_module(f"craft_jax.commands.{COMMANDS[args.command].module}")
@@ -180,8 +180,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("--config", help="a config file, and its preset behind a colon")
     else:
         add("--tokenizer", help="a tokenizer.json, for an imported model that came without one")
+        add(
+            "--weights",
+            choices=("average", "last"),
+            default="average",
+            help="which, where the optimizer kept an average of them (default: average)",
+        )
     if command == "train":
         add("--tokenizer", help="the same as --config.data.tokenizer")
+        add("--replay_step", type=int, help="make this step of --run again, and show its batch")
     if command == "evaluate":
         add("--split", choices=("val", "train"), default="val", help="what to evaluate on")
         add("--text", help="a text file to evaluate on instead; .tsv or .jsonl for pairs")

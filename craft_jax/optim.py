@@ -1,16 +1,18 @@
 """Optimizer and learning-rate schedule, from the `optim` section of a config.
 
-The optimizer answers with directions; the train step multiplies them by the learning rate, which
-is a number of its own so that it can be logged, and scaled while a run goes on.
+The learning rate is a number of its own, which the train step hands to the optimizer, so that it
+can be logged, and scaled while a run goes on.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from craft_jax.schema import Contradiction, setting
 
@@ -21,7 +23,9 @@ Schedule = Callable[[jax.Array], jax.Array]
 class OptimConfig:
     """How parameters move."""
 
-    name: Literal["adamw"] = setting("adamw", "the optimizer: adamw")
+    name: Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free_adamw"] = setting(
+        "adamw", "the optimizer; muon takes the inner matrices, and leaves the rest to adamw"
+    )
     learning_rate: float = setting(1e-3, "the peak learning rate", above=0, maximum=1e6)
     min_learning_rate: float = setting(
         1e-4, "where cosine, linear and wsd end, and the floor of inverse_sqrt", minimum=0
@@ -41,12 +45,29 @@ class OptimConfig:
     weight_decay: float = setting(
         0.1, "decoupled weight decay, on matrices only", minimum=0, maximum=1e6
     )
+    lr_multipliers: tuple[str, ...] = setting(
+        (), "factors on the learning rate by path, PATTERN=FACTOR; the first that is found decides"
+    )
+    decay_multipliers: tuple[str, ...] = setting(
+        (), "factors on the weight decay by path, PATTERN=FACTOR, in place of matrices only"
+    )
     # Closer to 1 they are 1 in float32, and the moments' correction divides by zero.
-    beta1: float = setting(0.9, "decay of the first moment", minimum=0, maximum=0.999999)
+    beta1: float = setting(
+        0.9, "decay of the first moment, the momentum of sgd", minimum=0, maximum=0.999999
+    )
     beta2: float = setting(0.99, "decay of the second moment", minimum=0, maximum=0.999999)
     eps: float = setting(1e-8, "added to the root of the second moment", minimum=1e-30)
     clip_norm: float | None = setting(
         1.0, "largest norm of the whole gradient; none for no clipping", above=0
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the first moment; the second needs the digits of float32"
+    )
+    ema_decay: float | None = setting(
+        None,
+        "decay of an average of the parameters that is evaluated and exported; none for none",
+        minimum=0,
+        below=1,
     )
 
     def contradictions(self) -> Iterator[Contradiction]:
@@ -63,12 +84,45 @@ class OptimConfig:
                 f"{self.weight_decay} is above 1: each step would take away more than the weights; "
                 "lower one of them",
             )
+        if self.name == "schedule_free_adamw" and not self.beta1:
+            yield Contradiction(
+                ("optim.name", "optim.beta1"),
+                "optim.beta1=0.0 leaves optim.name=schedule_free_adamw no average; use 0.9",
+            )
+        if self.name == "schedule_free_adamw" and self.ema_decay is not None:
+            yield Contradiction(
+                ("optim.name", "optim.ema_decay"),
+                f"optim.ema_decay={self.ema_decay} with optim.name=schedule_free_adamw would be "
+                "the average of an average; leave it out",
+            )
+        for name in ("lr_multipliers", "decay_multipliers"):
+            for part in getattr(self, name):
+                if wrong := _wrong_multiplier(part):
+                    yield Contradiction(
+                        (f"optim.{name}",),
+                        f"optim.{name}={part}: {wrong}; write PATTERN=FACTOR, as in embedding$=0.1",
+                    )
         if self.decay_steps is not None and (self.warmup_steps or 0) > self.decay_steps:
             yield Contradiction(
                 ("optim.warmup_steps", "optim.decay_steps"),
                 f"optim.warmup_steps={self.warmup_steps} is more than "
                 f"optim.decay_steps={self.decay_steps}; warm up in fewer steps",
             )
+
+
+def _wrong_multiplier(text: str) -> str | None:
+    pattern, _, factor = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"{pattern} is no regular expression ({error})"
+    try:
+        value = float(factor)
+    except ValueError:
+        value = -1.0
+    if not (pattern and 0 <= value <= 1e6):
+        return "a factor is a number from 0 to 1e6"
+    return None
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
@@ -108,19 +162,182 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov & Hutter 2019) without its learning rate.
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How gradients and a learning rate change parameters, and which average of them is kept.
 
-    Its updates are to be multiplied by minus the learning rate. Weight decay applies to parameters
-    of two or more dimensions: kernels and embeddings, not biases, norms and constants.
+    Attributes:
+      at: the optax transformation for a learning rate, a float32 scalar; its updates are added to
+        the parameters.
+      ema_decay: of the average; None for none.
+      is_schedule_free: whether the average is that of the optimizer itself.
     """
-    steps = []
-    if config.clip_norm is not None:
-        steps.append(optax.clip_by_global_norm(config.clip_norm))
-    steps.append(optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps))
-    if config.weight_decay:
-        steps.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
-    return optax.chain(*steps)
+
+    at: Callable[[Any], optax.GradientTransformation]
+    ema_decay: float | None = None
+    is_schedule_free: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the parameters is kept."""
+        return self.is_schedule_free or self.ema_decay is not None
+
+    def init(self, params: Mapping[str, jax.Array]) -> Any:
+        """Returns the state before the first update."""
+        return self.at(0.0).init(params)
+
+    def apply(
+        self, grads: Any, opt_state: Any, params: Mapping[str, jax.Array], learning_rate: jax.Array
+    ) -> tuple[dict[str, jax.Array], Any]:
+        """Returns the parameters and the state after an update."""
+        updates, opt_state = self.at(learning_rate).update(grads, opt_state, params)
+        return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), opt_state
+
+    def average(self, params: Any, opt_state: Any, average: Any, step: jax.Array) -> Any:
+        """Returns the average after an update, None if there is none.
+
+        An exponential moving average forgets the beginning sooner: its decay is at most
+        `(1 + n) / (10 + n)` after n updates, as in TensorFlow.
+
+        Args:
+          params, opt_state: after the update.
+          average: before the update.
+          step: number of updates before this one, int32 scalar.
+        """
+        if self.is_schedule_free:
+            return contrib.schedule_free_eval_params(_find_schedule_free(opt_state), params)
+        if self.ema_decay is None:
+            return None
+        n = step.astype(jnp.float32)
+        decay = jnp.minimum(self.ema_decay, (1 + n) / (10 + n))
+        return jax.tree.map(lambda a, p: a + (1 - decay).astype(p.dtype) * (p - a), average, params)
+
+
+def make_optimizer(config: OptimConfig) -> Optimizer:
+    """Returns the optimizer that a config names.
+
+    Weight decay is decoupled, and applies to parameters of two or more dimensions: kernels and
+    embeddings, not biases, norms and constants; `decay_multipliers` change that by path.
+
+    - `adamw`: Loshchilov & Hutter 2019.
+    - `adafactor`: Shazeer & Stern 2018, with updates relative to the scale of each parameter, and
+      without momentum.
+    - `lion`: Chen et al. 2023. It wants a learning rate about a fifth of AdamW's.
+    - `sgd`: with momentum `beta1`.
+    - `muon`: Jordan et al. 2024 for the matrices between embedding and head, scaled to the size of
+      AdamW's updates (Liu et al. 2025), so that one learning rate serves both; AdamW for the rest.
+    - `schedule_free_adamw`: Defazio et al. 2024; evaluated at its own average.
+    """
+
+    def at(learning_rate: Any) -> optax.GradientTransformation:
+        steps = []
+        if config.clip_norm is not None:
+            steps.append(optax.clip_by_global_norm(config.clip_norm))
+        inner = [_direction(config)]
+        if config.weight_decay:
+            inner.append(_decay(config))
+        if config.lr_multipliers:
+            inner.append(_multiply(config.lr_multipliers))
+        inner.append(optax.scale(-learning_rate))
+        if config.name == "schedule_free_adamw":
+            inner = [contrib.schedule_free(optax.chain(*inner), learning_rate, b1=config.beta1)]
+        return optax.chain(*steps, *inner)
+
+    return Optimizer(at, config.ema_decay, is_schedule_free=config.name == "schedule_free_adamw")
+
+
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
+    dtype = config.moment_dtype
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=dtype)
+    match config.name:
+        case "adamw":
+            return adam
+        case "adafactor":
+            return optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.scale_by_param_block_rms(),
+            )
+        case "lion":
+            return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=dtype)
+        case "sgd":
+            return optax.trace(config.beta1, accumulator_dtype=dtype)
+        case "muon":
+            muon = contrib.scale_by_muon(mu_dtype=dtype, weight_dimension_numbers=_matrices)
+            muon = optax.chain(muon, optax.stateless(_like_adamw))
+            return optax.partition({"muon": muon, "adamw": adam}, _muon_or_adamw)
+        case "schedule_free_adamw":
+            # Momentum is what the average replaces.
+            return optax.scale_by_rms(
+                config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True
+            )
+
+
+def _muon_or_adamw(params: Mapping[str, Any]) -> dict[str, str]:
+    def is_inner(path: str, value: Any) -> bool:
+        return value.ndim == 2 and not re.search(r"embedding$|^head\.|\.constant$", path)
+
+    return {path: "muon" if is_inner(path, v) else "adamw" for path, v in params.items()}
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), params)
+
+
+def _like_adamw(updates: Any, params: Any) -> Any:
+    """Scales orthogonal updates to the root mean square that AdamW's usually have."""
+    del params
+    return jax.tree.map(lambda u: u * (0.2 * max(u.shape) ** 0.5), updates)
+
+
+def _decay(config: OptimConfig) -> optax.GradientTransformation:
+    def add(updates: Any, params: Any) -> Any:
+        factors = by_path(config.decay_multipliers, params, decays(params))
+
+        def moves(path: str) -> bool:
+            return factors[path] > 0 and not path.endswith(".constant")
+
+        return {
+            path: u + config.weight_decay * factors[path] * params[path] if moves(path) else u
+            for path, u in updates.items()
+        }
+
+    return optax.stateless(add)
+
+
+def _multiply(multipliers: Sequence[str]) -> optax.GradientTransformation:
+    def multiply(updates: Any, params: Any) -> Any:
+        del params
+        factors = by_path(multipliers, updates, {})
+        return {path: u * factors[path] for path, u in updates.items()}
+
+    return optax.stateless(multiply)
+
+
+def by_path(
+    multipliers: Sequence[str], params: Mapping[str, Any], default: Mapping[str, float]
+) -> dict[str, float]:
+    """Returns a factor for each parameter path.
+
+    Args:
+      multipliers: `PATTERN=FACTOR`; the first whose regular expression is found in a path decides.
+      params: by path.
+      default: of paths that no pattern is found in; 1 where it says nothing.
+    """
+    rules = [(re.compile(p), float(f)) for p, _, f in (m.rpartition("=") for m in multipliers)]
+
+    def factor(path: str) -> float:
+        found = (value for pattern, value in rules if pattern.search(path))
+        return next(found, float(default.get(path, 1.0)))
+
+    return {path: factor(path) for path in params}
+
+
+def _find_schedule_free(opt_state: Any) -> contrib.ScheduleFreeState:
+    def is_it(node: Any) -> bool:
+        return isinstance(node, contrib.ScheduleFreeState)
+
+    return next(filter(is_it, jax.tree.leaves(opt_state, is_leaf=is_it)))
 
 
 def decays(params: Mapping[str, Any]) -> dict[str, bool]:

@@ -28,7 +28,7 @@ from typing import Any
 from craft_jax import manifests
 from craft_jax.errors import DataError, OutputError, StorageError, UsageError
 
-PARAMS, OPTIMIZER = "params", "optimizer"
+PARAMS, AVERAGE, OPTIMIZER = "params", "average", "optimizer"
 """The folders of a checkpoint's arrays."""
 
 _META, _CONFIG, _TOKENIZER = "meta.json", "config.json", "tokenizer.json"
@@ -69,6 +69,10 @@ class RunPaths:
     @property
     def config(self) -> Path:
         return self.folder / "config.json"
+
+    @property
+    def bad_steps(self) -> Path:
+        return self.folder / "bad_steps"
 
     @property
     def exact(self) -> Path:
@@ -208,12 +212,6 @@ class Checkpoints:
         """Returns the newest step, or None."""
         return max(self.steps(), default=None)
 
-    def best(self) -> int | None:
-        """Returns the step with the lowest validation loss, or None where none was evaluated."""
-        losses = {s: self.meta(s).get("metrics", {}).get("val_loss") for s in self.steps()}
-        known = {s: loss for s, loss in losses.items() if loss is not None}
-        return min(known, key=known.__getitem__, default=None)
-
     def meta(self, step: int) -> dict:
         """Returns what was stored beside the arrays."""
         return self._read_json(step, _META)
@@ -227,9 +225,18 @@ class Checkpoints:
         path = self.folder / str(step) / _TOKENIZER
         return path if path.is_file() else None
 
-    def params_folder(self, step: int) -> Path:
-        """Returns the folder of the parameters' arrays."""
-        return self.folder / str(step) / PARAMS
+    def params_part(self, step: int, *, last: bool = False) -> str:
+        """Returns which part of a checkpoint has the parameters that are used.
+
+        Args:
+          step: of the checkpoint.
+          last: those of the last update, even where there is an average of them.
+        """
+        return PARAMS if last or not self.has_average(step) else AVERAGE
+
+    def has_average(self, step: int) -> bool:
+        """Whether the optimizer kept an average of the parameters."""
+        return (self.folder / str(step) / AVERAGE).is_dir()
 
     def has_optimizer(self, step: int) -> bool:
         """Whether a checkpoint can be continued to the bit; an imported one has weights only."""

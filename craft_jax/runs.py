@@ -41,6 +41,7 @@ class Run:
       config: the config that it was trained with, and overrides on top.
       given_tokenizer: stands in where the checkpoint has none.
       pin: keeps a trainer from removing the checkpoint.
+      last: whether to use the parameters of the last update, even where there is an average.
     """
 
     paths: RunPaths
@@ -48,6 +49,7 @@ class Run:
     config: ExperimentConfig
     given_tokenizer: Tokenizer | None = None
     pin: Pin | None = None
+    last: bool = False
 
     @property
     def store(self) -> CheckpointStore:
@@ -83,8 +85,8 @@ class Run:
 
     @functools.cached_property
     def params(self) -> Params:
-        """The parameters, as they were trained."""
-        return self.store.restore_params(self.step, self.model_def.shapes)
+        """The parameters as they were trained; their average, where the optimizer kept one."""
+        return self.store.restore_params(self.step, self.model_def.shapes, last=self.last)
 
     @property
     def model(self) -> base.Model:
@@ -276,6 +278,7 @@ def open(
     workdir: str | Path = "outputs",
     overrides: Sequence[Override] = (),
     tokenizer: str | Path | None = None,
+    last: bool = False,
 ) -> Run:
     """Opens the newest checkpoint of a run, or the one whose folder is given.
 
@@ -284,6 +287,7 @@ def open(
       workdir: where runs are looked up by name.
       overrides: laid over the saved config; not on what makes the model.
       tokenizer: the path of a `tokenizer.json`, or `byte`, for a model that came without one.
+      last: use the parameters of the last update, even where there is an average of them.
 
     Raises:
       ConfigError: a tokenizer is given, and the run has another one.
@@ -306,7 +310,7 @@ def open(
     if refused:
         raise ConfigError(refused)
     given = _stand_in(store, step, str(tokenizer), paths.name) if tokenizer is not None else None
-    return Run(paths, step, config, given, pin)
+    return Run(paths, step, config, given, pin, last)
 
 
 def _pinned(store: CheckpointStore, step: int | None, name: str) -> tuple[int, Pin]:

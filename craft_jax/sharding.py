@@ -7,7 +7,7 @@ dimensions of a layer. Models know nothing of this.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,6 +18,8 @@ from craft_jax.errors import ConfigError
 from craft_jax.schema import Contradiction, setting
 
 AXES = ("data", "fsdp", "tensor")
+AXIS_NAME = "data"
+"""Of pmap."""
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 # The first pattern found in a path decides; what none matches is replicated.
@@ -33,7 +35,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 class ParallelConfig:
     """How the devices share the work; the sizes multiply to the number of devices."""
 
-    mode: Literal["jit"] = setting("jit", "jit: one program over a mesh of devices")
+    mode: Literal["jit", "pmap"] = setting(
+        "jit",
+        "jit: one program over a mesh of devices; pmap: the same program on each device with its "
+        "part of the batch, and all parameters",
+    )
     data: int = setting(-1, "devices that split the batch; -1 for all that remain", minimum=-1)
     fsdp: int = setting(1, "devices that split batch and parameters; -1 for all", minimum=-1)
     tensor: int = setting(1, "devices that split each layer; -1 for all", minimum=-1)
@@ -43,6 +49,13 @@ class ParallelConfig:
             if getattr(self, axis) == 0:
                 name = f"parallel.{axis}"
                 yield Contradiction((name,), f"{name}=0 is no number of devices; use 1, or -1")
+        for axis in ("fsdp", "tensor"):
+            if self.mode == "pmap" and getattr(self, axis) != 1:
+                yield Contradiction(
+                    ("parallel.mode", f"parallel.{axis}"),
+                    f"parallel.mode=pmap splits the batch alone, and parallel.{axis}="
+                    f"{getattr(self, axis)} splits parameters; use parallel.mode=jit",
+                )
         open_axes = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(open_axes) > 1:
             names = tuple(f"parallel.{axis}" for axis in open_axes)
@@ -118,7 +131,33 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on the devices, its first axis split over `data` and `fsdp`."""
+def put_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, mode: str = "jit"
+) -> dict[str, jax.Array]:
+    """Puts a batch on the devices, its first axis split over `data` and `fsdp`.
+
+    Under pmap there is an axis before it, with one entry for each device.
+    """
     sharding = NamedSharding(mesh, BATCH_SPEC)
+    if mode == "pmap":
+        batch = {k: a.reshape(mesh.shape["data"], -1, *a.shape[1:]) for k, a in batch.items()}
     return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+
+
+def compile_step(train_step: Callable, mesh: Mesh, mode: str = "jit") -> Callable:
+    """Compiles a train step for the devices of a mesh; the state that it is given is used up.
+
+    Args:
+      train_step: from (state, batch) to (state, metrics); for pmap made with `AXIS_NAME`.
+      mesh, mode: as for `put_batch`.
+    """
+    if mode == "jit":
+        return jax.jit(train_step, donate_argnums=0)
+    return jax.pmap(
+        train_step,
+        axis_name=AXIS_NAME,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=list(mesh.devices.flat),
+        donate_argnums=0,
+    )

@@ -181,6 +181,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     add("--config", help="a config for tensors without one: a file, or '{...}'")
     add("--strip-prefix", help="the prefix of the tensors that count")
     add("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors to leave out")
+    add("--weights", default="average", help="of a run that has both: average (default) or last")
     add("--drop-zero-bias", action="store_true", help="read biases that are all zero as none")
     add(
         "--allow-approx",
@@ -209,6 +210,7 @@ def _options(args: argparse.Namespace) -> Any:
         allow_approx=args.allow_approx,
         allow_globals=tuple(args.allow_global),
         drop_zero_bias=args.drop_zero_bias,
+        weights=args.weights,
     )
 
 

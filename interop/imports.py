@@ -16,7 +16,7 @@ import numpy as np
 from craft_jax import outputs
 from craft_jax.checkpointing import CheckpointStore
 from craft_jax.errors import StorageError, UsageError
-from craft_jax.outputs import Checkpoints
+from craft_jax.outputs import PARAMS, Checkpoints
 from interop import cast, live, pipeline, source
 from interop.errors import DiskSpaceError, ParityError, listed
 from interop.export import PROBE_LIMIT, model_digest
@@ -220,7 +220,7 @@ def _read_back(
     Raises:
       ParityError: they differ; names the leaves.
     """
-    written = orbax.read_params(Checkpoints(place / "checkpoints").params_folder(0))
+    written = orbax.read_params(place / "checkpoints" / "0" / PARAMS)
     after = pipeline.digests(written, workers=workers, budget=budget)
     wrong = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     wrong += [n for n, leaf in opened.leaves.items() if written[n].dtype != leaf.dtype]

@@ -17,7 +17,7 @@ import numpy as np
 from craft_jax import manifests, outputs
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import CraftError, UsageError
-from craft_jax.outputs import PARAMS, Checkpoints
+from craft_jax.outputs import Checkpoints
 from interop import cast, craft_tokenizers, folds, hf_files
 from interop.errors import (
     AmbiguousSourceError,
@@ -46,6 +46,7 @@ from interop.tensors import LazyTensor, Tensors
 
 CRAFT = "craft_jax"
 MANIFEST = "interop_manifest.json"
+WEIGHTS = ("average", "last")
 # Where training frameworks keep the weights inside a pickled checkpoint.
 _STATE_DICTS = ("model", "state_dict", "model_state_dict", "module", "net")
 _EMA = ("ema", "model_ema", "ema_state_dict", "ema_model")
@@ -64,6 +65,7 @@ class Options:
       allow_approx: approximations, see `Allowed`.
       allow_globals: names that a pickle may mention; they become inert stubs.
       drop_zero_bias: read biases that are all zero as no biases.
+      weights: of a run whose optimizer kept an average of them: `average`, or the `last` ones.
       recorded: the part of a manifest that an export has not written yet when it reads back.
     """
 
@@ -75,12 +77,15 @@ class Options:
     allow_approx: Any = None
     allow_globals: tuple[str, ...] = ()
     drop_zero_bias: bool = False
+    weights: str = "average"
     recorded: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if self.kind not in GROUPS and self.kind not in TARGETS:
             kinds = ", ".join((*GROUPS, *TARGETS))
             raise UsageError(f"--from {self.kind} is not one of {kinds}")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"--weights {self.weights} is not one of {', '.join(WEIGHTS)}")
         Allowed.of(self.allow_approx)
 
     @property
@@ -117,7 +122,7 @@ class Options:
         said = [
             flags.get(field.name, "--" + field.name.replace("_", "-"))
             for field in dataclasses.fields(self)
-            if field.name != "allow_approx"
+            if field.name not in ("allow_approx", "weights")
             and getattr(self, field.name) != getattr(default, field.name)
         ]
         if said:
@@ -175,20 +180,20 @@ def open_source(path: str | Path, options: Options | None = None) -> Source:
     Raises:
       InteropError: it is none of these, or cannot be read; see docs/interop.md for the cases.
     """
-    place = Path(path).expanduser()
+    place, options = Path(path).expanduser(), options or Options()
     if not place.exists():
         run = Path("outputs/models") / path
         hint = f"; did you mean {run}?" if run.exists() else ""
         raise CorruptFileError(f"{path}: no such file or folder{hint}")
     found = _run_folder(place)
     if found is not None:
-        return _open_run(*found)
+        return _open_run(*found, last=options.weights == "last")
     if _looks_like_checkpoint(place):
         raise UncommittedCheckpointError(
             f"{place} is no finished checkpoint of a run; name the run's folder, or one of "
             "checkpoints/STEP in it"
         )
-    return _open_foreign(place, options or Options())
+    return _open_foreign(place, options)
 
 
 # Runs of craft_jax.
@@ -211,7 +216,7 @@ def _looks_like_checkpoint(place: Path) -> bool:
     )
 
 
-def _open_run(folder: Path, step: int | None) -> Source:
+def _open_run(folder: Path, step: int | None, *, last: bool) -> Source:
     store = Checkpoints(outputs.open_run(folder).checkpoints)
     steps = store.steps()
     bad = store.damaged()
@@ -243,9 +248,10 @@ def _open_run(folder: Path, step: int | None) -> Source:
     tokenizer_file = store.tokenizer_file(step)
     manifest = manifests.read(store.folder / str(step))
     crcs = {name: leaf.crc32 for name, leaf in manifest.leaves.items()}
+    part = store.params_part(step, last=last)
     found = {
-        name: _checked(leaf, store.folder / str(step), name, crcs[f"{PARAMS}/{name}"])
-        for name, leaf in orbax.read_params(store.params_folder(step)).items()
+        name: _checked(leaf, store.folder / str(step), name, crcs[f"{part}/{name}"])
+        for name, leaf in orbax.read_params(store.folder / str(step) / part).items()
     }
     _check_layers(spec, len(found), folder)
     expected = leaves(spec)

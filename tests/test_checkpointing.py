@@ -76,13 +76,13 @@ def test_the_last_and_the_best_stay(tmp_path, state):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
         save(store, state, step, **({} if loss is None else {"val_loss": loss}))
     assert store.steps() == [2, 4, 5]
-    assert (store.latest(), store.best()) == (5, 2)
+    assert (store.latest(), store.best_steps()) == (5, [2])
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["2", "4", "5"]
 
 
 def test_only_whole_checkpoints_count(tmp_path, state):
     store = CheckpointStore(tmp_path)
-    assert (store.steps(), store.latest(), store.best()) == ([], None, None)
+    assert (store.steps(), store.latest(), store.best_steps()) == ([], None, [])
     save(store, state, 3)
     (tmp_path / "9").mkdir()
     (tmp_path / ".8.tmp-1").mkdir()

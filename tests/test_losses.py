@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from craft_jax.losses import cross_entropy
+from craft_jax.losses import LossConfig, cross_entropy, pair_cross_entropy
 
 
 @pytest.fixture
@@ -48,3 +48,23 @@ def test_gradient_is_softmax_minus_one_hot(case):
     gradient = jax.grad(lambda x: cross_entropy(x, targets).loss)(logits)
     expected = jax.nn.softmax(logits) - jax.nn.one_hot(targets, 5)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_label_smoothing_spreads_the_target(case):
+    logits, targets = map(jnp.asarray, case)
+    sums = cross_entropy(logits, targets, config=LossConfig(label_smoothing=0.1))
+    spread = 0.9 * jax.nn.one_hot(targets, 5) + 0.1 / 5
+    expected = -(spread * jax.nn.log_softmax(logits)).sum()
+    np.testing.assert_allclose(sums.loss + sums.penalty, expected, rtol=1e-6)
+    np.testing.assert_allclose(sums.loss, cross_entropy(logits, targets).loss)
+
+
+def test_z_loss_counts_as_the_targets_do(case):
+    logits, targets = map(jnp.asarray, case)
+    weights = jnp.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]])
+    config = LossConfig(z_loss=0.01)
+    expected = 0.01 * (weights * jax.nn.logsumexp(logits, axis=-1) ** 2).sum()
+    for made in (cross_entropy, pair_cross_entropy):
+        sums = made(logits, targets, weights, config)
+        np.testing.assert_allclose(sums.penalty, expected, rtol=1e-6)
+        assert sums.loss == cross_entropy(logits, targets, weights).loss

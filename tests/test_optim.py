@@ -57,10 +57,10 @@ def test_decay_only_on_matrices():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
     optimizer = optim.make_optimizer(OptimConfig(weight_decay=0.5))
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    assert (updates["kernel"] == 0.5).all()
-    assert (updates["bias"] == 0).all()
-    assert (updates["scale"] == 0).all()
+    after, _ = optimizer.apply(zero, optimizer.init(params), params, jnp.float32(0.5))
+    assert (after["kernel"] == 0.75).all()
+    assert (after["bias"] == 1).all()
+    assert (after["scale"] == 1).all()
 
 
 def test_clipping_is_of_the_whole_gradient():
@@ -69,7 +69,7 @@ def test_clipping_is_of_the_whole_gradient():
 
     def first_moment(clip_norm):
         optimizer = optim.make_optimizer(OptimConfig(clip_norm=clip_norm, beta1=0.0))
-        state = optimizer.update(grads, optimizer.init(params), params)[1]
+        state = optimizer.apply(grads, optimizer.init(params), params, jnp.float32(1))[1]
         return next(s.mu for s in state if hasattr(s, "mu"))
 
     np.testing.assert_allclose(first_moment(5.0)["a"][0, 0], 3.0, rtol=1e-6)
@@ -79,6 +79,16 @@ def test_clipping_is_of_the_whole_gradient():
 
 def test_contradictions():
     assert schema.problems(OptimConfig(), "optim") == []
+    for wrong in (
+        OptimConfig(name="schedule_free_adamw", beta1=0.0),
+        OptimConfig(name="schedule_free_adamw", ema_decay=0.9),
+        OptimConfig(lr_multipliers=("embedding",)),
+        OptimConfig(lr_multipliers=("=2",)),
+        OptimConfig(decay_multipliers=("a[=1",)),
+        OptimConfig(decay_multipliers=("a=-1",)),
+        OptimConfig(decay_multipliers=("a=nan",)),
+    ):
+        assert len(schema.problems(wrong, "optim")) == 1, wrong
     wrong = OptimConfig(learning_rate=1e-4, min_learning_rate=1e-3, warmup_steps=9, decay_steps=5)
     assert len(schema.problems(wrong, "optim")) == 2
 
@@ -99,7 +109,121 @@ def test_the_same_steps_as_torch(x64, rng):
         grads = {"w": rng.normal(size=(4, 3)), "b": rng.normal(size=3)}
         w.grad, b.grad = torch.tensor(grads["w"]), torch.tensor(grads["b"])
         theirs.step()
-        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, params)
-        params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
+        grads = jax.tree.map(jnp.asarray, grads)
+        params, state = optimizer.apply(grads, state, params, jnp.float64(0.01))
     np.testing.assert_allclose(params["w"], w.detach().numpy(), atol=1e-14)
     np.testing.assert_allclose(params["b"], b.detach().numpy(), atol=1e-14)
+
+
+PARAMS = {
+    "token_embedding.embedding": (16, 8),
+    "blocks.0.attn.query.kernel": (8, 12),
+    "blocks.0.attn.query.bias": (12,),
+    "head.kernel": (8, 16),
+}
+NAMES = ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free_adamw")
+
+
+def some_params(rng):
+    return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in PARAMS.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_every_optimizer_descends(name, moment_dtype, rng):
+    """On the squared distance to other parameters, whose gradient is the difference."""
+    config = OptimConfig(name=name, weight_decay=0.0, moment_dtype=moment_dtype)
+    optimizer = optim.make_optimizer(config)
+    params, goal = some_params(rng), some_params(rng)
+    state = optimizer.init(params)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
+    apply = jax.jit(optimizer.apply)
+
+    def distance(params):
+        return sum(float(jnp.sum((params[k] - goal[k]) ** 2)) for k in goal)
+
+    first = distance(params)
+    for _ in range(30):
+        params, state = apply(jax.tree.map(jnp.subtract, params, goal), state, params, 0.02)
+    assert distance(params) < 0.8 * first
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == dtypes
+    if name in ("adamw", "lion", "sgd", "muon"):
+        assert jnp.dtype(moment_dtype) in set(jax.tree.leaves(dtypes))
+
+
+def test_muon_leaves_embeddings_heads_and_vectors_to_adamw(rng):
+    params = some_params(rng)
+    grads = some_params(rng)
+    made = {}
+    for name in ("adamw", "muon"):
+        optimizer = optim.make_optimizer(OptimConfig(name=name))
+        made[name], _ = optimizer.apply(grads, optimizer.init(params), params, jnp.float32(0.1))
+    for path, array in made["muon"].items():
+        same = bool((array == made["adamw"][path]).all())
+        assert same is (path != "blocks.0.attn.query.kernel"), path
+    # An orthogonal matrix, as large as the updates of AdamW usually are.
+    inner = "blocks.0.attn.query.kernel"
+    update = (params[inner] * 0.99 - made["muon"][inner]) / 0.1
+    sizes = jnp.linalg.svd(update / (0.2 * 12**0.5), compute_uv=False)
+    assert ((sizes > 0.6) & (sizes < 1.3)).all()
+
+
+def test_multipliers_by_path(rng):
+    params, grads = some_params(rng), some_params(rng)
+
+    def step(**changes):
+        optimizer = optim.make_optimizer(OptimConfig(weight_decay=0.5, **changes))
+        after, _ = optimizer.apply(grads, optimizer.init(params), params, jnp.float32(0.1))
+        return jax.tree.map(jnp.subtract, after, params)
+
+    plain = step()
+    slow = step(lr_multipliers=(r"embedding$=0.5", "head=0", "e=1"))
+    np.testing.assert_allclose(
+        slow["token_embedding.embedding"], plain["token_embedding.embedding"] / 2, atol=1e-6
+    )
+    assert (slow["head.kernel"] == 0).all()
+    assert (slow["blocks.0.attn.query.bias"] == plain["blocks.0.attn.query.bias"]).all()
+
+    decayed = step(decay_multipliers=("bias=2", "embedding=0"))
+    more = decayed["blocks.0.attn.query.bias"] - plain["blocks.0.attn.query.bias"]
+    np.testing.assert_allclose(more, -0.1 * params["blocks.0.attn.query.bias"], atol=1e-6)
+    less = decayed["token_embedding.embedding"] - plain["token_embedding.embedding"]
+    np.testing.assert_allclose(less, 0.05 * params["token_embedding.embedding"], atol=1e-6)
+    assert (decayed["head.kernel"] == plain["head.kernel"]).all()
+
+
+def test_the_moving_average_by_hand(rng):
+    params = some_params(rng)
+    optimizer = optim.make_optimizer(OptimConfig(ema_decay=0.5))
+    assert optimizer.averages
+    average = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    got = params
+    for step in range(8):
+        params = some_params(rng)
+        got = optimizer.average(params, None, got, jnp.int32(step))
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {k: decay * average[k] + (1 - decay) * np.asarray(params[k]) for k in params}
+    for path in params:
+        np.testing.assert_allclose(got[path], average[path], rtol=1e-5, atol=1e-6)
+
+
+def test_schedule_free_averages_by_the_weights_of_its_paper(rng):
+    """The average of the base iterates, weighted by the squared largest rate so far."""
+    params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
+    config = OptimConfig(
+        name="schedule_free_adamw", weight_decay=0.0, clip_norm=None, beta1=0.9, beta2=0.0
+    )
+    optimizer = optim.make_optimizer(config)
+    state, z, total, x = optimizer.init(params), np.asarray(params["w"]), 0.0, 0.0
+    largest = 0.0
+    for rate in (0.1, 0.2, 0.3, 0.3, 0.1):
+        grads = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
+        params, state = optimizer.apply(grads, state, params, jnp.float32(rate))
+        z = z - rate * np.sign(grads["w"])  # With beta2=0 the direction is the sign.
+        largest = max(largest, rate)
+        weight = largest**2
+        total += weight
+        x = x + (z - x) * weight / total
+        found = optimizer.average(params, state, None, jnp.int32(0))["w"]
+        np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(params["w"], 0.1 * z + 0.9 * x, rtol=1e-4, atol=1e-5)

@@ -69,7 +69,7 @@ def test_float64_stays_float64(x64):
     assert floats == {"float64"}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_cast(precision):
     cast = Policy.named(precision).cast({"a": jnp.ones(2), "b": jnp.ones(2, jnp.int32)})
     assert cast["a"].dtype == precision

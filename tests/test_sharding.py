@@ -1,5 +1,4 @@
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,48 +19,65 @@ from craft_jax.training.step import make_train_step
 CONFIG = GPTConfig(vocab_size=16, num_layers=2, num_heads=2, d_model=16, max_seq_len=8)
 
 
-def train(parallel: ParallelConfig, num_devices: int, steps: int = 4):
+def train(parallel: ParallelConfig, num_devices: int, steps: int = 40):
     mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
-    optimizer = optim.make_optimizer(OptimConfig())
+    optimizer = optim.make_optimizer(OptimConfig(ema_decay=0.9))
     state = states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh)
-    step = jax.jit(
-        make_train_step(
-            base.define(GPT, CONFIG),
-            optimizer,
-            optim.make_schedule(OptimConfig(), 100),
-            Policy.named("float32"),
-            seed=0,
-        ),
-        donate_argnums=0,
+    train_step = make_train_step(
+        base.define(GPT, CONFIG),
+        optimizer,
+        optim.make_schedule(OptimConfig(), 100),
+        Policy.named("float32"),
+        seed=0,
+        axis_name=sharding.AXIS_NAME if parallel.mode == "pmap" else None,
     )
+    step = sharding.compile_step(train_step, mesh, parallel.mode)
     losses = []
     for i in range(steps):
         tokens = np.random.default_rng(i).integers(0, 16, (8, 9)).astype(np.int32)
         batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-        state, metrics = step(state, sharding.put_batch(batch, mesh))
+        state, metrics = step(state, sharding.put_batch(batch, mesh, parallel.mode))
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """The losses of one device."""
+    return train(ParallelConfig(), 1)[1]
+
+
 @pytest.mark.parametrize(
-    ("parallel", "num_devices"),
+    ("num_devices", "parallel"),
     [
-        (ParallelConfig(data=-1), 8),
-        (ParallelConfig(data=1, fsdp=-1), 4),
-        (ParallelConfig(data=2, fsdp=2, tensor=2), 8),
+        (2, ParallelConfig()),
+        (8, ParallelConfig()),
+        (2, ParallelConfig(data=1, fsdp=2)),
+        (8, ParallelConfig(data=1, fsdp=-1)),
+        (2, ParallelConfig(data=1, tensor=2)),
+        (4, ParallelConfig(fsdp=2)),
+        (8, ParallelConfig(data=2, fsdp=2, tensor=2)),
+        (8, ParallelConfig(mode="pmap")),
     ],
+    ids=str,
 )
-def test_many_devices_give_the_losses_of_one(parallel, num_devices):
+def test_many_devices_give_the_losses_of_one(num_devices, parallel, alone):
     state, losses = train(parallel, num_devices)
-    _, expected = train(ParallelConfig(), 1)
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
-    kernel = state.params["blocks.0.mlp.up.kernel"]
-    parts = parallel.fsdp if parallel.fsdp > 0 else num_devices
-    parts *= max(1, parallel.tensor)
-    shard = kernel.addressable_shards[0].data
-    assert math.prod(shard.shape) * parts == kernel.size
+    np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+    mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     moments = next(s.mu for s in state.opt_state if hasattr(s, "mu"))
-    assert moments["blocks.0.mlp.up.kernel"].sharding == kernel.sharding
+    for tree in (state.params, moments, state.average):
+        kernels = [array for path, array in tree.items() if path.endswith(".kernel")]
+        assert len(kernels) > 10
+        assert all(bytes_of_first_device(k) == k.nbytes // parts for k in kernels)
+    total = sum(map(bytes_of_first_device, jax.tree.leaves(state)))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert total < whole * (1 if parts == 1 else 0.5 + 0.7 / parts) + 1
+
+
+def bytes_of_first_device(array):
+    return array.addressable_shards[0].data.nbytes
 
 
 def test_rules():
@@ -98,4 +114,6 @@ def test_contradictions():
     assert schema.problems(ParallelConfig(), "parallel") == []
     both = dataclasses.replace(ParallelConfig(), fsdp=-1)
     assert "at most one" in schema.problems(both, "parallel")[0]
+    mapped = ParallelConfig(mode="pmap", fsdp=2)
+    assert "use parallel.mode=jit" in schema.problems(mapped, "parallel")[0]
     assert "parallel.tensor=0" in schema.problems(ParallelConfig(tensor=0), "parallel")[0]

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         workdir=workdir,
         overrides=args.overrides,
         tokenizer=args.tokenizer,
+        last=args.weights == "last",
     )
     runtime.setup_logging()
     split = Path(args.text).name if args.text else args.split

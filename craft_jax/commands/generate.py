@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         workdir=workdir,
         overrides=args.overrides,
         tokenizer=args.tokenizer,
+        last=args.weights == "last",
     )
     tokenizer = opened.need_tokenizer()
     is_pair = opened.config.reads_pairs

@@ -64,9 +64,12 @@ def _how_verified(level: str) -> str:
 
 
 def is_finished(paths: RunPaths, step: int, config: ExperimentConfig) -> bool:
-    """Whether nothing is left to do of a run."""
-    is_open = CheckpointStore(paths.checkpoints).meta(step).get("is_open", False)
-    return step >= config.training.num_steps and not is_open
+    """Whether nothing is left to do of a run: the last step is made, or a callback ended it."""
+    store = CheckpointStore(paths.checkpoints)
+    meta = store.meta(step)
+    if meta.get("ended") and store.config(step) == lasting(config).to_json():
+        return True
+    return step >= config.training.num_steps and not meta.get("is_open", False)
 
 
 def lasting(config: ExperimentConfig) -> ExperimentConfig:

@@ -6,11 +6,11 @@ config -> runtime -> data -> model -> training -> outputs
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import logging
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +29,11 @@ from craft_jax import (
     sharding,
 )
 from craft_jax.checkpointing import CheckpointStore
-from craft_jax.commands import report, resuming, visualize
+from craft_jax.commands import replay, report, resuming, samplers, visualize
+from craft_jax.commands.samplers import PairSampler, Sampler
 from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import pipeline
+from craft_jax.data.base import Dataset
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import (
@@ -44,13 +46,13 @@ from craft_jax.errors import (
     StoppedError,
     UsageError,
 )
-from craft_jax.generation import SamplingConfig
 from craft_jax.models import base
-from craft_jax.models.base import GenerativeModel, ModelDef, Params
+from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
 from craft_jax.precision import Policy
-from craft_jax.training import language
+from craft_jax.training import bad_steps, language
 from craft_jax.training import state as states
+from craft_jax.training.bad_steps import BadStepFiles
 from craft_jax.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -64,6 +66,7 @@ from craft_jax.training.loggers import (
     StatusFile,
     TensorBoardLogger,
 )
+from craft_jax.training.reactions import EarlyStopping, ReduceLROnPlateauOrInstability
 from craft_jax.training.saving import Saver
 from craft_jax.training.state import TrainState
 from craft_jax.training.trainer import Trainer
@@ -71,15 +74,13 @@ from craft_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-_LAST_SAMPLE_FACTOR = 4
-_SAMPLED_PAIRS = 5
-_SAMPLING = SamplingConfig(temperature=0.8)
-
 
 def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
     runtime.setup_logging()
+    if args.replay_step is not None:
+        return _replay(args, workdir)
     with runtime.stop_signals() as stop_signal:
         return _run(args, workdir, stop_signal)
 
@@ -120,7 +121,7 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
         datasets = _open_datasets(config, workdir, found, step, origin)
         model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
         model_def = base.define(config.model_class, model_config)
-        _check_memory(config, model_def, mesh)
+        _check_possible(config, model_def, mesh)
         if found:
             paths = found
         else:
@@ -135,9 +136,9 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
                 context.enter_context(locks.hold(paths.folder))
             status = context.enter_context(_recorded(paths, config, stop_signal))
             outputs.write_json(paths.config, resuming.lasting(config).to_json())
-        sampler = _make_sampler(config, model_def, datasets)
+        sampler = samplers.make(config, model_def, datasets)
         callbacks = [
-            *_callbacks(config, sampler, paths, language.trainer_for(config.model_class).unit),
+            *_callbacks(config, sampler, paths, datasets.train),
             status,
             *(callback() for callback in own_callbacks),
         ]
@@ -172,7 +173,46 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
     return OK
 
 
-def _check_memory(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sharding.Mesh) -> None:
+def _replay(args: argparse.Namespace, workdir: Path) -> int:
+    """Makes one step of a run again; see `replay`."""
+    found = _existing(args.run, workdir)
+    config, origin = _choose_config(args, found, workdir)
+    if found is None:
+        raise UsageError(f"--replay_step={args.replay_step} needs the --run whose step it is")
+    store = CheckpointStore(found.checkpoints)
+    newest, _ = store.newest_good()
+    before, _ = store.newest_good(below=args.replay_step)
+    mesh = sharding.make_mesh(config.parallel, jax.devices())
+    datasets = _open_datasets(config, workdir, found, newest, origin)
+    model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
+    model_def = base.define(config.model_class, model_config)
+    if before is None and origin is None and config.init_from:
+        origin = _Origin(*runs.weights(config.init_from, workdir))
+
+    def assemble(callbacks: list[Callback]) -> Trainer:
+        return _assemble(
+            config,
+            model_def,
+            datasets,
+            mesh,
+            found,
+            callbacks,
+            runtime.StopSignal(),
+            Watchdog(0),
+            origin,
+            replay_from=before or 0,
+        )
+
+    return replay.run(args.replay_step, config, found, assemble)
+
+
+def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sharding.Mesh) -> None:
+    asked = [field for field, value in dataclasses.asdict(config.loss).items() if value]
+    if asked and "config" not in inspect.signature(config.model_class.loss).parameters:
+        raise ConfigError(
+            f"loss.{asked[0]} is set, and the loss of model.name={config.model.name} takes no "
+            "`config`; leave it out, or add that argument to it"
+        )
     need = memory.least(
         model_def.num_params,
         model_def.config,
@@ -337,13 +377,17 @@ def _assemble(
     stop_signal: runtime.StopSignal,
     watchdog: Watchdog,
     origin: _Origin | None,
+    replay_from: int | None = None,
 ) -> Trainer:
-    """Joins the pieces into a trainer that stands where the run's newest checkpoint does."""
+    """Joins the pieces into a trainer that stands where the run's newest checkpoint does.
+
+    With `replay_from` it stands at that step, and saves nothing.
+    """
     optimizer = optim.make_optimizer(config.optim)
     policy = Policy.named(config.training.precision)
-    abstract = states.abstract_state(model_def, optimizer, mesh)
+    abstract = states.abstract_state(model_def, optimizer, mesh, policy)
     tokenizer = datasets.train.tokenizer
-    store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints)
+    store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints, config.checkpoint)
 
     def complete(meta: dict) -> dict[str, Any]:
         meta |= {
@@ -360,16 +404,20 @@ def _assemble(
     def read(step: int) -> tuple[TrainState, dict]:
         meta = resuming.check_data(store, step, datasets.train, config, paths.name)
         if not store.has_optimizer(step):
-            return states.begin(store.restore_params(step, abstract.params), optimizer, mesh), meta
+            params = store.restore_params(step, abstract.params)
+            return states.begin(params, optimizer, mesh, policy), meta
         return store.restore_state(step, abstract), meta
 
     saver = Saver(store, config.checkpoint, complete, read)
-    restored = saver.restore(is_checked=True)
+    if replay_from is None:
+        restored = saver.restore(is_checked=True)
+    else:
+        restored = read(replay_from) if replay_from else None
     if restored is not None:
         state = restored[0]
     elif origin is not None:
         params = origin.run.store.restore_params(origin.run.step, abstract.params)
-        state = states.begin(params, optimizer, mesh)
+        state = states.begin(params, optimizer, mesh, policy)
     else:
         state = states.init_state(
             config.model_class,
@@ -377,6 +425,7 @@ def _assemble(
             optimizer,
             seed=config.training.seed,
             mesh=mesh,
+            policy=policy,
         )
     trainer = language.trainer_for(config.model_class)(
         model_def,
@@ -389,12 +438,14 @@ def _assemble(
         mesh=mesh,
         config=config.training,
         callbacks=callbacks,
-        saver=saver,
+        saver=saver if replay_from is None else None,
         stop_signal=stop_signal,
         watchdog=watchdog,
         is_exact=config.log.exact,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        loss_config=config.loss,
+        mode=config.parallel.mode,
     )
     if restored is not None:
         trainer.load_meta(restored[1])
@@ -403,13 +454,17 @@ def _assemble(
 
 def _callbacks(
     config: ExperimentConfig,
-    sampler: "_Sampler | _PairSampler | None",
+    sampler: Sampler | PairSampler | None,
     paths: RunPaths,
-    unit: str,
+    data: Dataset,
 ) -> list[Callback]:
     """The project's own callbacks, in the order in which they are called."""
     training = config.training
     callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
+    if config.plateau.patience or config.plateau.spike:
+        callbacks.append(ReduceLROnPlateauOrInstability(config.plateau))
+    if config.early_stopping.patience:
+        callbacks.append(EarlyStopping(config.early_stopping))
     if sampler and training.sample_every:
 
         def show(step: int, text: str) -> None:
@@ -417,106 +472,28 @@ def _callbacks(
 
         callbacks.append(SampleCallback(training.sample_every, sampler, show))
     callbacks += [
-        CheckpointCallback(training.checkpoint_every),
-        ConsoleLogger(training.log_every, unit),
+        CheckpointCallback(
+            training.checkpoint_every,
+            minutes=config.checkpoint.every_minutes,
+            metric=config.checkpoint.best_metric,
+            mode=config.checkpoint.best_mode,
+        ),
+        ConsoleLogger(training.log_every, language.trainer_for(config.model_class).unit),
         JsonLinesLogger(paths.metrics, training.log_every),
         TensorBoardLogger(paths.events, training.log_every),
     ]
+    callbacks.append(
+        BadStepFiles(paths.bad_steps, lambda n: bad_steps.describe(data.batch(n), data))
+    )
     if config.log.exact:
         callbacks.append(ExactLogger(paths.exact))
     return callbacks
 
 
-class _Sampler:
-    """Text from a state that is being trained."""
-
-    source: str | None = None
-
-    def __init__(self, config: ExperimentConfig, model_def: ModelDef, tokenizer: Tokenizer):
-        self._generator = runs.make_generator(config, model_def, tokenizer, stop_at_end=False)
-        self._policy = Policy.named(config.training.precision)
-        self._num_tokens, self._tokenizer = config.training.sample_tokens, tokenizer
-
-    def __call__(self, state: TrainState, is_last: bool = False) -> str:
-        new = self._generator.generate(
-            _sampling_params(state, self._policy),
-            [runs.prompt_ids(self._tokenizer, "")],
-            max_new_tokens=self._num_tokens * (_LAST_SAMPLE_FACTOR if is_last else 1),
-            config=_SAMPLING,
-            seed=int(state.step),
-        )
-        end = self._tokenizer.end_id
-        documents = [
-            list(part) for is_end, part in groupby(new[0], lambda t: t == end) if not is_end
-        ]
-        return "\n".join(map(self._tokenizer.decode, documents))
-
-
-class _PairSampler:
-    """Targets of some sources that validate, from a state that is being trained.
-
-    Attributes:
-      source: the text of one of them.
-    """
-
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        model_def: ModelDef,
-        datasets: Datasets,
-        tokenizer: Tokenizer,
-    ):
-        self._generator = runs.make_generator(config, model_def, tokenizer)
-        self._policy = Policy.named(config.training.precision)
-        batch = (datasets.val or datasets.train).batch(0)
-        rows = [n for n, weights in enumerate(batch["weights"]) if weights.any()][:_SAMPLED_PAIRS]
-        self._sources = [batch["source"][n][batch["source_mask"][n]].tolist() for n in rows]
-        self._starts = [batch["tokens"][n][:1].tolist() for n in rows]
-        self._num_tokens = min(batch["targets"].shape[1], config.training.sample_tokens)
-        self._tokenizer = tokenizer
-        self._source_texts = [tokenizer.decode(ids) for ids in self._sources]
-        self._targets = [
-            tokenizer.decode(batch["targets"][n][batch["weights"][n] > 0]) for n in rows
-        ]
-        self.source = self._source_texts[0]
-
-    def __call__(self, state: TrainState, is_last: bool = False) -> str:
-        del is_last  # The same pairs every time, so that they can be compared.
-        made = self._generator.generate(
-            _sampling_params(state, self._policy),
-            self._starts,
-            sources=self._sources,
-            max_new_tokens=self._num_tokens,
-            config=SamplingConfig(temperature=0.0),
-        )
-        lines = []
-        for source, new, right in zip(self._source_texts, made, self._targets, strict=True):
-            text = self._tokenizer.decode(new)
-            lines.append(f"{source} -> {text}" + ("" if text == right else f"  (right: {right})"))
-        return "\n".join(lines)
-
-
-def _make_sampler(
-    config: ExperimentConfig, model_def: ModelDef, datasets: Datasets
-) -> _Sampler | _PairSampler | None:
-    """Returns a sampler, or None where there is no text or the model does not generate."""
-    tokenizer = datasets.train.tokenizer
-    if tokenizer is None or not issubclass(config.model_class, GenerativeModel):
-        return None
-    if config.reads_pairs:
-        return _PairSampler(config, model_def, datasets, tokenizer)
-    return _Sampler(config, model_def, tokenizer)
-
-
-def _sampling_params(state: TrainState, policy: Policy) -> Params:
-    """Returns the parameters on one device, in the dtype that computes."""
-    return policy.cast(jax.device_put(dict(state.params), jax.local_devices()[0]))
-
-
 def _finish(
     config: ExperimentConfig,
     trainer: Trainer,
-    sampler: _Sampler | _PairSampler | None,
+    sampler: Sampler | PairSampler | None,
     paths: RunPaths,
     metrics: Mapping[str, Any],
 ) -> None:

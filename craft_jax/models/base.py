@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from craft_jax import losses
-from craft_jax.losses import LossSums
+from craft_jax.losses import PLAIN, LossConfig, LossSums
 
 Params = dict[str, jax.Array]
 Cache = Any
@@ -40,7 +40,12 @@ class Model(nnx.Module):
 
     @abc.abstractmethod
     def loss(
-        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None, remat: bool = False
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        remat: bool = False,
+        config: LossConfig = PLAIN,
     ) -> LossSums:
         """Returns the summed loss of a batch.
 
@@ -48,6 +53,8 @@ class Model(nnx.Module):
           batch: arrays with the batch as their first axis.
           key: randomness of dropout; None is deterministic.
           remat: recompute activations in the backward pass instead of keeping them.
+          config: what is added as `penalty`. A model without targets to smooth leaves it out of its
+            signature; a run that asks for it is then refused.
         """
 
 
@@ -101,11 +108,17 @@ class LanguageModel(GenerativeModel):
         return self.logits(x_BTD), cache
 
     def loss(
-        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None, remat: bool = False
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        remat: bool = False,
+        config: LossConfig = PLAIN,
     ) -> LossSums:
         """Returns the summed cross-entropy of `targets` (B, T) given `tokens` (B, T)."""
         x_BTD, _ = self.hidden(batch["tokens"], key=key, remat=remat)
-        return losses.cross_entropy(self.logits(x_BTD), batch["targets"], batch.get("weights"))
+        logits_BTV = self.logits(x_BTD)
+        return losses.cross_entropy(logits_BTV, batch["targets"], batch.get("weights"), config)
 
 
 class EncoderDecoderModel(LanguageModel):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from craft_jax import losses
-from craft_jax.losses import PairSums
+from craft_jax.losses import PLAIN, LossConfig, PairSums
 from craft_jax.models.base import EncoderDecoderModel
 from craft_jax.models.blocks import KVCache, split_keys
 from craft_jax.models.layers import Embedding, Head, LayerNorm
@@ -175,7 +175,12 @@ class Transformer(EncoderDecoderModel):
         return self.head(x_BTD, self.target_embedding.embedding[...])
 
     def loss(
-        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None, remat: bool = False
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        remat: bool = False,
+        config: LossConfig = PLAIN,
     ) -> PairSums:
         x_BTD, _ = self.hidden(
             batch["tokens"],
@@ -184,7 +189,8 @@ class Transformer(EncoderDecoderModel):
             key=key,
             remat=remat,
         )
-        return losses.pair_cross_entropy(self.logits(x_BTD), batch["targets"], batch["weights"])
+        logits_BTV = self.logits(x_BTD)
+        return losses.pair_cross_entropy(logits_BTV, batch["targets"], batch["weights"], config)
 
 
 def _all_text(source_BS: jax.Array, mask_BS: jax.Array | None) -> jax.Array:

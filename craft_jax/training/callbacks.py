@@ -10,9 +10,11 @@ trainer waits for the device and calls `on_sync` with it.
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from craft_jax.errors import ConfigError
 from craft_jax.training.state import TrainState
 
 
@@ -27,6 +29,7 @@ class StepRecord:
         `tokens_per_second`; after an evaluation also `val_loss` and its companions.
       elapsed: seconds of this process since training began.
       state: the state after this step; only in `on_sync`, and only valid during the call.
+      batch_index: number of the step's batch; None where no step was made.
       batch_md5: of the step's batch, where `log.exact` is set.
       is_open: only in `on_train_begin`: the evaluation and samples of this step are still to come.
     """
@@ -36,6 +39,7 @@ class StepRecord:
     metrics: Mapping[str, float]
     elapsed: float = 0.0
     state: TrainState | None = None
+    batch_index: int | None = None
     batch_md5: str | None = None
     is_open: bool = False
 
@@ -57,9 +61,17 @@ class Save:
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """Request: save and end the run after this step."""
+    """Request: save and end the run after this step.
+
+    Attributes:
+      reason: for the log.
+      is_final: the run is finished by it: the same command does not go on.
+      restore_best: end with the parameters of the best checkpoint, where there is one.
+    """
 
     reason: str
+    is_final: bool = False
+    restore_best: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +87,18 @@ class ScaleLearningRate:
 
 @dataclasses.dataclass(frozen=True)
 class RollBack:
-    """Request: go back to the newest checkpoint and continue from there."""
+    """Request: go back to the newest checkpoint and continue from there.
+
+    Attributes:
+      reason: for the log.
+      before: go back to a checkpoint of an earlier step than this one; None for any.
+      skips_through: go on with the batches after that of this step, instead of those since the
+        checkpoint; None for not skipping any.
+    """
 
     reason: str
+    before: int | None = None
+    skips_through: int | None = None
 
 
 Request = Evaluate | Save | Stop | ScaleLearningRate | RollBack
@@ -101,6 +122,9 @@ class Callback:
 
     def on_evaluate_end(self, record: StepRecord) -> Request | None:
         """After an evaluation, whose results are in the metrics."""
+
+    def on_roll_back(self, record: StepRecord) -> None:
+        """After the run has gone back to an earlier step; what followed it is done again."""
 
     def on_save(self, record: StepRecord) -> None:
         """Just before a checkpoint of this step is written."""
@@ -134,29 +158,71 @@ class EvaluationCallback(Every):
 
 
 class CheckpointCallback(Every):
-    """Asks for a checkpoint every `every` steps, after the last, and at each new best loss."""
+    """Asks for a checkpoint every `every` steps, after the last, and at each new best evaluation.
 
-    def __init__(self, every: int):
+    Args:
+      every: steps between checkpoints; 0 for only the last and the best.
+      minutes: also so many minutes after the last one; 0 for never.
+      metric, mode: what makes an evaluation the best: the `min` or `max` of a metric.
+    """
+
+    def __init__(
+        self, every: int, *, minutes: float = 0.0, metric: str = "val_loss", mode: str = "min"
+    ):
         super().__init__(every)
-        self.best_loss = math.inf
+        self._seconds, self._metric, self._mode = 60 * minutes, metric, mode
+        self._last = time.monotonic()
+        self.best: float | None = None
+
+    def wants_state(self, step: int, is_last: bool) -> bool:
+        is_late = 0 < self._seconds <= time.monotonic() - self._last
+        return is_late or super().wants_state(step, is_last)
 
     def on_sync(self, record: StepRecord) -> Request:
         return Save()
 
+    def on_save(self, record: StepRecord) -> None:
+        self._last = time.monotonic()
+
     def on_evaluate_end(self, record: StepRecord) -> Request | None:
-        loss = record.metrics["val_loss"]
-        if not loss < self.best_loss:
+        value = metric(record, self._metric, "checkpoint.best_metric")
+        if not (math.isfinite(value) and improves(value, self.best, self._mode)):
             return None
-        self.best_loss = loss
+        self.best = value
         # Where a periodic checkpoint is due anyway, `on_sync` asks for it.
-        return None if self.wants_state(record.step, record.is_last) else Save()
+        return None if super().wants_state(record.step, record.is_last) else Save()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss if math.isfinite(self.best_loss) else None}
+        return {"best": self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        best = state.get("best_loss")
-        self.best_loss = math.inf if best is None else best
+        self.best = state.get("best", state.get("best_loss"))
+
+
+def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
+    """Whether a value is better than the best one by more than `min_delta`.
+
+    Args:
+      value, best: the latter is None before the first.
+      mode: `min` or `max`, which is better.
+      min_delta: what does not count.
+    """
+    if best is None:
+        return True
+    return value < best - min_delta if mode == "min" else value > best + min_delta
+
+
+def metric(record: StepRecord, name: str, field: str) -> float:
+    """Returns a metric of an evaluation.
+
+    Raises:
+      ConfigError: there is none of this name; the message begins with `field`.
+    """
+    value = record.metrics.get(name)
+    if value is None:
+        known = ", ".join(sorted(k for k, v in record.metrics.items() if v is not None))
+        raise ConfigError(f"{field}={name} is no metric of this run; there are {known}")
+    return float(value)
 
 
 class SampleCallback(Every):

@@ -41,6 +41,8 @@ class Evaluator:
 
         def add(sums: LossSums | PairSums) -> None:
             for name, value in sums._asdict().items():
+                if name == "penalty":  # Only training adds one.
+                    continue
                 total[name] = total.get(name, 0.0) + float(value)
 
         waiting: LossSums | PairSums | None = None

@@ -65,6 +65,10 @@ class _Logger(Callback):
     def on_save(self, record: StepRecord) -> None:
         self._flush()
 
+    def on_roll_back(self, record: StepRecord) -> None:
+        self.on_train_end(record)
+        self.on_train_begin(record)
+
     def on_train_end(self, record: StepRecord) -> None:
         self._flush()
 
@@ -90,12 +94,21 @@ class ConsoleLogger(Callback):
         self._first_step = record.step
 
     def on_step_end(self, record: StepRecord) -> None:
-        if record.metrics.get("skipped"):
-            logger.warning(
-                "step %d: loss %s, gradient norm %s: update skipped",
+        metrics = record.metrics
+        if metrics.get("skipped") and "loss_scale" in metrics:
+            logger.info(
+                "step %d: float16 overflowed: update skipped, loss scale %g -> %g",
                 record.step,
-                record.metrics["loss"],
-                record.metrics["grad_norm"],
+                metrics["loss_scale"],
+                max(metrics["loss_scale"] / 2, 1),
+            )
+        elif metrics.get("skipped"):
+            logger.warning(
+                "step %d: loss %s, gradient norm %s: update skipped (batch %s)",
+                record.step,
+                metrics["loss"],
+                metrics["grad_norm"],
+                record.batch_index,
             )
         line = self._line(record)
         runtime.progress(line)
@@ -221,6 +234,10 @@ class ExactLogger(Callback):
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def on_roll_back(self, record: StepRecord) -> None:
+        self.on_train_end(record)
+        self.on_train_begin(record)
 
     def on_train_end(self, record: StepRecord) -> None:
         if self._file is not None:

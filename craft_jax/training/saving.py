@@ -14,6 +14,7 @@ from craft_jax import manifests
 from craft_jax.checkpointing import CheckpointConfig, CheckpointStore
 from craft_jax.errors import StorageError
 from craft_jax.manifests import DamagedError
+from craft_jax.training.callbacks import improves
 from craft_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -90,13 +91,34 @@ class Saver:
                 raise
             logger.warning("%s; training goes on", error)
 
-    def restore(self, is_checked: bool = False) -> Restored | None:
+    def restore_best(self, metrics: Mapping[str, float]) -> Restored | None:
+        """Returns the best checkpoint by the config's metric; None where none is better than this.
+
+        Args:
+          metrics: of the state as it is now.
+
+        Raises:
+          DamagedError: it is not as it was written.
+        """
+        with self._tolerance():
+            self._store.wait()
+        best = self._store.best_steps()
+        name, mode = self._config.best_metric, self._config.best_mode
+        here = metrics.get(name)
+        if not best or not improves(self._store.meta(best[0])["metrics"][name], here, mode):
+            return None
+        if wrong := self._store.wrong(best[0]):
+            raise DamagedError(f"checkpoint step {best[0]}: {wrong}")
+        return self._read(best[0])
+
+    def restore(self, is_checked: bool = False, before: int | None = None) -> Restored | None:
         """Returns the newest checkpoint that is as it was written; None where there is none.
 
         Damaged ones are renamed, once an older one has been read.
 
         Args:
           is_checked: whether every file has just been read and found to be as it was.
+          before: restore an earlier step than this one; later ones are set aside.
 
         Raises:
           StorageError: there are checkpoints, and none can be read.
@@ -105,11 +127,17 @@ class Saver:
         with self._tolerance():
             self._store.wait()
         level = "none" if is_checked else self._config.verify
-        return go_back(self._store, level, self._read)
+        found = go_back(self._store, level, self._read, before)
+        if found is not None and before is not None:
+            self._store.set_aside(after=int(found[0].step))
+        return found
 
 
 def go_back(
-    store: CheckpointStore, level: manifests.Level, read: Callable[[int], Any]
+    store: CheckpointStore,
+    level: manifests.Level,
+    read: Callable[[int], Any],
+    before: int | None = None,
 ) -> Any | None:
     """Reads the newest checkpoint that can be read, and sets the damaged ones before it aside.
 
@@ -117,6 +145,7 @@ def go_back(
       store: the checkpoints; no other process writes to them.
       level: how closely to look, see `manifests.check`.
       read: reads what is wanted of a step; raises DamagedError where it cannot.
+      before: look at earlier steps than this one only.
 
     Returns:
       What `read` returned; None where there is no checkpoint, and there never was one.
@@ -126,7 +155,7 @@ def go_back(
     """
     bad: dict[int, str] = {}
     while True:
-        step, worse = store.newest_good(level, below=min(bad, default=None))
+        step, worse = store.newest_good(level, below=min(bad, default=before))
         bad |= worse
         if step is None:
             break
@@ -147,7 +176,7 @@ def go_back(
         return found
     reasons = [f"step {step}: {reason}" for step, reason in sorted(bad.items(), reverse=True)]
     reasons += [f"{name}: found damaged earlier" for name in store.corrupt()]
-    if not reasons:
+    if not reasons or before is not None:
         return None
     raise StorageError(
         f"no checkpoint below {store.folder} can be read ({'; '.join(reasons)}); to begin again "

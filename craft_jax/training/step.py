@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from craft_jax.losses import LossSums, PairSums
+from craft_jax import faults
+from craft_jax.losses import PLAIN, LossConfig, LossSums, PairSums
 from craft_jax.models.base import ModelDef, Params
-from craft_jax.optim import Schedule
+from craft_jax.optim import Optimizer, Schedule
 from craft_jax.precision import Policy
 from craft_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Sums = tuple[jax.Array, jax.Array, Params]
 
 
 def step_key(seed: int) -> jax.Array:
@@ -29,57 +31,69 @@ def step_key(seed: int) -> jax.Array:
 
 def make_train_step(
     model_def: ModelDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: Schedule,
     policy: Policy,
     *,
     seed: int,
     accumulate: int = 1,
     remat: bool = False,
+    loss_config: LossConfig = PLAIN,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted.
 
     The batch is split along its first axis into `accumulate` micro-batches, whose gradients add up
     to that of the whole. Metrics are scalars: `loss` (nats per target), `learning_rate`,
-    `grad_norm` (before clipping) and `skipped` (1 where the update was not made).
+    `grad_norm` (before clipping), `skipped` (1 where the update was not made) and, in float16,
+    `loss_scale`. With an `axis_name` the function is to be mapped: each device of that axis gets a
+    part of the batch and the whole state, and all return the same.
     """
+    shaping = {} if loss_config.is_plain else {"config": loss_config}
 
-    def loss_sum(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums = model_def.merge(policy.cast(params)).loss(batch, key=key, remat=remat)
-        return sums.loss, sums.weight
+    def gradients(state: TrainState, batch: Batch, key: jax.Array) -> Sums:
+        """Returns the sums of losses and weights, and the gradient of the sum of losses."""
 
-    def gradients(params: Params, batch: Batch, key: jax.Array) -> tuple:
-        """Returns sum of losses, sum of weights, and gradient of the former."""
-        grad = jax.value_and_grad(loss_sum, has_aux=True)
-        if accumulate == 1:
-            (loss, weight), grads = grad(params, batch, key)
-            return loss, weight, grads
+        def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            model = model_def.merge(policy.cast(params))
+            sums = model.loss(batch, key=key, remat=remat, **shaping)
+            # float16 cannot hold the gradient of a sum over many targets.
+            unit = jnp.maximum(sums.weight, 1) / state.loss_scale.value if policy.scales else 1
+            return (sums.loss + sums.penalty) / unit, (sums.loss, sums.weight, unit)
 
-        def add(sums, micro_batch):
-            micro_key = jax.random.fold_in(key, micro_batch["index"])
-            (loss, weight), grads = grad(params, micro_batch["batch"], micro_key)
-            return jax.tree.map(jnp.add, sums, (loss, weight, grads)), None
+        grads, (loss, weight, unit) = jax.grad(objective, has_aux=True)(state.params)
+        return loss, weight, jax.tree.map(lambda g: g * unit, grads) if policy.scales else grads
+
+    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> Sums:
+        """Returns what `gradients` does, computed in parts and added up in float32."""
+
+        def add(sums: Sums, part: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
+            index, micro_batch = part
+            more = gradients(state, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, sums, more), None
 
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
-        micro_batches = {"index": jnp.arange(accumulate), "batch": parts}
-        first = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(lambda b: grad(params, b["batch"], key), first)
-        (loss, weight), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, (loss, weight, grads), micro_batches)[0]
+        shapes = jax.eval_shape(gradients, state, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(step_key(seed), state.step)
-        loss, weight, grads = gradients(state.params, batch, key)
+        if axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        loss, weight, grads = (gradients if accumulate == 1 else accumulated)(state, batch, key)
+        if axis_name:
+            loss, weight, grads = jax.lax.psum((loss, weight, grads), axis_name)
         loss = loss / weight
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = faults.poison(grads, state.step)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         rate = schedule(state.step) * state.lr_scale
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
-
-        accepted = state.replace(params=params, opt_state=opt_state)
+        params, opt_state = optimizer.apply(grads, state.opt_state, state.params, rate)
+        average = optimizer.average(params, opt_state, state.average, state.step)
+        accepted = state.replace(params=params, opt_state=opt_state, average=average)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, state)
         metrics = {
             "loss": loss,
@@ -87,6 +101,9 @@ def make_train_step(
             "grad_norm": grad_norm,
             "skipped": 1 - finite.astype(jnp.int32),
         }
+        if policy.scales:
+            metrics["loss_scale"] = state.loss_scale.value
+            kept = kept.replace(loss_scale=state.loss_scale.adjusted(finite))
         return kept.replace(step=state.step + 1), metrics
 
     return train_step

@@ -11,21 +11,22 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from craft_jax import faults, sharding
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.loading import load_batches
 from craft_jax.errors import DivergedError, StoppedError
+from craft_jax.losses import PLAIN, LossConfig
 from craft_jax.models.base import ModelDef
-from craft_jax.optim import Schedule
-from craft_jax.precision import Policy
+from craft_jax.optim import Optimizer, Schedule
+from craft_jax.precision import FLOAT32, Policy
 from craft_jax.runtime import StopSignal
 from craft_jax.schema import Contradiction, setting
 from craft_jax.training import step as steps
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_BAD_STEPS_FACTOR = 0.5
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -67,11 +70,26 @@ class TrainingConfig:
         100, "tokens in a sample; the last one is longer", minimum=1, maximum=100_000
     )
     accumulate: int = setting(1, "micro-batches that a batch is computed in", minimum=1)
-    precision: Literal["float32", "bfloat16"] = setting(
+    precision: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "the dtype of products and activations; parameters stay float32"
+    )
+    max_overflows: int = setting(
+        20, "overflows of float16 in a row after which a run goes on in float32", minimum=1
     )
     remat: bool = setting(False, "recompute activations in the backward pass to save memory")
     seed: int = setting(0, "of parameters, dropout and data order", minimum=0, maximum=2**32 - 1)
+    reduce_after: int = setting(
+        5,
+        "skipped updates in a row after which the learning rate is halved; 0: never",
+        minimum=0,
+    )
+    roll_back_after: int = setting(
+        10,
+        "skipped updates in a row after which the run goes back to the checkpoint before them and "
+        "skips their batches; 0: never",
+        minimum=0,
+    )
+    max_roll_backs: int = setting(3, "how often a run may go back so", minimum=0)
     max_bad_steps: int = setting(20, "skipped updates in a row that end the run", minimum=1)
     stall_seconds: float | None = setting(
         None,
@@ -100,6 +118,7 @@ class _Pending(NamedTuple):
     step: int
     numbers: steps.Metrics
     items: int
+    batch_index: int
     batch_md5: str | None
 
 
@@ -134,6 +153,8 @@ class Trainer:
       watchdog: is told of progress.
       is_exact: whether the records have a digest of each batch.
       workers, prefetch: see `loading.load_batches`.
+      loss_config: what is added to the loss.
+      mode: `jit` or `pmap`.
     """
 
     unit = "examples"
@@ -145,7 +166,7 @@ class Trainer:
         state: TrainState,
         train_data: Dataset,
         val_data: Dataset | None,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         schedule: Schedule,
         policy: Policy,
         mesh: Mesh,
@@ -157,32 +178,43 @@ class Trainer:
         is_exact: bool = False,
         workers: int = 0,
         prefetch: int = 2,
+        loss_config: LossConfig = PLAIN,
+        mode: str = "jit",
     ):
         self.state = state
         self.config = config
-        self._train_data, self._val_data, self._mesh = train_data, val_data, mesh
+        self.model_def, self.train_data = model_def, train_data
+        self._val_data, self._mesh = val_data, mesh
         self._callbacks = list(callbacks)
         self._saver = saver
         self._signal = stop_signal or StopSignal()
         self._watchdog = watchdog or Watchdog(0)
         self._is_exact = is_exact
-        self._workers, self._prefetch = workers, prefetch
-        train_step = steps.make_train_step(
-            model_def,
-            optimizer,
-            schedule,
-            policy,
-            seed=config.seed,
-            accumulate=config.accumulate,
-            remat=config.remat,
-        )
-        self._train_step = jax.jit(train_step, donate_argnums=0)
+        self._workers, self._prefetch, self._mode = workers, prefetch, mode
+
+        def compiled(policy: Policy) -> Callable:
+            train_step = steps.make_train_step(
+                model_def,
+                optimizer,
+                schedule,
+                policy,
+                seed=config.seed,
+                accumulate=config.accumulate,
+                remat=config.remat,
+                loss_config=loss_config,
+                axis_name=sharding.AXIS_NAME if mode == "pmap" else None,
+            )
+            return sharding.compile_step(train_step, mesh, mode)
+
+        self._train_step = compiled(policy)
+        self._wide_train_step = compiled(FLOAT32) if policy.scales else self._train_step
         self._evaluator = Evaluator(model_def, policy, mesh)
         self._stop: Stop | None = None
         self._roll_back: RollBack | None = None
         self._save_asked = self._evaluation_asked = False
         self._scalings: list[tuple[int, float]] = []
-        self._bad_steps = 0
+        self._bad_steps = self._overflows = self._roll_backs = 0
+        self._wide_after: int | None = None
         self._last_validation: dict[str, float] = {}
         self._open_metrics: dict[str, float] | None = None
         self._data_start = 0
@@ -207,7 +239,7 @@ class Trainer:
         A run that ends early saves its state first.
 
         Raises:
-          DivergedError: `max_bad_steps` updates in a row were skipped.
+          DivergedError: too many updates in a row were skipped, see `_judge`.
           StorageError: the last checkpoint, or several in a row, could not be written.
           StoppedError: a signal came before there was anything to save.
         """
@@ -240,7 +272,7 @@ class Trainer:
         data = data or self._val_data
         assert data is not None, "nothing to evaluate: there is no validation split"
         with self._watchdog.slow_work():
-            sums = self._evaluator(self.state.params, data, self._between_batches)
+            sums = self._evaluator(self.state.best_params, data, self._between_batches)
         return self.evaluation_metrics(sums, data)
 
     def _between_batches(self) -> None:
@@ -252,6 +284,9 @@ class Trainer:
     def load_meta(self, meta: Mapping) -> None:
         """Takes over what a checkpoint kept beside the state."""
         self._bad_steps = meta.get("bad_steps", 0)
+        self._overflows = meta.get("overflows", 0)
+        self._roll_backs = max(self._roll_backs, meta.get("roll_backs", 0))
+        self._wide_after = meta.get("wide_after")
         self._scalings = [(step, factor) for step, factor in meta.get("scalings", ())]
         self._data_start = meta.get("data_start", 0)
         self._open_metrics = dict(meta["metrics"]) if meta.get("is_open") else None
@@ -273,8 +308,12 @@ class Trainer:
             "metrics": dict(record.metrics),
             "callbacks": {name: copy.deepcopy(state) for name, state in states.items() if state},
             "bad_steps": self._bad_steps,
+            "overflows": self._overflows,
+            "roll_backs": self._roll_backs,
+            "wide_after": self._wide_after,
             "scalings": list(self._scalings),
             "data_start": self._data_start,
+            "ended": self._stop.reason if self._stop and self._stop.is_final else None,
         }
 
     # The loop.
@@ -287,7 +326,7 @@ class Trainer:
         self._start_window()
         batches = self._until_stopped(
             load_batches(
-                self._train_data,
+                self.train_data,
                 first - self._data_start,
                 num_steps - self._data_start,
                 workers=self._workers,
@@ -297,12 +336,14 @@ class Trainer:
         )
         for step, (batch, items, md5) in enumerate(batches, start=first + 1):
             faults.point("compile" if step == first + 1 else "step")
-            self.state, numbers = self._train_step(self.state, batch)
+            is_wide = self._wide_after is not None and step > self._wide_after
+            train_step = self._wide_train_step if is_wide else self._train_step
+            self.state, numbers = train_step(self.state, batch)
             self._signal.defer()
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
             self._scale_learning_rate(step)
-            pending = _Pending(step, numbers, items, md5)
+            pending = _Pending(step, numbers, items, step - 1 - self._data_start, md5)
             wanting = self._wanting(step)
             if wanting or step == num_steps or self._interrupted():
                 record = self._sync(self._announce(pending), wanting)
@@ -357,19 +398,54 @@ class Trainer:
         values[f"{self.unit}_per_second"] = self._window_items / max(seconds, 1e-9)
         if pending.step % self.config.log_every == 0 or self._window_items == pending.items:
             self._start_window()
-        record = self._record(pending.step, values, batch_md5=pending.batch_md5)
+        record = self._record(
+            pending.step, values, batch_index=pending.batch_index, batch_md5=pending.batch_md5
+        )
         for callback in self._callbacks:
             # The next step may run already, or not: either way it keeps its learning rate, so that
             # evaluating and saving do not change a run.
             self._take(callback.on_step_end(record), record.step + 1)
-        self._bad_steps = self._bad_steps + 1 if values["skipped"] else 0
-        if self._bad_steps >= self.config.max_bad_steps:
-            raise DivergedError(
-                f"training diverged: the loss or gradient of the last {self._bad_steps} steps, up "
-                f"to step {record.step}, was not finite and their updates were skipped; lower "
-                "optim.learning_rate or optim.clip_norm, or warm up longer"
-            )
+        self._judge(record)
         return record
+
+    def _judge(self, record: StepRecord) -> None:
+        """Answers a step whose numbers were not finite: its update was not made.
+
+        In float16 that is an overflow, whose cure is the loss scale; too many in a row, and the run
+        goes on in float32. Otherwise, step by step: skip, reduce the learning rate, go back and
+        skip the data, halt.
+
+        Raises:
+          DivergedError: nothing has helped.
+        """
+        config, is_bad = self.config, bool(record.metrics["skipped"])
+        is_overflow = is_bad and "loss_scale" in record.metrics
+        self._overflows = self._overflows + 1 if is_overflow else 0
+        self._bad_steps = self._bad_steps + 1 if is_bad and not is_overflow else 0
+        # As with a learning rate: the next step may run already.
+        after, count = record.step + 1, self._bad_steps
+        if self._overflows >= config.max_overflows and self._wide_after is None:
+            self._wide_after = after
+            logger.warning(
+                "float16 overflowed %d times in a row (training.max_overflows): the run goes on in "
+                "float32 after step %d",
+                self._overflows,
+                after,
+            )
+        if not count:
+            return
+        what = f"{count} updates in a row were skipped up to step {record.step}"
+        if count == config.reduce_after:
+            self._take(ScaleLearningRate(_BAD_STEPS_FACTOR, what), after)
+        if count == config.roll_back_after and self._roll_backs < config.max_roll_backs:
+            self._roll_back = RollBack(what, before=record.step - count + 1, skips_through=after)
+        elif count >= config.max_bad_steps or count == config.roll_back_after > 0:
+            raise DivergedError(
+                f"training diverged: the loss or gradient of the last {count} steps, up to step "
+                f"{record.step}, was not finite and their updates were skipped; lower "
+                "optim.learning_rate or optim.clip_norm, or warm up longer; to look at the last of "
+                f"them add --replay_step={record.step} to --run=NAME"
+            )
 
     def _sync(self, record: StepRecord, wanting: Iterable[Callback]) -> StepRecord:
         """Does what needs the state of this step: `on_sync`, evaluation, saving.
@@ -391,12 +467,25 @@ class Trainer:
             self.load_meta(before)
             done = self._look(record, wanting)
         self._scale_learning_rate(done.step)
+        if self._stop and self._stop.restore_best:
+            done = self._take_best(done)
         if self._save_asked or self._stop:
             self._write(done, self._meta(done))
         self._save_asked = False
         self._start_window()
         self._watchdog.restart()
         return done
+
+    def _take_best(self, record: StepRecord) -> StepRecord:
+        """Goes on with the parameters of the best checkpoint; the optimizer stays as it is."""
+        restored = self._saver.restore_best(record.metrics) if self._saver else None
+        if restored is None:
+            return record
+        best, meta = restored
+        self.state = self.state.replace(params=best.params, average=best.average)
+        logger.info("the parameters of step %d are restored", int(best.step))
+        known = {k: v for k, v in meta["metrics"].items() if k.startswith("val_")}
+        return dataclasses.replace(record, metrics={**record.metrics, **known})
 
     def _look(self, record: StepRecord, wanting: Iterable[Callback]) -> StepRecord:
         """Lets callbacks see the state, and evaluates."""
@@ -460,22 +549,47 @@ class Trainer:
                 raise TypeError(f"a callback answered {request!r}, which is no Request")
 
     def _go_back(self, record: StepRecord) -> StepRecord:
-        assert self._roll_back is not None
-        reason, self._roll_back = self._roll_back.reason, None
-        restored = self._saver.restore() if self._saver else None
+        """Restores an earlier checkpoint, as a callback or the numbers demand."""
+        request, self._roll_back = self._roll_back, None
+        assert request is not None
+        restored = self._saver.restore(before=request.before) if self._saver else None
+        if restored is None and request.before is not None:
+            logger.warning("%s: no checkpoint to go back to; going on", request.reason)
+            return record
         if restored is None:
-            raise DivergedError(f"asked to roll back ({reason}), but there is no checkpoint yet")
+            raise DivergedError(
+                f"asked to roll back ({request.reason}), but there is no checkpoint yet"
+            )
+        start, scale = self._data_start, self.state.lr_scale
         self.state, meta = restored
         self.load_meta(meta)
         back = self._record(int(self.state.step), {})
-        logger.info("rolled back from step %d to step %d: %s", record.step, back.step, reason)
+        skipped = ""
+        if request.skips_through is not None:
+            self._roll_backs += 1
+            self.state = self.state.replace(lr_scale=jnp.minimum(scale, self.state.lr_scale))
+            first, following = back.step - self._data_start, request.skips_through - start
+            self._data_start = back.step - following
+            more = {"data_start": self._data_start, "roll_backs": self._roll_backs}
+            # A run that is killed now goes on from here.
+            self._saver.save(self.state, meta | more)
+            skipped = f"; batches {first} to {following - 1} are skipped"
+        logger.warning(
+            "rolled back from step %d to step %d: %s%s",
+            record.step,
+            back.step,
+            request.reason,
+            skipped,
+        )
+        for callback in self._callbacks:
+            callback.on_roll_back(back)
         return back
 
     def _put(self, batch: Batch) -> tuple[dict[str, jax.Array], int, str | None]:
         """Puts a batch on the devices; returns it with what is known of it only here."""
         faults.point("data")
         md5 = batch_md5(batch) if self._is_exact else None
-        return sharding.put_batch(batch, self._mesh), self.count(batch), md5
+        return sharding.put_batch(batch, self._mesh, self._mode), self.count(batch), md5
 
     def _record(self, step: int, metrics: Mapping[str, float], **more: Any) -> StepRecord:
         elapsed = time.monotonic() - self._began

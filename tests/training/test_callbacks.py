@@ -28,15 +28,15 @@ def test_a_new_best_is_saved_once():
     assert callback.on_evaluate_end(record(3, val_loss=2.0)) == Save()
     assert callback.on_evaluate_end(record(4, val_loss=2.5)) is None
     assert callback.on_evaluate_end(record(5, val_loss=1.0)) is None  # Due anyway.
-    assert callback.best_loss == 1.0
+    assert callback.best == 1.0
     assert callback.on_evaluate_end(record(6, val_loss=math.nan)) is None
-    assert callback.best_loss == 1.0
+    assert callback.best == 1.0
 
 
 def test_its_state_survives():
     first, second = CheckpointCallback(5), CheckpointCallback(5)
     second.load_state_dict(first.state_dict())
-    assert second.best_loss == math.inf
+    assert second.best is None
     first.on_evaluate_end(record(3, val_loss=2.0))
     second.load_state_dict(first.state_dict())
     assert second.on_evaluate_end(record(4, val_loss=2.1)) is None

@@ -77,8 +77,12 @@ class Kept:
         self.all.append((jax.tree.map(lambda x: x.copy(), state), meta))
         self.finals.append(is_final)
 
-    def restore(self):
-        return self.all[-1]
+    def restore(self, before=None):
+        self.all = [kept for kept in self.all if before is None or kept[0].step < before]
+        if not self.all:
+            return None
+        state, meta = self.all[-1]
+        return jax.tree.map(lambda x: x.copy(), state), meta
 
     def poll(self):
         pass
@@ -108,18 +112,19 @@ class Poisoned(TrainingWindows):
 
 def trainer(callbacks=(), num_steps=8, bad=range(0), cls=LanguageModelTrainer, **options):
     optimizer = optim.make_optimizer(OptimConfig())
+    policy = Policy.named(options.pop("precision", "float32"))
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
     data = Poisoned(TOKENS, seq_len=8, batch_size=4, seed=0)
     data.bad = bad
     config = options.pop("config", TrainingConfig(num_steps=num_steps, max_bad_steps=3))
     return cls(
         base.define(GPT, CONFIG),
-        state=states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh),
+        state=states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh, policy=policy),
         train_data=data,
         val_data=ValidationWindows(TOKENS[:100], seq_len=8, batch_size=4),
         optimizer=optimizer,
         schedule=optim.make_schedule(OptimConfig(warmup_steps=0), 100),
-        policy=Policy.named("float32"),
+        policy=policy,
         mesh=mesh,
         config=config,
         callbacks=callbacks,
@@ -258,8 +263,85 @@ def test_bad_steps_are_skipped_and_too_many_end_the_run():
     assert [np.isfinite(loss) for loss in diary.losses.values()] == [
         step not in (4, 5) for step in range(1, 9)
     ]
-    with pytest.raises(DivergedError, match="3 steps, up to step 5"):
+    with pytest.raises(DivergedError, match=r"3 steps, up to step 5.*--replay_step=5"):
         trainer(bad=range(2, 8)).fit()
+
+
+class Indices(Callback):
+    """Notes the batch and the learning rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, record):
+        rate = round(record.metrics["learning_rate"], 9)
+        self.seen.append((record.step, record.batch_index, rate, record.metrics["skipped"]))
+
+
+LADDER = {"reduce_after": 2, "roll_back_after": 3, "max_bad_steps": 9, "max_roll_backs": 1}
+
+
+@pytest.mark.parametrize("sync_at", [(), range(100)])
+def test_the_ladder(sync_at, caplog):
+    """Skip, reduce, go back before the first bad step, and skip the batches that were bad."""
+    caplog.set_level("INFO", "craft_jax")
+    notes, kept = Indices(), Kept()
+    config = TrainingConfig(num_steps=12, **LADDER)
+    callbacks = [CheckpointCallback(2), notes, Diary(sync_at=sync_at)]
+    made = trainer(callbacks, config=config, bad=range(5, 9), saver=kept)
+    assert made.fit().step == 12
+    # Batches 5, 6, 7 are bad: steps 6, 7, 8. Step 9 ran meanwhile, or would have.
+    final = {step: index for step, index, _, _ in notes.seen}
+    assert final == {s: s - 1 if s <= 4 else s + 4 for s in range(1, 13)}
+    rates = {step: rate for step, _, rate, _ in notes.seen}
+    free = Indices()
+    trainer([free], config=config).fit()
+    for step, _, rate, _ in free.seen:
+        assert rates[step] == pytest.approx(rate * (0.5 if step > 4 else 1), rel=1e-5)
+    text = caplog.text
+    assert "learning rate scaled by 0.5: 2 updates in a row were skipped up to step 7" in text
+    assert "to step 4: 3 updates in a row were skipped up to step 8; batches 4 to 8 are" in text
+    for state, _ in kept.all:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_ladder_ends():
+    config = TrainingConfig(num_steps=30, **LADDER)
+    with pytest.raises(DivergedError, match="the last 3 steps"):
+        trainer([CheckpointCallback(2)], config=config, bad=range(5, 30), saver=Kept()).fit()
+
+
+def test_the_ladder_without_a_checkpoint(caplog):
+    config = TrainingConfig(num_steps=12, **LADDER)
+    assert trainer(config=config, bad=range(2, 6), saver=Kept()).fit().step == 12
+    assert "no checkpoint to go back to; going on" in caplog.text
+
+
+def test_float16_goes_on_in_float32_after_many_overflows(caplog):
+    config = TrainingConfig(num_steps=12, max_overflows=3, max_bad_steps=2)
+
+    class Scales(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_step_end(self, record):
+            self.seen[record.step] = record.metrics.get("loss_scale"), record.metrics["skipped"]
+
+    notes, kept = Scales(), Kept()
+    made = trainer(
+        [notes, CheckpointCallback(4)], config=config, bad=range(3, 7), precision="float16",
+        saver=kept,
+    )  # fmt: skip
+    result = made.fit()
+    assert result.step == 12
+    assert [notes.seen[s] for s in (3, 4, 5, 6, 7)] == [
+        (2.0**16, 0), (2.0**16, 1), (2.0**15, 1), (2.0**14, 1), (2.0**13, 1),
+    ]  # fmt: skip
+    assert all(notes.seen[s] == (None, 0) for s in range(8, 13))
+    assert "the run goes on in float32 after step 7" in caplog.text
+    again = trainer([Scales()], config=config, precision="float16")
+    again.load_meta(kept.metas[-1])
+    assert again._wide_after == 7
 
 
 def test_a_wrong_answer_is_named():
@@ -291,4 +373,4 @@ def test_callback_state_travels_in_the_checkpoint():
     best = min(meta["metrics"]["val_loss"] for meta in kept.metas)
     again = CheckpointCallback(2)
     trainer([again]).load_meta(kept.metas[-1])
-    assert again.best_loss == best
+    assert again.best == best

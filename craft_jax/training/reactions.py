@@ -1,0 +1,246 @@
+"""Reactions to how training goes: a lower learning rate on a plateau or a spike, and an early end.
+
+The policies are pure functions over small frozen values; the callbacks carry those from step to
+step and through checkpoints. A value that is not finite never counts, neither for nor against.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from craft_jax.schema import Contradiction, setting
+from craft_jax.training.callbacks import (
+    Callback,
+    Request,
+    ScaleLearningRate,
+    StepRecord,
+    Stop,
+    improves,
+    metric,
+)
+
+logger = logging.getLogger(__name__)
+
+# Bounds are compared after many multiplications.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlateauConfig:
+    """When the learning rate is reduced, beside its schedule."""
+
+    patience: int = setting(
+        0, "evaluations without improvement that reduce the rate; 0 for never", minimum=0
+    )
+    monitor: str = setting("val_loss", "the metric that should improve")
+    mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
+    min_delta: float = setting(0.0, "what counts as an improvement beyond the best", minimum=0)
+    factor: float = setting(0.5, "what a reduction multiplies the rate by", above=0, below=1)
+    cooldown: int = setting(0, "evaluations after a reduction that do not count", minimum=0)
+    min_scale: float = setting(
+        0.01, "the least part of the schedule's rate that is left", above=0, maximum=1
+    )
+    spike: float | None = setting(
+        None, "a loss of so many times its moving average is a spike; none for not looking", above=1
+    )
+    spike_patience: int = setting(1, "spikes in a row that reduce the rate", minimum=1)
+    window: int = setting(
+        50, "steps of the moving average, and those after a reduction without another", minimum=1
+    )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        if self.spike is not None and self.spike_patience > self.window:
+            yield Contradiction(
+                ("plateau.spike_patience", "plateau.window"),
+                f"plateau.spike_patience={self.spike_patience} is more than plateau.window="
+                f"{self.window}, after which a new level is the usual one; lower it",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plateau:
+    """What the policy for plateaus knows; a new run's is `Plateau()`.
+
+    Attributes:
+      best: value so far; None before the first.
+      waited: evaluations since the best that count.
+      cooldown: evaluations that still do not count.
+    """
+
+    best: float | None = None
+    waited: int = 0
+    cooldown: int = 0
+
+
+def after_evaluation(
+    config: PlateauConfig, known: Plateau, value: float, scale: float
+) -> tuple[Plateau, float]:
+    """Returns what is known after an evaluation, and the factor on the learning rate.
+
+    The rule is that of `ReduceLROnPlateau` in Keras.
+
+    Args:
+      config, known: the rule, and what was known before.
+      value: of the monitored metric.
+      scale: the part of the schedule's rate that is left.
+    """
+    if not math.isfinite(value):
+        return known, 1.0
+    cooldown = max(0, known.cooldown - 1)
+    waited = 0 if known.cooldown else known.waited
+    if improves(value, known.best, config.mode, config.min_delta):
+        return Plateau(best=value, waited=0, cooldown=cooldown), 1.0
+    waited += cooldown == 0
+    if not config.patience or waited < config.patience:
+        return Plateau(best=known.best, waited=waited, cooldown=cooldown), 1.0
+    factor = _bounded(config, scale)
+    cooldown = config.cooldown if factor < 1 else cooldown
+    return Plateau(best=known.best, waited=0, cooldown=cooldown), factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spikes:
+    """What the policy for spikes knows; a new run's is `Spikes()`.
+
+    Attributes:
+      average: moving average of the losses that are no spikes; None before the first.
+      seen: losses in it, up to the window.
+      in_a_row: spikes up to now.
+      cooldown: steps that still do not reduce the rate.
+    """
+
+    average: float | None = None
+    seen: int = 0
+    in_a_row: int = 0
+    cooldown: int = 0
+
+
+def after_step(
+    config: PlateauConfig, known: Spikes, loss: float, scale: float
+) -> tuple[Spikes, float]:
+    """Returns what is known after a step, and the factor on the learning rate.
+
+    The average is that of the losses so far, then an exponential one over `window` steps. Nothing
+    is a spike before there are `window` of them. Spikes do not enter it, but `window` of them in a
+    row are a new level: the average begins again.
+
+    Args:
+      config, known: the rule, and what was known before.
+      loss: of the step.
+      scale: the part of the schedule's rate that is left.
+    """
+    assert config.spike is not None
+    if not math.isfinite(loss):
+        return known, 1.0
+    cooldown, seen = max(0, known.cooldown - 1), known.seen
+    average = loss if known.average is None else known.average
+    is_spike = seen >= config.window and loss > config.spike * average
+    if not is_spike:
+        seen = min(seen + 1, config.window)
+        average += (loss - average) / seen
+        return Spikes(average=average, seen=seen, in_a_row=0, cooldown=cooldown), 1.0
+    in_a_row = known.in_a_row + 1
+    if in_a_row >= config.window:
+        return Spikes(average=loss, seen=1, in_a_row=0, cooldown=cooldown), 1.0
+    factor = 1.0
+    if in_a_row >= config.spike_patience and cooldown == 0:
+        factor = _bounded(config, scale)
+        cooldown = config.window
+    return Spikes(average=average, seen=seen, in_a_row=in_a_row, cooldown=cooldown), factor
+
+
+def _bounded(config: PlateauConfig, scale: float) -> float:
+    """Returns the factor of a reduction that does not go below the minimum."""
+    factor = max(config.factor, config.min_scale / scale)
+    return 1.0 if factor > 1 - _ROUNDING else factor
+
+
+class ReduceLROnPlateauOrInstability(Callback):
+    """Lowers the learning rate when a metric no longer improves, or when the loss jumps."""
+
+    def __init__(self, config: PlateauConfig):
+        self._config = config
+        self._plateau, self._spikes, self._scale = Plateau(), Spikes(), 1.0
+
+    def on_step_end(self, record: StepRecord) -> Request | None:
+        if self._config.spike is None:
+            return None
+        loss, average = record.metrics["loss"], self._spikes.average
+        self._spikes, factor = after_step(self._config, self._spikes, loss, self._scale)
+        return self._reduce(factor, f"loss {loss} is a spike, the average is {average}")
+
+    def on_evaluate_end(self, record: StepRecord) -> Request | None:
+        config = self._config
+        if not config.patience:
+            return None
+        value = metric(record, config.monitor, "plateau.monitor")
+        best = self._plateau.best
+        self._plateau, factor = after_evaluation(config, self._plateau, value, self._scale)
+        reason = f"{config.monitor} {value} has not improved on {best} {config.patience} times"
+        return self._reduce(factor, reason)
+
+    def _reduce(self, factor: float, reason: str) -> Request | None:
+        if factor == 1:
+            return None
+        self._scale *= factor
+        return ScaleLearningRate(factor, reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "plateau": dataclasses.asdict(self._plateau),
+            "spikes": dataclasses.asdict(self._spikes),
+            "scale": self._scale,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._plateau = Plateau(**state["plateau"])
+        self._spikes = Spikes(**state["spikes"])
+        self._scale = state["scale"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """When a run ends before its last step."""
+
+    patience: int = setting(
+        0, "evaluations without improvement that end the run; 0 for never", minimum=0
+    )
+    monitor: str = setting("val_loss", "the metric that should improve")
+    mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
+    min_delta: float = setting(0.0, "what counts as an improvement beyond the best", minimum=0)
+    restore_best: bool = setting(True, "end with the parameters of the best evaluation")
+
+
+class EarlyStopping(Callback):
+    """Ends a run whose metric no longer improves."""
+
+    def __init__(self, config: EarlyStoppingConfig):
+        self._config = config
+        self._best: float | None = None
+        self._best_step, self._waited = 0, 0
+
+    def on_evaluate_end(self, record: StepRecord) -> Request | None:
+        config = self._config
+        value = metric(record, config.monitor, "early_stopping.monitor")
+        if not math.isfinite(value):
+            return None
+        if improves(value, self._best, config.mode, config.min_delta):
+            self._best, self._best_step, self._waited = value, record.step, 0
+            return None
+        self._waited += 1
+        if self._waited < config.patience:
+            return None
+        reason = (
+            f"early stopping: {config.monitor} has not improved on {self._best:.4g} of step "
+            f"{self._best_step}"
+        )
+        return Stop(reason, is_final=True, restore_best=config.restore_best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "best_step": self._best_step, "waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best, self._best_step = state["best"], state["best_step"]
+        self._waited = state["waited"]
