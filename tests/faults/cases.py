@@ -6,7 +6,7 @@ that did not. The names are those of docs/reliability.md.
 
 from collections.abc import Callable
 
-from tests.faults import crashes, damage, disks, inputs, neighbours, resuming, signals
+from tests.faults import crashes, damage, disks, inputs, neighbours, numbers, resuming, signals
 from tests.faults.harness import Lab, Trials
 
 CASES: dict[str, tuple[str, Callable[[Lab], Trials]]] = {
@@ -42,6 +42,14 @@ CASES: dict[str, tuple[str, Callable[[Lab], Trials]]] = {
     "D2": ("the last checkpoint cannot be written", disks.last_save_fails),
     "D3": ("a checkpoint fails once, and the next one succeeds in the same process", disks.heals),
     "D4": ("outputs that cannot be written: exit 73 before anything is compiled", disks.unwritable),
+    "E1": ("one bad step: nothing moves, also across a resume", numbers.one_bad_step),
+    "E2": ("an infinity on one of eight devices", numbers.on_one_of_eight),
+    "E3": ("bad steps: reduce, roll back, halt; kills on the way", numbers.ladder),
+    "E4": ("no checkpoint of a run that diverges is not finite", numbers.never_committed),
+    "E5": ("a bad loss enters no statistics", numbers.statistics),
+    "E7": ("float16: overflows, the scale after a resume, the way to float32", numbers.half),
+    "G1": ("1 device, then 8, then 2; data, fsdp, tensor, pmap", numbers.elastic),
+    "G3": ("a batch that the devices cannot share", numbers.indivisible),
     "F1": ("the same command twice", resuming.twice),
     "F2": ("stopped after any step, and continued", resuming.any_step),
     "F3": ("stopped around the end of an epoch", resuming.epochs),
@@ -73,4 +81,4 @@ CASES: dict[str, tuple[str, Callable[[Lab], Trials]]] = {
 } | {name: (title, inputs.run_tests(words)) for name, (title, words) in inputs.PYTEST.items()}
 
 # What is also tried in CI, with fewer trials: the rest repeats it in other places.
-QUICK = "A1 A2 A5 B1 B2 C1 C1b C2 D1 D3 F2 F6 I2 M1 M2".split()
+QUICK = "A1 A2 A5 B1 B2 C1 C1b C2 D1 D3 E3 F2 F6 I2 M1 M2".split()

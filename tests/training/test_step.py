@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import get_args, get_type_hints
 
 import jax
@@ -16,6 +17,7 @@ from craft_jax.training import state as states
 from craft_jax.training.step import make_eval_step, make_train_step
 
 
+@functools.cache
 def setup(dropout=0.0, accumulate=1, remat=False, precision="float32", seed=0, optim_config=None):
     config = GPTConfig(
         vocab_size=16, num_layers=2, num_heads=2, d_model=16, max_seq_len=8, dropout=dropout
