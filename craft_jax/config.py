@@ -13,12 +13,9 @@ import importlib.util
 import os
 import sys
 import traceback
-import types
-import typing
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -39,6 +36,7 @@ from craft_jax.sharding import ParallelConfig
 from craft_jax.training.loggers import LogConfig
 from craft_jax.training.reactions import EarlyStoppingConfig, PlateauConfig
 from craft_jax.training.trainer import TrainingConfig
+from craft_jax.values import coerce, cut, parse, shown, types_of
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "transformer": TransformerLM, "seq2seq": Transformer}
 
@@ -203,7 +201,7 @@ def model_class(name: str) -> type[Model]:
     close = difflib.get_close_matches(name, MODELS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"model.name={_shown(name)} is not one of {', '.join(MODELS)}, nor a class as "
+        f"model.name={shown(name)} is not one of {', '.join(MODELS)}, nor a class as "
         f"path/file.py:Class{hint}"
     )
 
@@ -296,7 +294,7 @@ def read_file(reference: str) -> dict[str, Any]:
       ConfigError: the file is missing, fails, or returns something else.
     """
     path, _, preset = reference.partition(":")
-    here = f"--config={_cut(reference)}"
+    here = f"--config={cut(reference)}"
     if os.path.isdir(path):
         raise ConfigError(f"{here}: this is a folder; name a Python file in it")
     if not os.path.isfile(path):
@@ -420,7 +418,7 @@ def _missing_tokenizer(tokenizer: str | None) -> Iterator[str]:
         name = os.path.basename(tokenizer)
         close = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        yield f"data.tokenizer={_shown(name)} is not one of {', '.join(KINDS)}, nor a file{hint}"
+        yield f"data.tokenizer={shown(name)} is not one of {', '.join(KINDS)}, nor a file{hint}"
 
 
 def _missing_pairs(pairs: str | None) -> Iterator[str]:
@@ -428,7 +426,7 @@ def _missing_pairs(pairs: str | None) -> Iterator[str]:
         name = os.path.basename(pairs)
         close = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        yield f"data.pairs={_shown(name)} is not one of {', '.join(TASKS)}, nor a file{hint}"
+        yield f"data.pairs={shown(name)} is not one of {', '.join(TASKS)}, nor a file{hint}"
 
 
 def _missing_class(field: str, reference: str | None) -> Iterator[str]:
@@ -460,26 +458,13 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _cut(text: str) -> str:
-    """Returns the beginning of a text that is too long for a message."""
-    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
-
-
-def _shown(value: Any) -> str:
-    """Returns a value as a message shows it."""
-    try:
-        return _cut(repr(value))
-    except ValueError:  # Python writes no integer of more than some thousand digits.
-        return f"(a {type(value).__name__} of too many digits)"
-
-
 def _flatten(values: Mapping[str, Any], found: _Mistakes, origin: str) -> Iterator[tuple[str, Any]]:
     for section, content in values.items():
         if isinstance(content, Mapping):
             yield from ((f"{section}.{name}", value) for name, value in content.items())
         elif section in SECTIONS:
             found.add(
-                section, f"{origin}: {section}={_shown(content)} must be a section with fields"
+                section, f"{origin}: {section}={shown(content)} must be a section with fields"
             )
         else:
             yield section, content
@@ -497,16 +482,16 @@ def _assign(
     """Puts one value where it belongs, or notes why it cannot be."""
     section, _, name = field.rpartition(".")
     if not section:
-        types_ = {name: kind for name, kind in _types(ExperimentConfig).items() if name == _TOP}
+        types_ = {name: kind for name, kind in types_of(ExperimentConfig).items() if name == _TOP}
     else:
-        types_ = _types(classes[section]) if section in classes else {}
+        types_ = types_of(classes[section]) if section in classes else {}
     if name not in types_:
         found.add(field, f"{source}: {_unknown(field, classes)}")
         return
     try:
         chosen[section][name] = read(raw, types_[name])
     except ValueError as error:
-        found.add(field, f"{field}={_shown(raw)} {error} (in {source})")
+        found.add(field, f"{field}={shown(raw)} {error} (in {source})")
 
 
 def _unknown(field: str, classes: Mapping[str, type]) -> str:
@@ -515,7 +500,7 @@ def _unknown(field: str, classes: Mapping[str, type]) -> str:
     section, _, name = field.rpartition(".")
     if not section:
         section, name = name, ""
-    known = {s: list(_types(cls)) for s, cls in classes.items()}
+    known = {s: list(types_of(cls)) for s, cls in classes.items()}
     everywhere = {n: f"{s}.{n}" for s, names in known.items() for n in names}
     if section not in known:
         close = difflib.get_close_matches(section, known, n=1)
@@ -568,118 +553,6 @@ def _absolute_class(reference: str) -> str:
     with contextlib.suppress(RuntimeError):  # The home of nobody, or links in a circle.
         return plugins.absolute(reference)
     return reference
-
-
-# Types.
-
-
-def _types(cls: type) -> dict[str, Any]:
-    """Returns the type of each field of a dataclass."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def coerce(value: Any, kind: Any) -> Any:
-    """Returns a Python value as the type of a field; integers serve as floats.
-
-    Raises:
-      ValueError: it is of another type; the message completes `field=value ...`.
-    """
-    options = _options(kind)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ValueError(f"is not {_in_words(kind)}")
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            if isinstance(value, str) and value in typing.get_args(option):
-                return value
-            choices = typing.get_args(option)
-            close = difflib.get_close_matches(_shown(value).strip("'"), choices, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"is not one of {', '.join(choices)}{hint}")
-        if typing.get_origin(option) is tuple:
-            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-                for part in value:
-                    _check_text(part)
-                return tuple(value)
-        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except OverflowError:
-                raise ValueError("is too large for a number") from None
-        elif (option is int and isinstance(value, int) and not isinstance(value, bool)) or (
-            option in (bool, str) and isinstance(value, option)
-        ):
-            if isinstance(value, str):
-                _check_text(value)
-            return value
-    raise ValueError(f"is not {_in_words(kind)}")
-
-
-def parse(text: str, kind: Any) -> Any:
-    """Returns the text of a command-line override as the type of a field.
-
-    `none` (or nothing) stands for None, commas separate the entries of a list.
-
-    Raises:
-      ValueError: it cannot be read so; the message completes `field=value ...`.
-    """
-    options = _options(kind)
-    lowered = text.strip().lower()
-    if type(None) in options and lowered in ("none", "null", ""):
-        return None
-    for option in options:
-        try:
-            if typing.get_origin(option) is tuple:
-                parts = (part.strip() for part in text.strip("()[]").split(","))
-                return coerce(tuple(part for part in parts if part), option)
-            if option is bool and lowered in _BOOLEANS:
-                return _BOOLEANS[lowered]
-            if option is int:
-                return int(text)
-            if option is float:
-                return float(text)
-            if option is str:
-                return coerce(text, str)
-        except ValueError:
-            if option not in (int, float):
-                raise
-    try:
-        return coerce(text, kind)
-    except ValueError as error:
-        if text == "true":
-            raise ValueError(f"{error}; true stands for a value that is left out") from None
-        raise
-
-
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def _check_text(text: str) -> None:
-    """Checks that a text can be stored, and shown in one line.
-
-    Raises:
-      ValueError: it cannot.
-    """
-    for kind, what in (("Cs", "is not valid UTF-8"), ("Cc", "has a control character")):
-        if any(unicodedata.category(letter) == kind for letter in text):
-            raise ValueError(what)
-
-
-def _options(kind: Any) -> tuple:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def _in_words(kind: Any) -> str:
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        type(None): "none",
-    }
-    return " or ".join(words.get(option, "a list of texts") for option in _options(kind))
 
 
 # Comparing.

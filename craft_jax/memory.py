@@ -5,6 +5,7 @@ after minutes. The bound leaves out all that a compiler may avoid: nothing is re
 """
 
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +16,13 @@ from jax.sharding import Mesh
 from craft_jax.errors import ConfigError
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_STATE_BYTES = 4 + 4 + 2 * 4
 
 
 class Need(NamedTuple):
     """Bytes that one device holds at least.
 
     Attributes:
-      state: parameters, gradients and both moments of the optimizer, in float32.
+      state: parameters, their gradients, and what the optimizer keeps.
       activations: the logits of a micro-batch in float32, and the input of each block.
     """
 
@@ -31,22 +31,26 @@ class Need(NamedTuple):
 
 
 def least(
-    num_params: int, model: Any, *, batch_size: int, seq_len: int, accumulate: int, mesh: Mesh
+    state: Any, model: Any, *, batch_size: int, seq_len: int, accumulate: int, mesh: Mesh
 ) -> Need:
     """Returns the least that a train step needs.
 
     Args:
-      num_params: of the model.
+      state: a tree of `jax.ShapeDtypeStruct` with shardings, which has a mapping `params`.
       model: its config; what it does not have (`vocab_size`, `num_layers`, `d_model`) counts
         nothing.
       batch_size, seq_len, accumulate: rows and columns of a batch, and its parts.
       mesh: the devices.
     """
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    held = sum(map(_bytes_of_one_device, jax.tree.leaves((state, state.params))))
     rows = batch_size // (accumulate * mesh.shape["data"] * mesh.shape["fsdp"])
     wide = (getattr(model, "vocab_size", None) or 0) * 4 // mesh.shape["tensor"]
     deep = getattr(model, "num_layers", 0) * getattr(model, "d_model", 0) * 2
-    return Need(_STATE_BYTES * num_params // shards, rows * seq_len * (wide + deep))
+    return Need(held, rows * seq_len * (wide + deep))
+
+
+def _bytes_of_one_device(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def available(mesh: Mesh) -> int:
@@ -73,7 +77,7 @@ def check(need: Need, mesh: Mesh) -> None:
     device = jax.local_devices()[0].platform
     raise ConfigError(
         f"this model needs at least {_size(sum(need))} on each device (parameters, gradients and "
-        f"moments {_size(need.state)}, logits and activations {_size(need.activations)}), and a "
+        f"optimizer {_size(need.state)}, logits and activations {_size(need.activations)}), and a "
         f"{device} device has {_size(there)}; lower model.d_model, model.num_layers or "
         "data.batch_size, raise training.accumulate, or split it with parallel.fsdp"
     )

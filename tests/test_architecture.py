@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Low to high: a module may import those on its own line and on the lines above.
 LAYERS = [
-    ["errors", "schema", "plugins", "faults", "durable"],
+    ["errors", "schema", "values", "plugins", "faults", "durable"],
     ["losses", "metrics", "manifests", "outputs", "locks", "data"],
     ["models"],
     [

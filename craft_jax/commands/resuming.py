@@ -141,6 +141,8 @@ def say_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
     for part in configs.changes(saved, config):
         for change in part:
             logger.info("changed: %s from %s to %s", change.field, change.saved, change.now)
+            if change.field.startswith("parallel."):
+                logger.warning("not bit-exact: %s %s -> %s", *change)
     before = saved["training"]["num_steps"]
     if before != config.training.num_steps and config.optim.decay_steps is None:
         old, new = (

@@ -182,6 +182,8 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
     store = CheckpointStore(found.checkpoints)
     newest, _ = store.newest_good()
     before, _ = store.newest_good(below=args.replay_step)
+    # A trainer that goes on meanwhile does not remove it.
+    pin = None if before is None else store.pin(before)
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     datasets = _open_datasets(config, workdir, found, newest, origin)
     model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
@@ -203,7 +205,9 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
             replay_from=before or 0,
         )
 
-    return replay.run(args.replay_step, config, found, assemble)
+    code = replay.run(args.replay_step, config, found, assemble)
+    del pin
+    return code
 
 
 def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sharding.Mesh) -> None:
@@ -213,8 +217,9 @@ def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sha
             f"loss.{asked[0]} is set, and the loss of model.name={config.model.name} takes no "
             "`config`; leave it out, or add that argument to it"
         )
+    policy = Policy.named(config.training.precision)
     need = memory.least(
-        model_def.num_params,
+        states.abstract_state(model_def, optim.make_optimizer(config.optim), mesh, policy),
         model_def.config,
         batch_size=config.data.batch_size,
         seq_len=config.data.seq_len,

@@ -1,13 +1,18 @@
 """Bad steps, written down: which batch it was, and what stands in it."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from craft_jax import outputs
 from craft_jax.data.base import Dataset
+from craft_jax.errors import CraftError
 from craft_jax.training.callbacks import Callback, StepRecord
+
+logger = logging.getLogger(__name__)
 
 _MOST = 100
 
@@ -27,14 +32,16 @@ class BadStepFiles(Callback):
         metrics, batch = record.metrics, record.batch_index
         if not metrics["skipped"] or "loss_scale" in metrics or batch is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if sum(1 for _ in self._folder.iterdir()) >= _MOST:
-            return
         facts = {"step": record.step, "batch": batch} | {
             name: repr(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")
         }
         text = f"{json.dumps(facts)}\n{self._describe(batch)}\n"
-        (self._folder / f"step_{record.step}.txt").write_text(text, encoding="utf-8")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if sum(1 for _ in self._folder.iterdir()) < _MOST:
+                outputs.write_text(self._folder / f"step_{record.step}.txt", text)
+        except (OSError, CraftError) as error:  # The run is worth more than this note.
+            logger.warning("the batch of step %d is not written down: %s", record.step, error)
 
 
 def describe(batch: Mapping[str, np.ndarray], data: Dataset) -> str:

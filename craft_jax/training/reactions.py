@@ -5,7 +5,6 @@ step and through checkpoints. A value that is not finite never counts, neither f
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -21,22 +20,30 @@ from craft_jax.training.callbacks import (
     metric,
 )
 
-logger = logging.getLogger(__name__)
-
 # Bounds are compared after many multiplications.
 _ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlateauConfig:
+class _Monitored:
+    """What both sections say of the metric that they watch."""
+
+    monitor: str = setting("val_loss", "the metric that should improve")
+    mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
+    min_delta: float = setting(0.0, "what counts as an improvement beyond the best", minimum=0)
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether a value is better than the best one, None before the first."""
+        return improves(value, best, self.mode, self.min_delta)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlateauConfig(_Monitored):
     """When the learning rate is reduced, beside its schedule."""
 
     patience: int = setting(
         0, "evaluations without improvement that reduce the rate; 0 for never", minimum=0
     )
-    monitor: str = setting("val_loss", "the metric that should improve")
-    mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
-    min_delta: float = setting(0.0, "what counts as an improvement beyond the best", minimum=0)
     factor: float = setting(0.5, "what a reduction multiplies the rate by", above=0, below=1)
     cooldown: int = setting(0, "evaluations after a reduction that do not count", minimum=0)
     min_scale: float = setting(
@@ -90,7 +97,7 @@ def after_evaluation(
         return known, 1.0
     cooldown = max(0, known.cooldown - 1)
     waited = 0 if known.cooldown else known.waited
-    if improves(value, known.best, config.mode, config.min_delta):
+    if config.improves(value, known.best):
         return Plateau(best=value, waited=0, cooldown=cooldown), 1.0
     waited += cooldown == 0
     if not config.patience or waited < config.patience:
@@ -201,15 +208,12 @@ class ReduceLROnPlateauOrInstability(Callback):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlyStoppingConfig:
+class EarlyStoppingConfig(_Monitored):
     """When a run ends before its last step."""
 
     patience: int = setting(
         0, "evaluations without improvement that end the run; 0 for never", minimum=0
     )
-    monitor: str = setting("val_loss", "the metric that should improve")
-    mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
-    min_delta: float = setting(0.0, "what counts as an improvement beyond the best", minimum=0)
     restore_best: bool = setting(True, "end with the parameters of the best evaluation")
 
 
@@ -226,7 +230,7 @@ class EarlyStopping(Callback):
         value = metric(record, config.monitor, "early_stopping.monitor")
         if not math.isfinite(value):
             return None
-        if improves(value, self._best, config.mode, config.min_delta):
+        if config.improves(value, self._best):
             self._best, self._best_step, self._waited = value, record.step, 0
             return None
         self._waited += 1

@@ -177,3 +177,33 @@ def test_a_loss_that_takes_no_config_is_refused(text_file, workdir, tmp_path, ca
     words = micro(text_file, model__name=f"{tmp_path}/own.py:Own", loss__z_loss=1e-4)
     assert run(*words, f"--workdir={workdir}") == 78
     assert "loss.z_loss is set, and the loss of model.name=" in capsys.readouterr().err
+
+
+def test_a_note_that_cannot_be_written_ends_no_run(train, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(faults, "_POISONS", [("nan", 2, 2)])
+    values = {"training__num_steps": 1, "training__sample_every": 0, "optim__decay_steps": 4}
+    assert train("mine", **values) == 0
+    paths_of(workdir, "mine").bad_steps.write_text("in the way", encoding="utf-8")
+    assert train("mine", **values | {"training__num_steps": 4}) == 0
+    assert "the batch of step 2 is not written down" in capsys.readouterr().out
+
+
+def test_another_mesh_is_said(train, workdir, capsys):
+    values = {"training__num_steps": 2, "training__sample_every": 0, "optim__decay_steps": 4}
+    assert train("mine", **values) == 0
+    assert train("mine", **values | {"training__num_steps": 3}, parallel__fsdp=2) == 0
+    assert "not bit-exact: parallel.fsdp 1 -> 2" in capsys.readouterr().out
+
+
+def test_factors_of_paths_with_brackets(train, workdir):
+    pattern = r"(query|key)\.kernel$=0"
+    values = {"training__sample_every": 0, "optim__weight_decay": 0}
+    assert train("mine", **values, optim__lr_multipliers=pattern) == 0
+    first, last = (
+        runs.open(paths_of(workdir, "mine").checkpoints / step).params for step in ("3", "6")
+    )
+    still = {path for path in first if bool((first[path] == last[path]).all())}
+    assert {path for path in still if "kernel" in path} == {
+        "blocks.0.attn.query.kernel",
+        "blocks.0.attn.key.kernel",
+    }
