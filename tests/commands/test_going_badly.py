@@ -81,14 +81,18 @@ def test_a_replay_of_the_first_step_and_of_none(train, workdir, capsys):
 
 
 def test_early_stopping_ends_a_run_for_good(train, workdir, capsys):
+    # To the highest loss every step is a step away, on any machine.
     values = {
         "training__num_steps": 40,
         "training__eval_every": 2,
         "training__sample_every": 0,
         "early_stopping__patience": 2,
-        "optim__learning_rate": 1.0,
-        "optim__warmup_steps": 0,
+        "early_stopping__mode": "max",
+        "checkpoint__best_mode": "max",
+        "plateau__mode": "max",
         "plateau__patience": 1,
+        "optim__learning_rate": 0.01,
+        "optim__warmup_steps": 0,
     }
     assert train("early", **values) == 0
     said = capsys.readouterr().out
