@@ -34,11 +34,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from craft_jax import durable, faults, manifests, outputs
+from craft_jax import durable, faults, manifests, outputs, sharding
 from craft_jax.errors import ConfigError, StorageError
 from craft_jax.manifests import DamagedError, Leaf
 from craft_jax.models.base import Params
@@ -132,6 +131,8 @@ class CheckpointStore(Checkpoints):
           tokenizer: the text of `tokenizer.json`, or None.
           background: return at once; `poll` and `wait` tell how it went.
 
+        Of several processes all call it, since each holds a part of the state; the first writes.
+
         Raises:
           StorageError: it, or the one before in the background, could not be written; older
             checkpoints are as they were.
@@ -140,9 +141,11 @@ class CheckpointStore(Checkpoints):
         faults.point("ckpt.begin")
         # Copies: the next train step overwrites the buffers.
         parts = {
-            part: {name: np.array(leaf) for name, leaf in leaves.items()}
+            part: {name: sharding.to_host(leaf) for name, leaf in leaves.items()}
             for part, leaves in _split(state).items()
         }
+        if jax.process_index() != 0:
+            return
 
         def write() -> None:
             self._write(step, parts, meta, config, tokenizer)
@@ -327,11 +330,18 @@ class CheckpointStore(Checkpoints):
         return False
 
     def restore_state(self, step: int, abstract: Any) -> Any:
+        """Reads a whole state onto the devices that `abstract` names; see `read_state`."""
+        return sharding.spread(self.read_state(step, abstract), abstract)
+
+    def read_state(self, step: int, abstract: Any) -> Any:
         """Reads a whole state, and compares it with the checksums taken before it was written.
 
         Args:
           step: which.
-          abstract: a tree of `jax.ShapeDtypeStruct` with shardings, as `state` was saved.
+          abstract: a tree of `jax.ShapeDtypeStruct`, as `state` was saved.
+
+        Returns:
+          The state in numpy arrays.
 
         Raises:
           DamagedError: it cannot be read, or has other bits.
@@ -339,32 +349,44 @@ class CheckpointStore(Checkpoints):
         """
         wanted = _split(abstract)
         self._check_leaves(step, wanted)
-        return _join(abstract, {part: self._restore(step, part, wanted[part]) for part in wanted})
+        return _join(abstract, {part: self._read(step, part, wanted[part]) for part in wanted})
 
     def restore_params(
         self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct], *, last: bool = False
     ) -> Params:
-        """Reads the parameters alone, in the dtypes of `shapes`; their average where there is one.
-
-        An imported model may have been stored in other dtypes.
+        """Reads the parameters alone onto devices; see `read_params`.
 
         Args:
           step: which.
           shapes: with shardings; onto the default device where there is none.
-          last: those of the last update, even where there is an average of them.
-
-        Raises:
-          DamagedError: they cannot be read.
-          ConfigError: they are those of another model.
+          last: see `read_params`.
         """
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = {
             name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here)
             for name, s in shapes.items()
         }
+        return sharding.spread(self.read_params(step, placed, last=last), placed)
+
+    def read_params(
+        self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct], *, last: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Reads the parameters alone, in the dtypes of `shapes`; their average where there is one.
+
+        An imported model may have been stored in other dtypes.
+
+        Args:
+          step: which.
+          shapes: by path.
+          last: those of the last update, even where there is an average of them.
+
+        Raises:
+          DamagedError: they cannot be read.
+          ConfigError: they are those of another model.
+        """
         part = self.params_part(step, last=last)
-        self._check_leaves(step, {part: placed}, any_dtype=True)
-        return self._restore(step, part, placed)
+        self._check_leaves(step, {part: shapes}, any_dtype=True)
+        return self._read(step, part, shapes)
 
     def _check_leaves(
         self, step: int, wanted: Mapping[str, Mapping[str, Any]], any_dtype: bool = False
@@ -397,22 +419,27 @@ class CheckpointStore(Checkpoints):
                 f"{'; '.join(wrong[:5])}{more}"
             )
 
-    def _restore(self, step: int, part: str, abstract: dict) -> dict:
+    def _read(self, step: int, part: str, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
         path = self.folder / str(step) / part
         leaves = manifests.read(self.folder / str(step)).leaves
+        arguments = ocp.args.PyTreeRestore(
+            item=dict(shapes),
+            restore_args={
+                name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=struct.dtype)
+                for name, struct in shapes.items()
+            },
+        )
         try:
-            with quiet_absl(), ocp.StandardCheckpointer() as checkpointer:
-                restored = checkpointer.restore(path, abstract)
+            with quiet_absl(), _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
+                restored = checkpointer.restore(path, args=arguments)
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DamagedError(f"{part} does not load: {reason[:200]}") from error
         for name, array in restored.items():
             leaf = leaves[f"{part}/{name}"]
-            is_comparable = str(array.dtype) == leaf.dtype and array.is_fully_addressable
-            if is_comparable and manifests.array_crc(np.asarray(array)) != leaf.crc32:
+            if str(array.dtype) == leaf.dtype and manifests.array_crc(array) != leaf.crc32:
                 raise DamagedError(f"{part}/{name}: crc32 mismatch")
-        # Own the memory: the train step donates these buffers, and the reader may share them.
-        return jax.tree.map(jnp.copy, restored)
+        return restored
 
     # Imported models.
 
@@ -467,14 +494,25 @@ def _write_arrays(
     size = _IMPORTED_FILE_SIZE if is_imported else None
     save = ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=size)
     with quiet_absl(), _stopping(writer) if is_imported else contextlib.nullcontext():
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         try:
-            with ocp.Checkpointer(handler) as checkpointer:
+            with _checkpointer(
+                ocp.PyTreeCheckpointHandler, type_handler_registry=registry
+            ) as checkpointer:
                 checkpointer.save(folder / part, args=save)
         finally:
             if writer.failure:
                 raise writer.failure
     return {f"{part}/{name}": writer.leaves[name] for name in arrays}
+
+
+def _checkpointer(handler: type, **options: Any) -> ocp.Checkpointer:
+    """Returns a checkpointer of this process alone, which waits for no other one."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    return ocp.Checkpointer(
+        handler(multiprocessing_options=alone, **options), multiprocessing_options=alone
+    )
 
 
 def _full_disk(error: BaseException | None) -> str | None:

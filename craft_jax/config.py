@@ -260,6 +260,17 @@ def load(
     return config
 
 
+def flat(file: str | None, overrides: Sequence[Override] = ()) -> dict[str, str]:
+    """Returns what a config file and overrides set, by field, as text: to be compared.
+
+    Raises:
+      ConfigError: the file cannot be used.
+    """
+    values = read_file(file) if file else {}
+    found = {name: repr(value) for name, value in _flatten(values, _Mistakes(), file or "")}
+    return found | {override.field: override.text for override in overrides}
+
+
 class Weights(NamedTuple):
     """What a run that begins with the weights of another takes over with them.
 

@@ -77,6 +77,12 @@ class StorageError(CraftError):
     exit_code = STORAGE
 
 
+class LostPeerError(CraftError):
+    """Another process of the same run is gone, or was never found; a restart may cure it."""
+
+    exit_code = STALLED
+
+
 class StoppedError(BaseException):
     """A signal asked the program to end while there was nothing to save.
 

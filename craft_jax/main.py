@@ -22,6 +22,7 @@ from craft_jax import locks
 from craft_jax.errors import (
     INTERRUPTED,
     KILLED,
+    OK,
     PREEMPTED,
     STORAGE,
     CraftError,
@@ -74,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parse([word for word in words if word != "--debug"])
-        if args.command == "train" and args.run and args.replay_step is None:
+        if (
+            args.command == "train"
+            and args.run
+            and args.replay_step is None
+            and not args.coordinator
+        ):
             # Before what takes seconds to import.
             locks.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
         command = importlib.import_module(f"craft_jax.commands.{COMMANDS[args.command].module}")
@@ -189,6 +195,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "train":
         add("--tokenizer", help="the same as --config.data.tokenizer")
         add("--replay_step", type=int, help="make this step of --run again, and show its batch")
+        add(
+            "--coordinator",
+            help="HOST:PORT of process 0, where several processes train; auto on a TPU pod or in "
+            "a job of SLURM or Open MPI",
+        )
+        add("--num_processes", type=int, help="how many of them there are")
+        add("--process_id", type=int, help="which one this is, from 0")
     if command == "evaluate":
         add("--split", choices=("val", "train"), default="val", help="what to evaluate on")
         add("--text", help="a text file to evaluate on instead; .tsv or .jsonl for pairs")
@@ -218,8 +231,9 @@ def _run_as_program() -> NoReturn:
     signal.signal(signal.SIGTERM, _end_early)
     signal.signal(signal.SIGUSR1, _end_early)
     code = main()
-    if code in (PREEMPTED, INTERRUPTED):
-        # Whoever asked for the end does not wait for threads that prepare data.
+    if code != OK:
+        # Whoever asked for the end does not wait for threads that prepare data, nor a process that
+        # failed for those that train with it.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -78,6 +78,15 @@ class RunPaths:
     def exact(self) -> Path:
         return self.folder / "exact.jsonl"
 
+    def to_json(self) -> dict[str, str]:
+        """Returns the paths as text."""
+        return {name: str(path) for name, path in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, paths: Mapping[str, str]) -> "RunPaths":
+        """Returns what `to_json` was called on."""
+        return cls(**{name: Path(path) for name, path in paths.items()})
+
 
 def create_run(
     workdir: Path, *, name: str | None, model: str, size: str, precision: str

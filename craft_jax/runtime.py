@@ -266,4 +266,6 @@ def devices_in_words() -> str:
     devices = jax.devices()
     kind = devices[0].device_kind
     words = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+    if jax.process_count() > 1:
+        words += f" of {jax.process_count()} processes"
     return words if kind.lower() == devices[0].platform else f"{words} ({kind})"

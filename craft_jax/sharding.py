@@ -5,13 +5,16 @@ dimensions of a layer. Models know nothing of this.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from craft_jax.errors import ConfigError
@@ -68,8 +71,14 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Arranges devices on the axes `data`, `fsdp` and `tensor`.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or the mode does not take
+        them.
     """
+    if config.mode == "pmap" and jax.process_count() > 1:
+        raise ConfigError(
+            f"parallel.mode=pmap trains in one process, and there are {jax.process_count()}; use "
+            "parallel.mode=jit"
+        )
     sizes = [getattr(config, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
@@ -141,7 +150,79 @@ def put_batch(
     sharding = NamedSharding(mesh, BATCH_SPEC)
     if mode == "pmap":
         batch = {k: a.reshape(mesh.shape["data"], -1, *a.shape[1:]) for k, a in batch.items()}
-    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+    return {name: put(array, sharding) for name, array in batch.items()}
+
+
+def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array on devices; where they are those of several processes, all of these have it."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def spread(arrays: Any | None, abstract: Any) -> Any:
+    """Puts a tree of arrays of the host, which process 0 has, on the devices of all processes.
+
+    Args:
+      arrays: numpy arrays; None in the other processes.
+      abstract: a tree of shapes and dtypes with shardings, for all of which every process calls.
+
+    Returns:
+      Arrays that share no memory with those of the host, so that a train step may donate them.
+    """
+
+    def spread_leaf(struct: jax.ShapeDtypeStruct, array: np.ndarray | None = None) -> jax.Array:
+        if jax.process_count() > 1 and not struct.sharding.is_fully_addressable:
+            array = _from_first(array, struct)
+        assert array is not None
+        return jnp.copy(put(array, struct.sharding))
+
+    trees = (abstract,) if arrays is None else (abstract, arrays)
+    return jax.tree.map(spread_leaf, *trees)
+
+
+def _from_first(array: np.ndarray | None, struct: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Returns an array of process 0 in all processes."""
+    # As integers: a sum of floats would turn -0.0 into 0.0.
+    words = np.dtype(f"uint{8 * min(struct.dtype.itemsize, 4)}")
+    if array is None:
+        array = np.zeros(struct.shape, struct.dtype)
+    flat = np.ascontiguousarray(array).reshape(-1).view(words)
+    sent = multihost_utils.broadcast_one_to_all(flat)
+    return np.asarray(sent).view(struct.dtype).reshape(struct.shape)
+
+
+def to_host(leaf: jax.Array) -> np.ndarray | None:
+    """Returns a copy of an array in the host's memory, in process 0; every process is to call it.
+
+    Returns:
+      None in the other processes.
+    """
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = _replicating(leaf.sharding.mesh)(leaf)
+    if jax.process_index() != 0:
+        return None
+    return np.array(leaf if leaf.is_fully_addressable else leaf.addressable_data(0))
+
+
+def on_one_device(tree: Any) -> Any:
+    """Returns arrays on the first device of this process; every process is to call it."""
+    device = jax.local_devices()[0]
+
+    def move(leaf: jax.Array) -> jax.Array:
+        if leaf.is_fully_addressable:
+            return jax.device_put(leaf, device)
+        if not leaf.is_fully_replicated:
+            leaf = _replicating(leaf.sharding.mesh)(leaf)
+        return jax.device_put(leaf.addressable_data(0), device)
+
+    return jax.tree.map(move, tree)
+
+
+@functools.cache
+def _replicating(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Returns a program that gives each device the whole of an array."""
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def compile_step(train_step: Callable, mesh: Mesh, mode: str = "jit") -> Callable:

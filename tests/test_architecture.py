@@ -25,6 +25,8 @@ LAYERS = [
         "memory",
         "generation",
         "profiling",
+        "rendezvous",
+        "processes",
         "checkpointing",
     ],
     ["training"],

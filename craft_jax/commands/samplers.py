@@ -2,9 +2,7 @@
 
 from itertools import groupby
 
-import jax
-
-from craft_jax import runs
+from craft_jax import runs, sharding
 from craft_jax.config import ExperimentConfig
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
@@ -101,4 +99,10 @@ def make(
 
 def _sampling_params(state: TrainState, policy: Policy) -> Params:
     """Returns the parameters on one device, in the dtype that computes."""
-    return policy.cast(jax.device_put(dict(state.best_params), jax.local_devices()[0]))
+    return policy.cast(sharding.on_one_device(dict(state.best_params)))
+
+
+def look_on(state: TrainState) -> str:
+    """Takes part in a sample that the first of several processes makes."""
+    sharding.on_one_device(dict(state.best_params))
+    return ""

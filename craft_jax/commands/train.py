@@ -24,6 +24,7 @@ from craft_jax import (
     optim,
     outputs,
     plugins,
+    processes,
     runs,
     runtime,
     sharding,
@@ -43,6 +44,7 @@ from craft_jax.errors import (
     STALLED,
     ConfigError,
     CraftError,
+    DataError,
     StoppedError,
     UsageError,
 )
@@ -50,6 +52,7 @@ from craft_jax.models import base
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
 from craft_jax.precision import Policy
+from craft_jax.processes import ProcessGroup
 from craft_jax.training import bad_steps, language
 from craft_jax.training import state as states
 from craft_jax.training.bad_steps import BadStepFiles
@@ -67,64 +70,66 @@ from craft_jax.training.loggers import (
     TensorBoardLogger,
 )
 from craft_jax.training.reactions import EarlyStopping, ReduceLROnPlateauOrInstability
-from craft_jax.training.saving import Saver
+from craft_jax.training.saving import Found, Saver
 from craft_jax.training.state import TrainState
 from craft_jax.training.trainer import Trainer
 from craft_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+_STATES = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
+
 
 def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
     runtime.setup_logging()
+    if args.coordinator is None and (args.num_processes, args.process_id) != (None, None):
+        raise UsageError("--num_processes and --process_id need --coordinator=HOST:PORT")
     if args.replay_step is not None:
+        if args.coordinator:
+            raise UsageError("--replay_step is for one process; leave --coordinator out")
         return _replay(args, workdir)
     with runtime.stop_signals() as stop_signal:
-        return _run(args, workdir, stop_signal)
+        if args.coordinator:
+            runtime.keep_freed_memory()
+        with processes.joined(args.coordinator, args.num_processes, args.process_id) as group:
+            return _run(args, workdir, stop_signal, group)
 
 
-def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSignal) -> int:
-    found = _existing(args.run, workdir)
-    config, origin = _choose_config(args, found, workdir)
-    own_callbacks = [
-        plugins.load(reference, "training.callbacks", Callback)
-        for reference in config.training.callbacks
-    ]
-    outputs.check_writable(workdir)
+def _run(
+    args: argparse.Namespace,
+    workdir: Path,
+    stop_signal: runtime.StopSignal,
+    group: ProcessGroup,
+) -> int:
+    _check_same_command(args, group)
     with contextlib.ExitStack() as context:
-        if args.run:
-            folder = found.folder if found else workdir / "models" / args.run
-            context.enter_context(locks.hold(folder))
-            if not found and _existing(args.run, workdir):  # Another process was quicker.
-                context.close()
-                return _run(args, workdir, stop_signal)
-        if found:
-            outputs.make_files(found)
-            status = context.enter_context(_recorded(found, config, stop_signal))
-        faults.point("start")
-        runtime.keep_freed_memory()
-        mesh = sharding.make_mesh(config.parallel, jax.devices())
-        sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
-        step = resuming.choose(found, config) if found else None
-        if found and step is not None and resuming.is_finished(found, step, config):
-            logger.info(
-                "run %s is finished: %d of %d steps\n  to train on: %s",
-                found.name,
-                step,
-                config.training.num_steps,
-                _command(found, f"--config.training.num_steps={2 * step}"),
-            )
-            status.finish("done", None, OK, step=step)
+        begun = group.from_first(
+            lambda: _begin(args, workdir, stop_signal, context, group), _Begun.tell, _Begun.hear
+        )
+        if begun.is_finished:
             return OK
-        datasets = _open_datasets(config, workdir, found, step, origin)
+        config, found = begun.config, begun.found
+        mesh = sharding.make_mesh(config.parallel, jax.devices())
+        datasets = group.in_turn(
+            lambda: pipeline.open_datasets(
+                config.data,
+                workdir=workdir,
+                seed=config.training.seed,
+                tokenizer=begun.tokenizer,
+            )
+        )
+        _check_same_data(datasets.train, group)
         model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
         model_def = base.define(config.model_class, model_config)
         _check_possible(config, model_def, mesh)
-        if found:
-            paths = found
-        else:
+        status = begun.status
+
+        def create() -> RunPaths:
+            nonlocal status
+            if found:
+                return found
             paths = outputs.create_run(
                 workdir,
                 name=args.run,
@@ -134,21 +139,34 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
             )
             if not args.run:
                 context.enter_context(locks.hold(paths.folder))
-            status = context.enter_context(_recorded(paths, config, stop_signal))
+            status = context.enter_context(_recorded(paths, config, stop_signal, group))
             outputs.write_json(paths.config, resuming.lasting(config).to_json())
+            return paths
+
+        paths = group.from_first(create, RunPaths.to_json, RunPaths.from_json)
         sampler = samplers.make(config, model_def, datasets)
         callbacks = [
-            *_callbacks(config, sampler, paths, datasets.train),
-            status,
-            *(callback() for callback in own_callbacks),
+            *_callbacks(config, sampler, paths, datasets.train, group),
+            *([status] if status else []),
+            *(callback() for callback in begun.own_callbacks),
         ]
         watchdog = Watchdog(
             config.training.stall_seconds,
-            paths.log,
-            lambda reason: status.finish("stalled", reason, STALLED),
+            paths.log if group.is_first else None,
+            lambda reason: status and status.finish("stalled", reason, STALLED),
         )
+        shared_stop = group.shared(stop_signal)
         trainer = _assemble(
-            config, model_def, datasets, mesh, paths, callbacks, stop_signal, watchdog, origin
+            config,
+            model_def,
+            datasets,
+            mesh,
+            paths,
+            callbacks,
+            shared_stop,
+            watchdog,
+            begun.origin,
+            group,
         )
         report.header(config, model_def, datasets, mesh, paths)
         if found:
@@ -165,12 +183,126 @@ def _run(args: argparse.Namespace, workdir: Path, stop_signal: runtime.StopSigna
                 result.stopped,
                 _command(paths),
             )
-            status.finish(*_ended(stop_signal, f"stopped by {result.stopped}"))
-            return stop_signal.exit_code or OK
+            if status:
+                status.finish(*_ended(shared_stop, f"stopped by {result.stopped}"))
+            return shared_stop.exit_code or OK
         logger.info("trained to step %d in %.0f s", result.step, time.monotonic() - start)
-        _finish(config, trainer, sampler, paths, result.metrics)
-        status.finish("done", None, OK)
+        _finish(config, trainer, sampler, paths, result.metrics, group)
+        if status:
+            status.finish("done", None, OK)
     return OK
+
+
+class _Begun(NamedTuple):
+    """What is known of a run before its data is opened; `found`, `status` and `origin` are those of
+    the first process.
+    """
+
+    config: ExperimentConfig
+    own_callbacks: list[type[Callback]]
+    tokenizer: Tokenizer | None = None
+    is_finished: bool = False
+    found: RunPaths | None = None
+    status: StatusFile | None = None
+    origin: "_Origin | None" = None
+
+    def tell(self) -> dict[str, Any]:
+        """Returns what the other processes need to know."""
+        return {
+            "config": self.config.to_json(),
+            "tokenizer": self.tokenizer.json if self.tokenizer else None,
+            "is_finished": self.is_finished,
+        }
+
+    @staticmethod
+    def hear(told: dict[str, Any]) -> "_Begun":
+        """Returns what another process than the first knows."""
+        config = configs.from_values(told["config"], check_files=False)
+        tokenizer = Tokenizer.parse(told["tokenizer"]) if told["tokenizer"] else None
+        return _Begun(config, _own_callbacks(config), tokenizer, told["is_finished"])
+
+
+def _begin(
+    args: argparse.Namespace,
+    workdir: Path,
+    stop_signal: runtime.StopSignal,
+    context: contextlib.ExitStack,
+    group: ProcessGroup,
+) -> _Begun:
+    """Chooses the config, takes the lock, and finds where the run stands."""
+    found = _existing(args.run, workdir)
+    config, origin = _choose_config(args, found, workdir)
+    own_callbacks = _own_callbacks(config)
+    outputs.check_writable(workdir)
+    if args.run:
+        folder = found.folder if found else workdir / "models" / args.run
+        context.enter_context(locks.hold(folder))
+        if not found and _existing(args.run, workdir):  # Another process was quicker.
+            context.close()
+            return _begin(args, workdir, stop_signal, context, group)
+    status = None
+    if found:
+        outputs.make_files(found)
+        status = context.enter_context(_recorded(found, config, stop_signal, group))
+    faults.point("start")
+    runtime.keep_freed_memory()
+    mesh = sharding.make_mesh(config.parallel, jax.devices())
+    sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
+    step = resuming.choose(found, config) if found else None
+    if found and step is not None and resuming.is_finished(found, step, config):
+        logger.info(
+            "run %s is finished: %d of %d steps\n  to train on: %s",
+            found.name,
+            step,
+            config.training.num_steps,
+            _command(found, f"--config.training.num_steps={2 * step}"),
+        )
+        assert status is not None
+        status.finish("done", None, OK, step=step)
+        return _Begun(config, own_callbacks, is_finished=True)
+    tokenizer = _tokenizer(config, found, step, origin)
+    return _Begun(config, own_callbacks, tokenizer, False, found, status, origin)
+
+
+def _own_callbacks(config: ExperimentConfig) -> list[type[Callback]]:
+    return [
+        plugins.load(reference, "training.callbacks", Callback)
+        for reference in config.training.callbacks
+    ]
+
+
+def _check_same_command(args: argparse.Namespace, group: ProcessGroup) -> None:
+    """Checks that all processes were started with the same config.
+
+    Raises:
+      ConfigError: this one was not; names the first field that differs.
+    """
+    if group.count == 1:
+        return
+    values = configs.flat(args.config, args.overrides) | {"--run": str(args.run)}
+    first = group.from_first(lambda: values)
+    for field in [*first, *values]:
+        theirs, ours = first.get(field, "left out"), values.get(field, "left out")
+        if theirs != ours:
+            raise ConfigError(
+                f"{field} is {ours} in process {group.index} and {theirs} in process 0; start all "
+                "of them with the same command"
+            )
+    group.confirm()
+
+
+def _check_same_data(data: Dataset, group: ProcessGroup) -> None:
+    """Checks that all processes see the same data.
+
+    Raises:
+      DataError: this one sees another than the first.
+    """
+    if group.from_first(lambda: data.fingerprint) != data.fingerprint:
+        raise DataError(
+            f"the data of process {group.index} is not that of process 0: its text or its "
+            "tokenizer is another one; give all of them the same files"
+        )
+    group.confirm()
 
 
 def _replay(args: argparse.Namespace, workdir: Path) -> int:
@@ -185,7 +317,12 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
     # A trainer that goes on meanwhile does not remove it.
     pin = None if before is None else store.pin(before)
     mesh = sharding.make_mesh(config.parallel, jax.devices())
-    datasets = _open_datasets(config, workdir, found, newest, origin)
+    datasets = pipeline.open_datasets(
+        config.data,
+        workdir=workdir,
+        seed=config.training.seed,
+        tokenizer=_tokenizer(config, found, newest, origin),
+    )
     model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
     model_def = base.define(config.model_class, model_config)
     if before is None and origin is None and config.init_from:
@@ -202,6 +339,7 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
             runtime.StopSignal(),
             Watchdog(0),
             origin,
+            processes.ALONE,
             replay_from=before or 0,
         )
 
@@ -231,18 +369,23 @@ def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sha
 
 @contextlib.contextmanager
 def _recorded(
-    paths: RunPaths, config: ExperimentConfig, stop_signal: runtime.StopSignal
+    paths: RunPaths,
+    config: ExperimentConfig,
+    stop_signal: runtime.StopSignal,
+    group: ProcessGroup,
 ) -> Iterator[StatusFile]:
     """Keeps the run's log and its `status.json` while the context lasts, whatever ends it."""
     status = StatusFile(paths.folder, config.training.num_steps)
     stop_signal.on_abort = lambda code: status.finish("interrupted", "a second signal", code)
+    group.on_failure = lambda reason, code: status.finish(_STATES.get(code, "failed"), reason, code)
     with runtime.log_to(paths.log):
         try:
             yield status
         except StoppedError as error:
             status.finish(*_ended(stop_signal, str(error)))
             raise
-        except BaseException as error:
+        except BaseException as raised:
+            error = group.named(raised)
             code = error.exit_code if isinstance(error, CraftError) else 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             status.finish("failed", reason, code)
@@ -253,17 +396,13 @@ def _recorded(
 def _ended(stop_signal: runtime.StopSignal, reason: str) -> tuple[str, str, int]:
     """Returns the state, reason and exit code of a run that was stopped early."""
     code = stop_signal.exit_code or OK
-    return {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}.get(code, "done"), reason, code
+    return _STATES.get(code, "done"), reason, code
 
 
-def _open_datasets(
-    config: ExperimentConfig,
-    workdir: Path,
-    found: RunPaths | None,
-    step: int | None,
-    origin: "_Origin | None",
-) -> Datasets:
-    """Opens the data, with the tokenizer that the run has already, if it has one."""
+def _tokenizer(
+    config: ExperimentConfig, found: RunPaths | None, step: int | None, origin: "_Origin | None"
+) -> Tokenizer | None:
+    """Returns the tokenizer that the run has already, if it has one."""
     config.check_pairs()
     tokenizer = None
     if found and step is not None:
@@ -273,9 +412,7 @@ def _open_datasets(
         resuming.check_tokenizer(found, config, tokenizer)
     elif origin and origin.given.tokenizer and config.data.tokenizer == origin.given.tokenizer:
         tokenizer = Tokenizer.load(origin.given.tokenizer)
-    return pipeline.open_datasets(
-        config.data, workdir=workdir, seed=config.training.seed, tokenizer=tokenizer
-    )
+    return tokenizer
 
 
 def _existing(name: str | None, workdir: Path) -> RunPaths | None:
@@ -382,6 +519,7 @@ def _assemble(
     stop_signal: runtime.StopSignal,
     watchdog: Watchdog,
     origin: _Origin | None,
+    group: ProcessGroup,
     replay_from: int | None = None,
 ) -> Trainer:
     """Joins the pieces into a trainer that stands where the run's newest checkpoint does.
@@ -406,23 +544,32 @@ def _assemble(
             "tokenizer": tokenizer.json if tokenizer else None,
         }
 
-    def read(step: int) -> tuple[TrainState, dict]:
+    def read(step: int) -> Found:
         meta = resuming.check_data(store, step, datasets.train, config, paths.name)
         if not store.has_optimizer(step):
-            params = store.restore_params(step, abstract.params)
-            return states.begin(params, optimizer, mesh, policy), meta
-        return store.restore_state(step, abstract), meta
+            return Found(store.read_params(step, abstract.params), meta, is_whole=False)
+        return Found(store.read_state(step, abstract), meta, is_whole=True)
 
-    saver = Saver(store, config.checkpoint, complete, read)
+    def begin(params: Mapping | None) -> TrainState:
+        return states.begin(sharding.spread(params, abstract.params), optimizer, mesh, policy)
+
+    def place(found: Found) -> TrainState:
+        return sharding.spread(found.arrays, abstract) if found.is_whole else begin(found.arrays)
+
+    saver = Saver(store, config.checkpoint, complete, read, place, group)
     if replay_from is None:
         restored = saver.restore(is_checked=True)
+    elif replay_from:
+        found = read(replay_from)
+        restored = place(found), found.meta
     else:
-        restored = read(replay_from) if replay_from else None
+        restored = None
     if restored is not None:
         state = restored[0]
-    elif origin is not None:
-        params = origin.run.store.restore_params(origin.run.step, abstract.params)
-        state = states.begin(params, optimizer, mesh, policy)
+    elif group.from_first(lambda: origin is not None):
+        state = begin(
+            origin.run.store.read_params(origin.run.step, abstract.params) if origin else None
+        )
     else:
         state = states.init_state(
             config.model_class,
@@ -462,8 +609,12 @@ def _callbacks(
     sampler: Sampler | PairSampler | None,
     paths: RunPaths,
     data: Dataset,
+    group: ProcessGroup,
 ) -> list[Callback]:
-    """The project's own callbacks, in the order in which they are called."""
+    """The project's own callbacks, in the order in which they are called.
+
+    All processes have those that decide something or need the state; the first writes.
+    """
     training = config.training
     callbacks: list[Callback] = [EvaluationCallback(training.eval_every)]
     if config.plateau.patience or config.plateau.spike:
@@ -475,21 +626,27 @@ def _callbacks(
         def show(step: int, text: str) -> None:
             report.sample(step, text, paths.samples)
 
-        callbacks.append(SampleCallback(training.sample_every, sampler, show))
-    callbacks += [
+        callbacks.append(
+            SampleCallback(training.sample_every, sampler, show)
+            if group.is_first
+            else SampleCallback(training.sample_every, samplers.look_on, lambda step, text: None)
+        )
+    callbacks.append(
         CheckpointCallback(
             training.checkpoint_every,
             minutes=config.checkpoint.every_minutes,
             metric=config.checkpoint.best_metric,
             mode=config.checkpoint.best_mode,
-        ),
+        )
+    )
+    if not group.is_first:
+        return callbacks
+    callbacks += [
         ConsoleLogger(training.log_every, language.trainer_for(config.model_class).unit),
         JsonLinesLogger(paths.metrics, training.log_every),
         TensorBoardLogger(paths.events, training.log_every),
+        BadStepFiles(paths.bad_steps, lambda n: bad_steps.describe(data.batch(n), data)),
     ]
-    callbacks.append(
-        BadStepFiles(paths.bad_steps, lambda n: bad_steps.describe(data.batch(n), data))
-    )
     if config.log.exact:
         callbacks.append(ExactLogger(paths.exact))
     return callbacks
@@ -501,8 +658,13 @@ def _finish(
     sampler: Sampler | PairSampler | None,
     paths: RunPaths,
     metrics: Mapping[str, Any],
+    group: ProcessGroup,
 ) -> None:
     """Leaves behind a longer sample and a picture, and says where everything is."""
+    if not group.is_first:
+        if sampler:
+            samplers.look_on(trainer.state)
+        return
     if sampler:
         text = sampler(trainer.state, is_last=True)
         report.sample(int(trainer.state.step), text, paths.samples)

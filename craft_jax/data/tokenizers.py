@@ -62,9 +62,14 @@ class Tokenizer:
             kinds = ", ".join(KINDS)
             raise DataError(f"tokenizer {path}: no such file; use {kinds}, or a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")))
+            return cls.parse(file.read_text(encoding="utf-8"))
         except Exception as error:  # The library raises bare Exception.
             raise DataError(f"tokenizer {file} is not a readable tokenizer.json: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str) -> "Tokenizer":
+        """Returns the tokenizer whose `json` is `text`."""
+        return cls(tokenizers.Tokenizer.from_str(text))
 
     @property
     def json(self) -> str:

@@ -10,7 +10,6 @@ trainer waits for the device and calls `on_sync` with it.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +26,8 @@ class StepRecord:
       num_steps: the length of the run.
       metrics: of this step: `loss`, `learning_rate`, `grad_norm`, `skipped`, a throughput such as
         `tokens_per_second`; after an evaluation also `val_loss` and its companions.
-      elapsed: seconds of this process since training began.
+      elapsed: seconds of this process since training began; after a step of several processes,
+        those of the slowest, so that all decide the same.
       state: the state after this step; only in `on_sync`, and only valid during the call.
       batch_index: number of the step's batch; None where no step was made.
       batch_md5: of the step's batch, where `log.exact` is set.
@@ -171,18 +171,21 @@ class CheckpointCallback(Every):
     ):
         super().__init__(every)
         self._seconds, self._metric, self._mode = 60 * minutes, metric, mode
-        self._last = time.monotonic()
+        self._now = self._last = 0.0
         self.best: float | None = None
 
     def wants_state(self, step: int, is_last: bool) -> bool:
-        is_late = 0 < self._seconds <= time.monotonic() - self._last
+        is_late = 0 < self._seconds <= self._now - self._last
         return is_late or super().wants_state(step, is_last)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self._now = record.elapsed
 
     def on_sync(self, record: StepRecord) -> Request:
         return Save()
 
     def on_save(self, record: StepRecord) -> None:
-        self._last = time.monotonic()
+        self._last = record.elapsed
 
     def on_evaluate_end(self, record: StepRecord) -> Request | None:
         value = metric(record, self._metric, "checkpoint.best_metric")

@@ -8,12 +8,13 @@ way back to the newest checkpoint that is as it was written.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from craft_jax import manifests
 from craft_jax.checkpointing import CheckpointConfig, CheckpointStore
 from craft_jax.errors import StorageError
 from craft_jax.manifests import DamagedError
+from craft_jax.processes import ALONE, ProcessGroup
 from craft_jax.training.callbacks import improves
 from craft_jax.training.state import TrainState
 
@@ -24,6 +25,28 @@ _FAILURES_IN_A_ROW = 3
 Restored = tuple[TrainState, dict]
 
 
+class Found(NamedTuple):
+    """A checkpoint that was read.
+
+    Attributes:
+      arrays: a state, or parameters by path, in numpy arrays; None in all processes but the first.
+      meta: its meta.
+      is_whole: whether it is a state.
+    """
+
+    arrays: Any
+    meta: dict
+    is_whole: bool
+
+
+def _told(found: Found | None) -> list | None:
+    return None if found is None else [found.meta, found.is_whole]
+
+
+def _heard(told: list | None) -> Found | None:
+    return None if told is None else Found(None, *told)
+
+
 class Saver:
     """Writes a run's checkpoints and finds the one to go on from.
 
@@ -32,7 +55,9 @@ class Saver:
       config: the policy.
       complete: adds to the trainer's meta what the run knows; returns the arguments of
         `CheckpointStore.save` but for step and state.
-      read: restores a step; raises DamagedError where it cannot be read.
+      read: reads a step; raises DamagedError where it cannot be read.
+      place: puts on the devices what was read.
+      group: the processes of the run, which all call the same methods; the first reads and writes.
     """
 
     def __init__(
@@ -40,10 +65,13 @@ class Saver:
         store: CheckpointStore,
         config: CheckpointConfig,
         complete: Callable[[dict], Mapping[str, Any]],
-        read: Callable[[int], Restored],
+        read: Callable[[int], Found],
+        place: Callable[[Found], TrainState],
+        group: ProcessGroup = ALONE,
     ):
         self._store, self._config = store, config
-        self._complete, self._read = complete, read
+        self._complete, self._read, self._place = complete, read, place
+        self._group = group
         self._failures = 0
 
     def save(self, state: TrainState, meta: dict, *, is_final: bool = False) -> None:
@@ -102,14 +130,22 @@ class Saver:
         """
         with self._tolerance():
             self._store.wait()
-        best = self._store.best_steps()
         name, mode = self._config.best_metric, self._config.best_mode
-        here = metrics.get(name)
-        if not best or not improves(self._store.meta(best[0])["metrics"][name], here, mode):
-            return None
-        if wrong := self._store.wrong(best[0]):
-            raise DamagedError(f"checkpoint step {best[0]}: {wrong}")
-        return self._read(best[0])
+
+        def find() -> Found | None:
+            best, here = self._store.best_steps(), metrics.get(name)
+            if not best or not improves(self._store.meta(best[0])["metrics"][name], here, mode):
+                return None
+            if wrong := self._store.wrong(best[0]):
+                raise DamagedError(f"checkpoint step {best[0]}: {wrong}")
+            return self._read(best[0])
+
+        return self._restored(find)
+
+    def _restored(self, find: Callable[[], Found | None]) -> Restored | None:
+        """Restores what `find` finds in the first process, in all of them."""
+        found = self._group.from_first(find, _told, _heard)
+        return None if found is None else (self._place(found), found.meta)
 
     def restore(self, is_checked: bool = False, before: int | None = None) -> Restored | None:
         """Returns the newest checkpoint that is as it was written; None where there is none.
@@ -127,10 +163,14 @@ class Saver:
         with self._tolerance():
             self._store.wait()
         level = "none" if is_checked else self._config.verify
-        found = go_back(self._store, level, self._read, before)
-        if found is not None and before is not None:
-            self._store.set_aside(after=int(found[0].step))
-        return found
+
+        def find() -> Found | None:
+            found = go_back(self._store, level, self._read, before)
+            if found is not None and before is not None:
+                self._store.set_aside(after=found.meta["step"])
+            return found
+
+        return self._restored(find)
 
 
 def go_back(

@@ -27,6 +27,7 @@ from craft_jax.losses import PLAIN, LossConfig
 from craft_jax.models.base import ModelDef
 from craft_jax.optim import Optimizer, Schedule
 from craft_jax.precision import FLOAT32, Policy
+from craft_jax.processes import SharedStop
 from craft_jax.runtime import StopSignal
 from craft_jax.schema import Contradiction, setting
 from craft_jax.training import step as steps
@@ -149,7 +150,8 @@ class Trainer:
       config: how long, and in which parts.
       callbacks: called in this order.
       saver: writes and restores checkpoints; None keeps nothing.
-      stop_signal: polled after every step, and while an evaluation or the data takes time.
+      stop_signal: polled after every step, and while an evaluation or the data takes time; of
+        several processes a `SharedStop`.
       watchdog: is told of progress.
       is_exact: whether the records have a digest of each batch.
       workers, prefetch: see `loading.load_batches`.
@@ -188,6 +190,7 @@ class Trainer:
         self._callbacks = list(callbacks)
         self._saver = saver
         self._signal = stop_signal or StopSignal()
+        self._shared_stop = self._signal if isinstance(self._signal, SharedStop) else None
         self._watchdog = watchdog or Watchdog(0)
         self._is_exact = is_exact
         self._workers, self._prefetch, self._mode = workers, prefetch, mode
@@ -204,6 +207,8 @@ class Trainer:
                 loss_config=loss_config,
                 axis_name=sharding.AXIS_NAME if mode == "pmap" else None,
             )
+            if self._shared_stop:
+                train_step = self._shared_stop.agreeing(train_step)
             return sharding.compile_step(train_step, mesh, mode)
 
         self._train_step = compiled(policy)
@@ -338,7 +343,7 @@ class Trainer:
             faults.point("compile" if step == first + 1 else "step")
             is_wide = self._wide_after is not None and step > self._wide_after
             train_step = self._wide_train_step if is_wide else self._train_step
-            self.state, numbers = train_step(self.state, batch)
+            self.state, numbers = train_step(self.state, self._with_wishes(batch))
             self._signal.defer()
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
@@ -375,6 +380,12 @@ class Trainer:
                 yield batch
                 has_steps = True
 
+    def _with_wishes(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """Returns a batch, with what this one of several processes wishes."""
+        if not self._shared_stop:
+            return batch
+        return self._shared_stop.with_wishes(batch, self._mesh, time.monotonic() - self._began)
+
     def _wanting(self, step: int) -> list[Callback]:
         """Returns the callbacks that want the state after this step."""
         is_last = step == self.config.num_steps
@@ -388,7 +399,11 @@ class Trainer:
 
     def _announce(self, pending: _Pending) -> StepRecord:
         """Waits for a step's numbers and tells the callbacks."""
-        values = {name: float(value) for name, value in pending.numbers.items()}
+        numbers = dict(pending.numbers)
+        more = {}
+        if self._shared_stop:
+            more["elapsed"] = self._shared_stop.agree(numbers)
+        values = {name: float(value) for name, value in numbers.items()}
         self._watchdog.step()
         if self._saver:
             self._saver.poll()
@@ -399,7 +414,11 @@ class Trainer:
         if pending.step % self.config.log_every == 0 or self._window_items == pending.items:
             self._start_window()
         record = self._record(
-            pending.step, values, batch_index=pending.batch_index, batch_md5=pending.batch_md5
+            pending.step,
+            values,
+            batch_index=pending.batch_index,
+            batch_md5=pending.batch_md5,
+            **more,
         )
         for callback in self._callbacks:
             # The next step may run already, or not: either way it keeps its learning rate, so that
@@ -592,9 +611,8 @@ class Trainer:
         return sharding.put_batch(batch, self._mesh, self._mode), self.count(batch), md5
 
     def _record(self, step: int, metrics: Mapping[str, float], **more: Any) -> StepRecord:
-        elapsed = time.monotonic() - self._began
-        num_steps = self.config.num_steps
-        return StepRecord(step=step, num_steps=num_steps, metrics=metrics, elapsed=elapsed, **more)
+        more.setdefault("elapsed", time.monotonic() - self._began)
+        return StepRecord(step=step, num_steps=self.config.num_steps, metrics=metrics, **more)
 
     def _start_window(self) -> None:
         self._window_start, self._window_items = time.monotonic(), 0

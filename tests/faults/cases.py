@@ -6,7 +6,17 @@ that did not. The names are those of docs/reliability.md.
 
 from collections.abc import Callable
 
-from tests.faults import crashes, damage, disks, inputs, neighbours, numbers, resuming, signals
+from tests.faults import (
+    crashes,
+    damage,
+    disks,
+    inputs,
+    neighbours,
+    numbers,
+    peers,
+    resuming,
+    signals,
+)
 from tests.faults.harness import Lab, Trials
 
 CASES: dict[str, tuple[str, Callable[[Lab], Trials]]] = {
@@ -49,7 +59,17 @@ CASES: dict[str, tuple[str, Callable[[Lab], Trials]]] = {
     "E5": ("a bad loss enters no statistics", numbers.statistics),
     "E7": ("float16: overflows, the scale after a resume, the way to float32", numbers.half),
     "G1": ("1 device, then 8, then 2; data, fsdp, tensor, pmap", numbers.elastic),
+    "G2": ("2 processes, then 1 with 4 devices, 2 again, 1", peers.other_processes),
     "G3": ("a batch that the devices cannot share", numbers.indivisible),
+    "B4": ("several processes: SIGTERM to one of them, or to all", peers.preempted),
+    "H1": ("2 processes train as 1 with 2 devices does; one writes", peers.like_one),
+    "H2": ("kill -9 of a process: all end, and the run goes on", peers.worker_killed),
+    "H3": ("kill -9 of the first process", peers.coordinator_killed),
+    "H4": ("a process that is stopped, or hangs", peers.stuck),
+    "H5": ("an error that one process alone meets", peers.one_fails),
+    "H6": ("a process that comes 40 s late to an evaluation", peers.late),
+    "H7": ("processes that do not find each other", peers.not_found),
+    "H8": ("processes with other configs", peers.disagreeing),
     "F1": ("the same command twice", resuming.twice),
     "F2": ("stopped after any step, and continued", resuming.any_step),
     "F3": ("stopped around the end of an epoch", resuming.epochs),
