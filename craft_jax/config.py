@@ -34,6 +34,7 @@ from craft_jax.optim import OptimConfig
 from craft_jax.schema import Contradiction, setting
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training.loggers import LogConfig
+from craft_jax.training.profiling import ProfileConfig
 from craft_jax.training.reactions import EarlyStoppingConfig, PlateauConfig
 from craft_jax.training.trainer import TrainingConfig
 from craft_jax.values import coerce, cut, parse, shown, types_of
@@ -71,8 +72,8 @@ class ExperimentConfig:
     Attributes:
       init_from: the run whose weights and tokenizer this one began with, or None.
       model: the `Config` of the class that `model.name` names.
-      data, optim, training, parallel, loss, plateau, early_stopping, checkpoint, log: the other
-        sections.
+      data, optim, training, parallel, loss, plateau, early_stopping, checkpoint, log, profile: the
+        other sections.
     """
 
     init_from: str | None = setting(
@@ -88,6 +89,7 @@ class ExperimentConfig:
     early_stopping: EarlyStoppingConfig = dataclasses.field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     @property
     def model_class(self) -> type[Model]:
@@ -624,5 +626,5 @@ def _may_change(field: str) -> bool:
         "data.prefetch",
         "data.allow_change",
     )
-    sections = ("checkpoint.", "early_stopping.", "log.", "parallel.", "plateau.")
+    sections = ("checkpoint.", "early_stopping.", "log.", "parallel.", "plateau.", "profile.")
     return field in free or field.endswith("_every") or field.startswith(sections)

@@ -132,6 +132,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         command = "train"
     args = _parser(command).parse_args(rest)
     args.command, args.overrides = command, overrides
+    if "://" in args.workdir:
+        raise UsageError(
+            f"--workdir={args.workdir} is no folder of a disk, and a run needs its locks and "
+            "renames; use one, and copy it to the bucket meanwhile (docs/tpu-vms.md says how)"
+        )
     return args
 
 

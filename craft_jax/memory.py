@@ -5,7 +5,6 @@ after minutes. The bound leaves out all that a compiler may avoid: nothing is re
 """
 
 import contextlib
-import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from craft_jax import sharding
 from craft_jax.errors import ConfigError
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -42,15 +42,11 @@ def least(
       batch_size, seq_len, accumulate: rows and columns of a batch, and its parts.
       mesh: the devices.
     """
-    held = sum(map(_bytes_of_one_device, jax.tree.leaves((state, state.params))))
+    held = sharding.bytes_on_one_device((state, state.params))
     rows = batch_size // (accumulate * mesh.shape["data"] * mesh.shape["fsdp"])
     wide = (getattr(model, "vocab_size", None) or 0) * 4 // mesh.shape["tensor"]
     deep = getattr(model, "num_layers", 0) * getattr(model, "d_model", 0) * 2
     return Need(held, rows * seq_len * (wide + deep))
-
-
-def _bytes_of_one_device(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def available(mesh: Mesh) -> int:

@@ -140,6 +140,14 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def bytes_on_one_device(tree: Any) -> int:
+    """Returns how many bytes of a tree of arrays, or of their descriptions, one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def put_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, mode: str = "jit"
 ) -> dict[str, jax.Array]:

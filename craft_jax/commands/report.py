@@ -65,6 +65,7 @@ def header(
     datasets: Datasets,
     mesh: jax.sharding.Mesh,
     paths: RunPaths,
+    state_bytes: int,
 ) -> None:
     """Says what is about to be trained, on what, and where it goes."""
     say = logger.info
@@ -83,6 +84,7 @@ def header(
     say("parameters")
     for row in parameter_table(model_def):
         say("  %s", row)
+    say("memory     parameters and optimizer %.1f MB on each device", state_bytes / 1e6)
     say("batch      %s; an epoch is %s steps", _batch(config), f"{len(datasets.train):,}")
     say("run        %s", paths.folder)
     say("log        %s", paths.log)

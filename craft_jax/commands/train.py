@@ -53,7 +53,7 @@ from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
 from craft_jax.precision import Policy
 from craft_jax.processes import ProcessGroup
-from craft_jax.training import bad_steps, language
+from craft_jax.training import bad_steps, language, trackers
 from craft_jax.training import state as states
 from craft_jax.training.bad_steps import BadStepFiles
 from craft_jax.training.callbacks import (
@@ -69,6 +69,7 @@ from craft_jax.training.loggers import (
     StatusFile,
     TensorBoardLogger,
 )
+from craft_jax.training.profiling import Profile
 from craft_jax.training.reactions import EarlyStopping, ReduceLROnPlateauOrInstability
 from craft_jax.training.saving import Found, Saver
 from craft_jax.training.state import TrainState
@@ -168,7 +169,8 @@ def _run(
             begun.origin,
             group,
         )
-        report.header(config, model_def, datasets, mesh, paths)
+        state_bytes = sharding.bytes_on_one_device(trainer.state)
+        report.header(config, model_def, datasets, mesh, paths, state_bytes)
         if found:
             resuming.say_changes(found, config, int(trainer.state.step))
             outputs.write_json(paths.config, resuming.lasting(config).to_json())
@@ -598,6 +600,7 @@ def _assemble(
         prefetch=config.data.prefetch,
         loss_config=config.loss,
         mode=config.parallel.mode,
+        norms_every=config.log.norms_every,
     )
     if restored is not None:
         trainer.load_meta(restored[1])
@@ -649,6 +652,11 @@ def _callbacks(
     ]
     if config.log.exact:
         callbacks.append(ExactLogger(paths.exact))
+    if config.profile.window:
+        callbacks.append(Profile(*config.profile.window, paths.events))
+    callbacks += trackers.make(
+        config.log, training.log_every, paths.folder, resuming.lasting(config).to_json()
+    )
     return callbacks
 
 

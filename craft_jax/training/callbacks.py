@@ -31,6 +31,8 @@ class StepRecord:
       state: the state after this step; only in `on_sync`, and only valid during the call.
       batch_index: number of the step's batch; None where no step was made.
       batch_md5: of the step's batch, where `log.exact` is set.
+      norms: after a step that `log.norms_every` names: `gradient_norms/PATH` (before clipping),
+        `parameter_norms/PATH` and `update_norms/PATH` of each parameter.
       is_open: only in `on_train_begin`: the evaluation and samples of this step are still to come.
     """
 
@@ -41,7 +43,13 @@ class StepRecord:
     state: TrainState | None = None
     batch_index: int | None = None
     batch_md5: str | None = None
+    norms: Mapping[str, float] = dataclasses.field(default_factory=dict)
     is_open: bool = False
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Metrics and norms, for loggers."""
+        return {**self.metrics, **self.norms}
 
     @property
     def is_last(self) -> bool:

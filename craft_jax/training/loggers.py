@@ -5,11 +5,13 @@ To the terminal and the text log, to JSON lines, and to TensorBoard events.
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from craft_jax import outputs, runtime
-from craft_jax.schema import setting
+from craft_jax.schema import Contradiction, setting
 from craft_jax.training.callbacks import Callback, StepRecord
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,31 @@ class LogConfig:
     exact: bool = setting(
         False, "write exact.jsonl into the run: losses in hexadecimal and a digest of each batch"
     )
+    norms_every: int = setting(
+        0,
+        "steps between the norms of each parameter, its gradient and its update; 0 for none",
+        minimum=0,
+    )
+    wandb: str | None = setting(None, "a project of Weights & Biases that gets the metrics")
+    mlflow: str | None = setting(None, "an experiment of MLflow that gets the metrics")
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        for name in ("wandb", "mlflow"):
+            if getattr(self, name) and importlib.util.find_spec(name) is None:
+                field = f"log.{name}"
+                yield Contradiction(
+                    (field,),
+                    f"{field}={getattr(self, name)} needs a package that is not installed: pip "
+                    f"install 'craft_jax[{name}]'",
+                )
 
 
-class _Logger(Callback):
-    """Holds a step until it is known whether an evaluation adds to it, then writes it once."""
+class StepLogger(Callback):
+    """Base of loggers: holds a step until it is known what an evaluation adds, and writes it once.
+
+    Args:
+      every: steps between lines.
+    """
 
     def __init__(self, every: int):
         self._every = max(1, every)
@@ -56,7 +79,8 @@ class _Logger(Callback):
 
     def on_step_end(self, record: StepRecord) -> None:
         self._flush()
-        if record.step % self._every == 0 or record.is_last or record.metrics.get("skipped"):
+        is_due = record.step % self._every == 0 or record.is_last
+        if is_due or record.norms or record.metrics.get("skipped"):
             self._held = record
 
     def on_evaluate_end(self, record: StepRecord) -> None:
@@ -136,7 +160,7 @@ class ConsoleLogger(Callback):
         )
 
 
-class JsonLinesLogger(_Logger):
+class JsonLinesLogger(StepLogger):
     """One flat JSON object for each logged step.
 
     Args:
@@ -154,7 +178,7 @@ class JsonLinesLogger(_Logger):
 
     def write(self, record: StepRecord) -> None:
         assert self._file is not None
-        line = {"step": record.step, **record.metrics}
+        line = {"step": record.step, **record.numbers}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -164,7 +188,7 @@ class JsonLinesLogger(_Logger):
             self._file.close()
 
 
-class TensorBoardLogger(_Logger):
+class TensorBoardLogger(StepLogger):
     """TensorBoard events, written with its own record format and without TensorFlow or torch.
 
     Args:
@@ -191,7 +215,7 @@ class TensorBoardLogger(_Logger):
     def write(self, record: StepRecord) -> None:
         values = [
             Summary.Value(tag=_tag(name), simple_value=value)
-            for name, value in record.metrics.items()
+            for name, value in record.numbers.items()
             if value is not None
         ]
         summary = Summary(value=values)
@@ -311,6 +335,8 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def _tag(name: str) -> str:
+    if "/" in name:
+        return name
     return f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}"
 
 

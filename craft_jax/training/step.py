@@ -40,14 +40,16 @@ def make_train_step(
     remat: bool = False,
     loss_config: LossConfig = PLAIN,
     axis_name: str | None = None,
+    norms_every: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted.
 
     The batch is split along its first axis into `accumulate` micro-batches, whose gradients add up
     to that of the whole. Metrics are scalars: `loss` (nats per target), `learning_rate`,
     `grad_norm` (before clipping), `skipped` (1 where the update was not made) and, in float16,
-    `loss_scale`. With an `axis_name` the function is to be mapped: each device of that axis gets a
-    part of the batch and the whole state, and all return the same.
+    `loss_scale`; with `norms_every` there is also `norms`, see `_norms`. With an `axis_name` the
+    function is to be mapped: each device of that axis gets a part of the batch and the whole
+    state, and all return the same.
     """
     shaping = {} if loss_config.is_plain else {"config": loss_config}
 
@@ -104,9 +106,29 @@ def make_train_step(
         if policy.scales:
             metrics["loss_scale"] = state.loss_scale.value
             kept = kept.replace(loss_scale=state.loss_scale.adjusted(finite))
+        if norms_every:
+            is_due = (state.step + 1) % norms_every == 0
+            metrics["norms"] = _norms(is_due, grads, state.params, kept.params)
         return kept.replace(step=state.step + 1), metrics
 
     return train_step
+
+
+def _norms(is_due: jax.Array, grads: Params, before: Params, after: Params) -> Metrics:
+    """Returns the norms of gradient, parameter and update for each path, float32 (3,); or zeros."""
+
+    def measure() -> Metrics:
+        return {
+            path: jnp.stack(
+                [
+                    jnp.linalg.norm(array.astype(jnp.float32).reshape(-1))
+                    for array in (grads[path], after[path], after[path] - before[path])
+                ]
+            )
+            for path in after
+        }
+
+    return jax.lax.cond(is_due, measure, lambda: {path: jnp.zeros(3) for path in after})
 
 
 def make_eval_step(

@@ -157,6 +157,7 @@ class Trainer:
       workers, prefetch: see `loading.load_batches`.
       loss_config: what is added to the loss.
       mode: `jit` or `pmap`.
+      norms_every: steps between norms of all parameters; 0 for none.
     """
 
     unit = "examples"
@@ -182,6 +183,7 @@ class Trainer:
         prefetch: int = 2,
         loss_config: LossConfig = PLAIN,
         mode: str = "jit",
+        norms_every: int = 0,
     ):
         self.state = state
         self.config = config
@@ -194,6 +196,7 @@ class Trainer:
         self._watchdog = watchdog or Watchdog(0)
         self._is_exact = is_exact
         self._workers, self._prefetch, self._mode = workers, prefetch, mode
+        self._norms_every = norms_every
 
         def compiled(policy: Policy) -> Callable:
             train_step = steps.make_train_step(
@@ -206,6 +209,7 @@ class Trainer:
                 remat=config.remat,
                 loss_config=loss_config,
                 axis_name=sharding.AXIS_NAME if mode == "pmap" else None,
+                norms_every=norms_every,
             )
             if self._shared_stop:
                 train_step = self._shared_stop.agreeing(train_step)
@@ -403,6 +407,9 @@ class Trainer:
         more = {}
         if self._shared_stop:
             more["elapsed"] = self._shared_stop.agree(numbers)
+        norms = numbers.pop("norms", {})
+        if norms and pending.step % self._norms_every == 0:
+            more["norms"] = _named_norms(norms)
         values = {name: float(value) for name, value in numbers.items()}
         self._watchdog.step()
         if self._saver:
@@ -616,6 +623,12 @@ class Trainer:
 
     def _start_window(self) -> None:
         self._window_start, self._window_items = time.monotonic(), 0
+
+
+def _named_norms(norms: Mapping[str, jax.Array]) -> dict[str, float]:
+    kinds = ("gradient_norms", "parameter_norms", "update_norms")
+    host = {path: np.asarray(values).tolist() for path, values in norms.items()}
+    return {f"{kind}/{path}": host[path][n] for n, kind in enumerate(kinds) for path in host}
 
 
 def batch_md5(batch: Mapping[str, np.ndarray]) -> str:
