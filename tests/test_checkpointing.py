@@ -12,8 +12,10 @@ from craft_jax.errors import ConfigError, StorageError
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.optim import OptimConfig
+from craft_jax.precision import Policy
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training import state as states
+from craft_jax.training.step import make_train_step
 
 CONFIG = GPTConfig(vocab_size=16, num_layers=1, num_heads=2, d_model=16, max_seq_len=8)
 OPTIMIZER = optim.make_optimizer(OptimConfig())
@@ -62,6 +64,35 @@ def test_onto_other_devices(tmp_path, state):
     kernel = again.params["blocks.0.mlp.up.kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert checkpointing.digest(again) == checkpointing.digest(state)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 1, "fsdp": 4}, {"fsdp": 2, "tensor": 2}])
+def test_what_is_restored_lies_where_it_belongs_and_is_used_up(tmp_path, state, sizes):
+    """A resumed step needs no more memory than a fresh one: it overwrites what was restored."""
+    where = mesh(4, **sizes)
+    store = CheckpointStore(tmp_path)
+    save(store, state, 7)
+    again = store.restore_state(7, abstract(where=where))
+    fresh = states.init_state(GPT, CONFIG, OPTIMIZER, seed=0, mesh=where)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(fresh), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+    step = sharding.compile_step(
+        make_train_step(
+            base.define(GPT, CONFIG),
+            OPTIMIZER,
+            optim.make_schedule(OptimConfig(), 10),
+            Policy.named("float32"),
+            seed=0,
+        ),
+        where,
+    )
+    ids = np.zeros((4, 8), np.int32)
+    for before in (again, fresh):
+        after, _ = step(before, sharding.put_batch({"tokens": ids, "targets": ids}, where))
+        del after
+        kept = [leaf for leaf in jax.tree.leaves(before) if leaf.size > 1 and not leaf.is_deleted()]
+        assert not kept
+    assert step._cache_size() == 1  # The same program, without a copy to another place.
 
 
 def test_parameters_alone(tmp_path, state):

@@ -34,7 +34,8 @@ def run_tests(words: str) -> Callable[[Lab], Trials]:
 
 PYTEST = {
     "E6": ("bad micro-batches, and float16's scale by itself", "training/test_step.py"),
-    "E8": ("plateaus, spikes and levels by a table of cases", "training/test_reactions.py"),
+    "E8": ("E8, E9: plateaus, spikes and levels by a table of cases", "training/test_reactions.py"),
+    "G4": ("what is restored lies where it belongs, and is used up", "test_checkpointing.py"),
     "I1": ("workers that are killed, fail, or leave with any code", "data/test_workers.py"),
     "I4": ("every bad file", "data/test_bad_files.py data/test_sources.py"),
     "J1": ("J1 to J5: every config mistake, one line", "test_config.py test_main.py"),
