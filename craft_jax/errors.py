@@ -83,6 +83,13 @@ class LostPeerError(CraftError):
     exit_code = STALLED
 
 
+def exit_code_of(error: BaseException) -> int:
+    """Returns the exit code of a command that an error ends."""
+    if isinstance(error, OSError):
+        return STORAGE
+    return getattr(error, "exit_code", INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+
+
 class StoppedError(BaseException):
     """A signal asked the program to end while there was nothing to save.
 

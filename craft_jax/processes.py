@@ -31,11 +31,11 @@ from craft_jax import rendezvous
 from craft_jax.errors import (
     INTERRUPTED,
     PREEMPTED,
-    STORAGE,
     CraftError,
     LostPeerError,
     StoppedError,
     UsageError,
+    exit_code_of,
 )
 from craft_jax.runtime import StopSignal
 
@@ -184,7 +184,7 @@ class ProcessGroup:
             if self._failure is not None:
                 return _PeerFailedError(*self._failure)
             error = self.named(error)
-        code = getattr(error, "exit_code", STORAGE if isinstance(error, OSError) else 1)
+        code = exit_code_of(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         with contextlib.suppress(Exception):  # Another one was quicker, or the service is gone.
             failure = {"process": self.index, "reason": reason, "code": code}

@@ -23,16 +23,15 @@ from craft_jax import (
     memory,
     optim,
     outputs,
-    plugins,
     processes,
     runs,
     runtime,
     sharding,
 )
 from craft_jax.checkpointing import CheckpointStore
-from craft_jax.commands import replay, report, resuming, samplers, visualize
+from craft_jax.commands import choosing, replay, report, resuming, samplers, visualize
 from craft_jax.commands.samplers import PairSampler, Sampler
-from craft_jax.config import ExperimentConfig, Override, Weights
+from craft_jax.config import ExperimentConfig
 from craft_jax.data import pipeline
 from craft_jax.data.base import Dataset
 from craft_jax.data.pipeline import Datasets
@@ -43,10 +42,9 @@ from craft_jax.errors import (
     PREEMPTED,
     STALLED,
     ConfigError,
-    CraftError,
-    DataError,
     StoppedError,
     UsageError,
+    exit_code_of,
 )
 from craft_jax.models import base
 from craft_jax.models.base import ModelDef
@@ -104,7 +102,7 @@ def _run(
     stop_signal: runtime.StopSignal,
     group: ProcessGroup,
 ) -> int:
-    _check_same_command(args, group)
+    choosing.check_same_command(args, group)
     with contextlib.ExitStack() as context:
         begun = group.from_first(
             lambda: _begin(args, workdir, stop_signal, context, group), _Begun.tell, _Begun.hear
@@ -121,7 +119,7 @@ def _run(
                 tokenizer=begun.tokenizer,
             )
         )
-        _check_same_data(datasets.train, group)
+        choosing.check_same_data(datasets.train, group)
         model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
         model_def = base.define(config.model_class, model_config)
         _check_possible(config, model_def, mesh)
@@ -206,7 +204,7 @@ class _Begun(NamedTuple):
     is_finished: bool = False
     found: RunPaths | None = None
     status: StatusFile | None = None
-    origin: "_Origin | None" = None
+    origin: choosing.Origin | None = None
 
     def tell(self) -> dict[str, Any]:
         """Returns what the other processes need to know."""
@@ -221,7 +219,7 @@ class _Begun(NamedTuple):
         """Returns what another process than the first knows."""
         config = configs.from_values(told["config"], check_files=False)
         tokenizer = Tokenizer.parse(told["tokenizer"]) if told["tokenizer"] else None
-        return _Begun(config, _own_callbacks(config), tokenizer, told["is_finished"])
+        return _Begun(config, choosing.own_callbacks(config), tokenizer, told["is_finished"])
 
 
 def _begin(
@@ -232,14 +230,14 @@ def _begin(
     group: ProcessGroup,
 ) -> _Begun:
     """Chooses the config, takes the lock, and finds where the run stands."""
-    found = _existing(args.run, workdir)
-    config, origin = _choose_config(args, found, workdir)
-    own_callbacks = _own_callbacks(config)
+    found = choosing.existing(args.run, workdir)
+    config, origin = choosing.choose_config(args, found, workdir)
+    own_callbacks = choosing.own_callbacks(config)
     outputs.check_writable(workdir)
     if args.run:
         folder = found.folder if found else workdir / "models" / args.run
         context.enter_context(locks.hold(folder))
-        if not found and _existing(args.run, workdir):  # Another process was quicker.
+        if not found and choosing.existing(args.run, workdir):  # Another process was quicker.
             context.close()
             return _begin(args, workdir, stop_signal, context, group)
     status = None
@@ -262,55 +260,14 @@ def _begin(
         assert status is not None
         status.finish("done", None, OK, step=step)
         return _Begun(config, own_callbacks, is_finished=True)
-    tokenizer = _tokenizer(config, found, step, origin)
+    tokenizer = choosing.tokenizer(config, found, step, origin)
     return _Begun(config, own_callbacks, tokenizer, False, found, status, origin)
-
-
-def _own_callbacks(config: ExperimentConfig) -> list[type[Callback]]:
-    return [
-        plugins.load(reference, "training.callbacks", Callback)
-        for reference in config.training.callbacks
-    ]
-
-
-def _check_same_command(args: argparse.Namespace, group: ProcessGroup) -> None:
-    """Checks that all processes were started with the same config.
-
-    Raises:
-      ConfigError: this one was not; names the first field that differs.
-    """
-    if group.count == 1:
-        return
-    values = configs.flat(args.config, args.overrides) | {"--run": str(args.run)}
-    first = group.from_first(lambda: values)
-    for field in [*first, *values]:
-        theirs, ours = first.get(field, "left out"), values.get(field, "left out")
-        if theirs != ours:
-            raise ConfigError(
-                f"{field} is {ours} in process {group.index} and {theirs} in process 0; start all "
-                "of them with the same command"
-            )
-    group.confirm()
-
-
-def _check_same_data(data: Dataset, group: ProcessGroup) -> None:
-    """Checks that all processes see the same data.
-
-    Raises:
-      DataError: this one sees another than the first.
-    """
-    if group.from_first(lambda: data.fingerprint) != data.fingerprint:
-        raise DataError(
-            f"the data of process {group.index} is not that of process 0: its text or its "
-            "tokenizer is another one; give all of them the same files"
-        )
-    group.confirm()
 
 
 def _replay(args: argparse.Namespace, workdir: Path) -> int:
     """Makes one step of a run again; see `replay`."""
-    found = _existing(args.run, workdir)
-    config, origin = _choose_config(args, found, workdir)
+    found = choosing.existing(args.run, workdir)
+    config, origin = choosing.choose_config(args, found, workdir)
     if found is None:
         raise UsageError(f"--replay_step={args.replay_step} needs the --run whose step it is")
     store = CheckpointStore(found.checkpoints)
@@ -323,12 +280,12 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
         config.data,
         workdir=workdir,
         seed=config.training.seed,
-        tokenizer=_tokenizer(config, found, newest, origin),
+        tokenizer=choosing.tokenizer(config, found, newest, origin),
     )
     model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
     model_def = base.define(config.model_class, model_config)
     if before is None and origin is None and config.init_from:
-        origin = _Origin(*runs.weights(config.init_from, workdir))
+        origin = choosing.Origin(*runs.weights(config.init_from, workdir))
 
     def assemble(callbacks: list[Callback]) -> Trainer:
         return _assemble(
@@ -388,9 +345,8 @@ def _recorded(
             raise
         except BaseException as raised:
             error = group.named(raised)
-            code = error.exit_code if isinstance(error, CraftError) else 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            status.finish("failed", reason, code)
+            status.finish("failed", reason, exit_code_of(error))
             logger.error("failed: %s", error, extra=runtime.FILE_ONLY)
             raise
 
@@ -399,116 +355,6 @@ def _ended(stop_signal: runtime.StopSignal, reason: str) -> tuple[str, str, int]
     """Returns the state, reason and exit code of a run that was stopped early."""
     code = stop_signal.exit_code or OK
     return _STATES.get(code, "done"), reason, code
-
-
-def _tokenizer(
-    config: ExperimentConfig, found: RunPaths | None, step: int | None, origin: "_Origin | None"
-) -> Tokenizer | None:
-    """Returns the tokenizer that the run has already, if it has one."""
-    config.check_pairs()
-    tokenizer = None
-    if found and step is not None:
-        file = CheckpointStore(found.checkpoints).tokenizer_file(step)
-        tokenizer = Tokenizer.load(file) if file else None
-    if found and tokenizer:
-        resuming.check_tokenizer(found, config, tokenizer)
-    elif origin and origin.given.tokenizer and config.data.tokenizer == origin.given.tokenizer:
-        tokenizer = Tokenizer.load(origin.given.tokenizer)
-    return tokenizer
-
-
-def _existing(name: str | None, workdir: Path) -> RunPaths | None:
-    if name is None or not runs.exists(name, workdir):
-        return None
-    folder, step = runs.locate(name, workdir)
-    if step is not None:
-        raise UsageError(
-            f"--run={name} is a checkpoint; training continues from the newest: --run={folder.name}"
-        )
-    return outputs.open_run(folder)
-
-
-class _Origin(NamedTuple):
-    """What a new run begins with."""
-
-    run: runs.Run
-    given: Weights
-
-
-def _choose_config(
-    args: argparse.Namespace, found: RunPaths | None, workdir: Path
-) -> tuple[ExperimentConfig, _Origin | None]:
-    """The config of the command line, which a run that exists must agree with.
-
-    Returns:
-      The config and, for a run with `init_from` that has no checkpoint yet, what it begins with.
-    """
-    overrides = list(args.overrides)
-    if args.tokenizer:
-        overrides.append(Override("data.tokenizer", args.tokenizer))
-    if found is not None and not resuming.is_untrained(found):
-        config = _config_of(found, args.config, overrides)
-        begins_again = config.checkpoint.resume == "none" and config.init_from
-        return config, _Origin(*runs.weights(config.init_from, workdir)) if begins_again else None
-    if found is None and args.config is None:
-        missing = f"there is no run {args.run} below {args.workdir}; " if args.run else ""
-        raise UsageError(f"{missing}a new run needs a config: --config=configs/gpt.py")
-    if found is None and args.run is not None:
-        outputs.check_name(args.run)
-    saved = runs.saved_config(found) if args.config is None else None
-    origins: list[_Origin] = []
-
-    def weights(init_from: str | None) -> Weights | None:
-        if init_from is None:
-            return None
-        origins.append(_Origin(*runs.weights(init_from, workdir)))
-        return origins[0].given
-
-    config = configs.load(args.config, overrides, saved, weights)
-    if not origins:
-        return config, None
-    run = origins[0].run
-    return dataclasses.replace(config, init_from=str(run.store.folder / str(run.step))), origins[0]
-
-
-def _config_of(found: RunPaths, file: str | None, overrides: list[Override]) -> ExperimentConfig:
-    """The config that a run is continued with."""
-    saved = runs.saved_config(found)
-    store = CheckpointStore(found.checkpoints)
-    step = store.latest()
-    # An imported run was never trained: all but its model is free until it is.
-    is_fresh = step is not None and not store.has_optimizer(step)
-
-    def weights(init_from: str | None) -> Weights | None:
-        if not is_fresh and saved.get("init_from") is None:
-            return None
-        return Weights(f"run {found.name}", saved["model"], saved["data"]["tokenizer"])
-
-    config = configs.load(file, overrides, saved, weights)
-    if saved.get("init_from") and config.init_from:
-        config = dataclasses.replace(config, init_from=_same_place(config, saved, found.workdir))
-    _, refused = configs.changes(saved, config)
-    if config.checkpoint.resume == "none":
-        refused = []
-    if refused and not is_fresh:
-        raise ConfigError(
-            [
-                f"{c.field}={c.now} differs from {c.saved}, with which run {found.name} began; "
-                "leave it, or start another --run"
-                for c in refused
-            ]
-        )
-    return config
-
-
-def _same_place(config: ExperimentConfig, saved: Mapping[str, Any], workdir: Path) -> str:
-    """Returns `init_from` as it was saved, if it means the same run."""
-    before = Path(saved["init_from"])
-    named = [config.init_from, str(workdir / "models" / config.init_from)]
-    places = {Path(name).expanduser().absolute() for name in named}
-    if config.init_from == "latest" or places & {before, before.parent.parent}:
-        return saved["init_from"]
-    return config.init_from
 
 
 def _assemble(
@@ -520,7 +366,7 @@ def _assemble(
     callbacks: list[Callback],
     stop_signal: runtime.StopSignal,
     watchdog: Watchdog,
-    origin: _Origin | None,
+    origin: choosing.Origin | None,
     group: ProcessGroup,
     replay_from: int | None = None,
 ) -> Trainer:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from craft_jax import outputs
-from craft_jax.errors import ConfigError
 from craft_jax.training.callbacks import StepRecord
 from craft_jax.training.loggers import LogConfig, StepLogger
 
@@ -27,16 +26,15 @@ _FILE = "trackers.json"
 def make(
     config: LogConfig, every: int, folder: Path, settings: Mapping[str, Any]
 ) -> list[StepLogger]:
-    """Returns the trackers that a config names.
+    """Returns the trackers that a config names, without those that cannot begin: a warning says so.
+
+    A run that goes on after a preemption does not wait for a server that is down.
 
     Args:
       config: names them.
       every: steps between lines.
       folder: of the run; its name is that of the tracked run.
       settings: the config of the run as JSON.
-
-    Raises:
-      ConfigError: one of them cannot begin.
     """
     made: list[StepLogger] = []
     for field, place, cls in (
@@ -49,10 +47,12 @@ def make(
             made.append(cls(place, every, folder, settings))
         except Exception as error:  # They have many kinds.
             reason = str(error).strip().splitlines()
-            raise ConfigError(
-                f"{field}={place}: {reason[0] if reason else repr(error)}; mend that, or leave "
-                f"{field} out"
-            ) from error
+            logger.warning(
+                "%s=%s: %s; the run goes on without it",
+                field,
+                place,
+                reason[0] if reason else repr(error),
+            )
     return made
 
 

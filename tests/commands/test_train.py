@@ -315,6 +315,6 @@ def test_the_config_in_the_checkpoint_is_json(text_file, workdir):
     saved = json.loads((run_paths(workdir).checkpoints / "6/config.json").read_text())
     assert saved["data"]["path"] == str(text_file)
     assert set(saved) == {
-        "init_from", "model", "data", "optim", "training", "parallel", "loss", "plateau",
+        "init_from", "model", "data", "optim", "training", "parallel", "loss", "plateau", "profile",
         "early_stopping", "checkpoint", "log",
     }  # fmt: skip
