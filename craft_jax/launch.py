@@ -43,6 +43,9 @@ Ctrl-C, SIGTERM and SIGUSR1 are passed on, and nothing is restarted after them. 
 own, start the training with `exec`, so that signals reach it.
 """
 
+# Where no step is known: longer than processes wait for each other in vain.
+_LONG_LIFE_SECONDS = 300.0
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
@@ -114,8 +117,12 @@ def _keep_running(args: argparse.Namespace, command: Sequence[str]) -> int:
     child = _Child(command)
     step = _status(args).get("step")
     deaths = restarts = 0
+    # Only the first of several processes keeps the status of a run.
+    is_one_of_many = bool(_flag(command, "--coordinator", ""))
     while True:
+        start = time.monotonic()
         code = child.run()
+        lived = time.monotonic() - start
         before, status = step, _status(args)
         step = status.get("step")
         at = "at no known step" if step is None else f"at step {step} of {status.get('num_steps')}"
@@ -128,7 +135,10 @@ def _keep_running(args: argparse.Namespace, command: Sequence[str]) -> int:
             elif restarts:
                 _say(f"done after {restarts} restart{'s' if restarts > 1 else ''}")
             return code
-        has_progressed = step is not None and (before is None or step > before)
+        if step is None:
+            has_progressed = is_one_of_many and lived >= _LONG_LIFE_SECONDS
+        else:
+            has_progressed = before is None or step > before
         deaths = 1 if has_progressed else deaths + 1
         limit = None
         if deaths >= args.same_step:

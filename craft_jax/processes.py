@@ -112,7 +112,7 @@ class ProcessGroup:
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Returns `work()`, done in process 0 before the others begin: they find what it wrote."""
-        done = self.from_first(work, lambda _: None) if self.is_first else self.from_first(work)
+        done = self.from_first(work, lambda _: None)
         return done if self.is_first else work()
 
     def confirm(self) -> None:
@@ -153,7 +153,9 @@ class ProcessGroup:
 
     def named(self, error: BaseException) -> BaseException:
         """Returns an error, in words where it means that another process is gone."""
-        return LostPeerError(_lost_words(self.index, error)) if _is_loss(error) else error
+        if self.count > 1 and _is_loss(error):
+            return LostPeerError(_lost_words(self.index, error))
+        return error
 
     def _watch(self) -> None:
         """Ends this process when another one has failed and said so."""
@@ -178,12 +180,13 @@ class ProcessGroup:
     def _leave(self, error: BaseException) -> BaseException:
         """Tells the others that this process fails; returns the error in the words of this page."""
         self._is_leaving = True
-        if _is_loss(error):
+        named = self.named(error)
+        if named is not error:
             # Whoever caused it may have said why.
             time.sleep(_GRACE_SECONDS)
             if self._failure is not None:
                 return _PeerFailedError(*self._failure)
-            error = self.named(error)
+            error = named
         code = exit_code_of(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         with contextlib.suppress(Exception):  # Another one was quicker, or the service is gone.

@@ -11,7 +11,6 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from craft_jax.errors import LostPeerError
@@ -120,10 +119,12 @@ def _call(host: str, port: int, count: int, index: int, deadline: float, seconds
         try:
             with socket.create_connection((host, port), timeout=_HELLO_SECONDS) as peer:
                 _write(peer, {"process": index, "of": count})
-                for answer in _answers(peer, deadline + _HELLO_SECONDS):
-                    if answer["problem"]:
-                        raise LostPeerError(_with_remedy(answer["problem"]))
-                    return
+                peer.settimeout(max(0.1, deadline + _HELLO_SECONDS - time.monotonic()))
+                match _read(peer):
+                    case {"problem": ""}:
+                        return
+                    case {"problem": str(problem)}:
+                        raise LostPeerError(_with_remedy(problem))
                 reason = "what listens there is not process 0 of a run"
         except OSError as error:
             reason = error.strerror or str(error)
@@ -131,14 +132,6 @@ def _call(host: str, port: int, count: int, index: int, deadline: float, seconds
     raise LostPeerError(
         _with_remedy(f"process 0 was not found at {host}:{port} within {seconds:.0f} s ({reason})")
     )
-
-
-def _answers(peer: socket.socket, deadline: float) -> Iterator[dict]:
-    """Yields process 0's answer; nothing if it goes away, or is somebody else."""
-    peer.settimeout(max(0.1, deadline - time.monotonic()))
-    match _read(peer):
-        case {"problem": str()} as answer:
-            yield answer
 
 
 def _read(peer: socket.socket) -> Any:

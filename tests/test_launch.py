@@ -325,3 +325,40 @@ def test_what_a_dead_command_left_behind_is_ended(launch, tmp_path):
     ended = launch(["sh", "-c", script, RUN], "--same_step=2")
     assert ended.returncode == 137
     wait_for_end(int((tmp_path / "left").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--coordinator=auto"], 76, "restarts: 5 (--max_restarts)"),
+        ([], 76, "deaths in a row without a new step: 3"),
+    ],
+)
+def test_a_process_that_keeps_no_status(tmp_path, flags, code, words):
+    """One of many gets on if it lives for a while; alone, it never made a step."""
+    script = (
+        "import sys; from craft_jax import launch; launch._LONG_LIFE_SECONDS = 0.2; "
+        "sys.exit(launch.main(sys.argv[1:]))"
+    )
+    child = [sys.executable, "-c", "import os, time; time.sleep(0.3); os._exit(76)"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            script,
+            "--max_restarts=5",
+            "--backoff=0",
+            "--",
+            *child,
+            RUN,
+            *flags,
+        ],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+    assert words in done.stderr

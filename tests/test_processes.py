@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from craft_jax import outputs, runs
+from craft_jax.errors import LostPeerError
 from craft_jax.processes import ProcessGroup
 from tests.conftest import command, environment, micro
 
@@ -120,3 +121,13 @@ def test_alone_nothing_is_shared():
     group.confirm()
     signals = object()
     assert group.shared(signals) is signals
+
+
+def test_a_loss_has_a_name_only_where_there_are_others():
+    error = ValueError("Gloo AllGather failed: Connection closed by peer")
+    assert ProcessGroup().named(error) is error
+    lost = ProcessGroup(None, index=1, count=2).named(error)
+    assert (type(lost), lost.exit_code) == (LostPeerError, 76)
+    assert str(lost).startswith("process 1 has lost another one (Gloo AllGather failed")
+    other = ProcessGroup(None, index=1, count=2).named(KeyError("gloo"))
+    assert isinstance(other, KeyError)

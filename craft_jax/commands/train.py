@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--replay_step is for one process; leave --coordinator out")
         return _replay(args, workdir)
     with runtime.stop_signals() as stop_signal:
-        if args.coordinator:
-            runtime.keep_freed_memory()
+        runtime.keep_freed_memory()
         with processes.joined(args.coordinator, args.num_processes, args.process_id) as group:
             return _run(args, workdir, stop_signal, group)
 
@@ -245,7 +244,6 @@ def _begin(
         outputs.make_files(found)
         status = context.enter_context(_recorded(found, config, stop_signal, group))
     faults.point("start")
-    runtime.keep_freed_memory()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
     step = resuming.choose(found, config) if found else None

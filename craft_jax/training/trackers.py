@@ -67,20 +67,17 @@ class _Tracker(StepLogger):
 
     def known_id(self) -> str | None:
         """Returns what the tracker called this run in an earlier life of it."""
-        try:
-            ids = json.loads((self._folder / _FILE).read_text(encoding="utf-8"))
-            return ids.get(self.name)
-        except (OSError, ValueError):
-            return None
+        return self._ids().get(self.name)
 
     def keep_id(self, run_id: str) -> None:
         """Notes what the tracker calls this run."""
-        path = self._folder / _FILE
+        outputs.write_json(self._folder / _FILE, self._ids() | {self.name: run_id})
+
+    def _ids(self) -> dict[str, str]:
         try:
-            ids = json.loads(path.read_text(encoding="utf-8"))
+            return json.loads((self._folder / _FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            ids = {}
-        outputs.write_json(path, ids | {self.name: run_id})
+            return {}
 
     def attempt(self, send: Callable[[], object]) -> None:
         """Sends something, if that is possible."""
