@@ -84,16 +84,29 @@ class LanguageModel(GenerativeModel):
         tokens_BT: jax.Array,
         cache: Cache | None = None,
         *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         key: jax.Array | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the final hidden states x_BTD and the cache with these tokens added.
 
+        A model that knows no packed documents leaves `segments_BT` and `positions_BT` out of its
+        signature: only batches that have them give them to it.
+
         Args:
           tokens_BT: int32 ids in [0, vocab_size).
           cache: holds the tokens before these; None if there are none.
+          segments_BT: int32, the number of the document in its row that a token belongs to, from 1,
+            and 0 for padding; a token reads tokens of its own segment only. None where each row is
+            one document. Without a cache only.
+          positions_BT: int32 in [0, max_seq_len), the place of a token in its document; None for
+            that in its row. Without a cache only.
           key: randomness of dropout; None is deterministic.
           remat: recompute activations in the backward pass.
+
+        Raises:
+          ValueError: packed documents with a cache, or more tokens than positions.
         """
 
     @abc.abstractmethod
@@ -115,8 +128,12 @@ class LanguageModel(GenerativeModel):
         remat: bool = False,
         config: LossConfig = PLAIN,
     ) -> LossSums:
-        """Returns the summed cross-entropy of `targets` (B, T) given `tokens` (B, T)."""
-        x_BTD, _ = self.hidden(batch["tokens"], key=key, remat=remat)
+        """Returns the summed cross-entropy of `targets` (B, T) given `tokens` (B, T).
+
+        Where a batch has `segments` and `positions` (B, T), its documents are packed: see `hidden`.
+        """
+        packing = {f"{name}_BT": batch[name] for name in ("segments", "positions") if name in batch}
+        x_BTD, _ = self.hidden(batch["tokens"], key=key, remat=remat, **packing)
         logits_BTV = self.logits(x_BTD)
         return losses.cross_entropy(logits_BTV, batch["targets"], batch.get("weights"), config)
 

@@ -85,8 +85,12 @@ class Attention(nnx.Module):
         cached: Cached | None = None,
         key: jax.Array | None = None,
         visible_BTS: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attends to the tokens before each token, or to what `visible_BTS` (bool) says.
+
+        Of the tokens before it a token attends to those of its own segment where `segments_BT`
+        (int32) is given. That goes with neither `cached` nor `visible_BTS`.
 
         Returns:
           y_BTD and, if `cached` was given, its keys and values with these tokens added.
@@ -97,11 +101,11 @@ class Attention(nnx.Module):
         if cached is not None:
             old_k_BSHK, old_v_BSHK, length_B = cached
             kv = _write(old_k_BSHK, k_BTHK, length_B), _write(old_v_BSHK, v_BTHK, length_B)
-            y_BTHK = causal_attention(q_BTHK, *kv, offset_B=length_B)
+            y_BTHK = causal_attention(q_BTHK, *kv, offset_B=length_B, segments_BT=segments_BT)
             return self.out(y_BTHK.reshape(x_BTD.shape)), kv
         drop = {"dropout_rate": self.dropout, "key": key}
         if visible_BTS is None:
-            y_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, **drop)
+            y_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT=segments_BT, **drop)
         else:
             y_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, visible_BTS, **drop)
         return self.out(y_BTHK.reshape(x_BTD.shape)), None
@@ -158,6 +162,20 @@ def residual_std(num_summands: int) -> float:
 def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     """Returns so many keys, or as many times None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def check_packing(
+    cache: object | None, segments_BT: jax.Array | None, positions_BT: jax.Array | None
+) -> None:
+    """Refuses packed documents together with a cache.
+
+    Raises:
+      ValueError: both were given.
+    """
+    if cache is not None and not (segments_BT is None and positions_BT is None):
+        raise ValueError(
+            "a cache knows no packed documents: pass segments_BT and positions_BT without one"
+        )
 
 
 def _write(cache_BSHK: jax.Array, new_BTHK: jax.Array, start_B: jax.Array) -> jax.Array:

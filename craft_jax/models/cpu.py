@@ -7,6 +7,8 @@ end, so that most of the masked half is never computed; only the probabilities a
 backward pass; and the softmax gradient needs sum_s(p * dp), which equals sum_k(dy * y) and costs a
 pass over (T, K) instead of (T, S) (Dao et al. 2022, arXiv:2205.14135, appendix B).
 
+Packed documents cost a comparison of segments in the block at hand; no mask of all T x T is made.
+
 Shape letters as in `layers`, and: G query heads per key/value head (H = N * G), R = G * t query
 rows of one block of t queries, U keys seen by that block.
 """
@@ -25,18 +27,24 @@ BLOCK_SIZE = 128
 MAX_BLOCKS = 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def blocked_attention(
-    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, keep_BHTT: Array | None, dropout_rate: float
+    q_BTHK: Array,
+    k_BTNK: Array,
+    v_BTNK: Array,
+    keep_BHTT: Array | None,
+    segments_BT: Array | None,
+    dropout_rate: float,
 ) -> Array:
     """Causal attention of T queries to the same T keys: y_BTHK in the dtype of q.
 
-    `keep_BHTT` (bool; None: no dropout) marks what dropout keeps of the probabilities.
+    `keep_BHTT` (bool; None: no dropout) marks what dropout keeps of the probabilities. With
+    `segments_BT` (int32) a query attends to keys of its own segment only.
     """
-    return _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, dropout_rate)[0]
+    return _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate)[0]
 
 
-def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, dropout_rate):
+def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
     num_groups = q_BTHK.shape[2] // k_BTNK.shape[2]
     dtype, wide = q_BTHK.dtype, jnp.promote_types(q_BTHK.dtype, jnp.float32)
     q_BNGTK = _split_heads(q_BTHK, k_BTNK.shape[2])
@@ -48,8 +56,12 @@ def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, dropout_rate):
         scores_BNRU = _product(_rows(q_BNGTK, block), k_BNUK, 3, 3, wide)
         scores_BNRU = scores_BNRU * (1.0 / math.sqrt(q_BTHK.shape[-1]))
         visible_tU = jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)[None, :]
-        visible_RU = jnp.tile(visible_tU, (num_groups, 1))
-        scores_BNRU = jnp.where(visible_RU[None, None], scores_BNRU, jnp.finfo(wide).min)
+        visible_BNRU = jnp.tile(visible_tU, (num_groups, 1))[None, None]
+        if segments_BT is not None:
+            segments_BR = jnp.tile(segments_BT[:, block], (1, num_groups))
+            is_same_BRU = segments_BR[:, :, None] == segments_BT[:, None, : block.stop]
+            visible_BNRU = visible_BNRU & is_same_BRU[:, None]
+        scores_BNRU = jnp.where(visible_BNRU, scores_BNRU, jnp.finfo(wide).min)
         p_BNRU = jax.nn.softmax(scores_BNRU, axis=-1)
         dropped_BNRU = _drop(p_BNRU, keep_BHTT, block, dropout_rate).astype(dtype)
         ys.append(_product(dropped_BNRU, v_BNUK, 3, 2, dtype))
@@ -58,6 +70,8 @@ def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, dropout_rate):
     return y_BTHK, (q_BNGTK, k_BNTK, v_BNTK, keep_BHTT, probs, y_BTHK)
 
 
+# Needs no mask: each query sees itself, so that what it does not see has probability 0 to the bit,
+# and that is a factor of the gradient of its score.
 def _backward(dropout_rate, residuals, dy_BTHK):
     q_BNGTK, k_BNTK, v_BNTK, keep_BHTT, probs, y_BTHK = residuals
     num_kv_heads, num_groups = q_BNGTK.shape[1:3]
@@ -87,7 +101,7 @@ def _backward(dropout_rate, residuals, dy_BTHK):
         dvs.append(dv_BNUK[:, :, block])
     dk_BTNK = jnp.concatenate(dks, axis=2).transpose(0, 2, 1, 3).astype(dtype)
     dv_BTNK = jnp.concatenate(dvs, axis=2).transpose(0, 2, 1, 3).astype(dtype)
-    return _join_heads(dqs, num_groups), dk_BTNK, dv_BTNK, None
+    return _join_heads(dqs, num_groups), dk_BTNK, dv_BTNK, None, None
 
 
 blocked_attention.defvjp(_forward, _backward)

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from craft_jax.models.base import LanguageModel
-from craft_jax.models.blocks import MLP, Attention, Cached, KVCache, residual_std, split_keys
+from craft_jax.models.blocks import (
+    MLP,
+    Attention,
+    Cached,
+    KVCache,
+    check_packing,
+    residual_std,
+    split_keys,
+)
 from craft_jax.models.layers import Embedding, Head, LayerNorm, dropout
 from craft_jax.schema import (
     MAX_LAYERS,
@@ -104,10 +112,14 @@ class Block(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, x_BTD: jax.Array, cached: Cached | None = None, key: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        cached: Cached | None = None,
+        key: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         attn_key, residual_key, mlp_key = split_keys(key, 3)
-        y_BTD, kv = self.attn(self.attn_norm(x_BTD), cached, attn_key)
+        y_BTD, kv = self.attn(self.attn_norm(x_BTD), cached, attn_key, segments_BT=segments_BT)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, residual_key)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + dropout(y_BTD, self.dropout, mlp_key), kv
@@ -140,22 +152,27 @@ class GPT(LanguageModel):
         tokens_BT: jax.Array,
         cache: KVCache | None = None,
         *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         key: jax.Array | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         T = tokens_BT.shape[1]
         if self.config.max_seq_len < T:
             raise ValueError(f"{T} tokens exceed max_seq_len={self.config.max_seq_len}")
+        check_packing(cache, segments_BT, positions_BT)
         keys = split_keys(key if self.config.dropout else None, len(self.blocks) + 1)
-        position_BT = jnp.arange(T)[None, :]
+        if positions_BT is None:
+            positions_BT = jnp.arange(T)[None, :]
         if cache is not None:
-            position_BT = position_BT + cache.length_B[:, None]
-        x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(position_BT)
+            positions_BT = positions_BT + cache.length_B[:, None]
+        x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, keys[-1])
         kvs = []
         apply = nnx.remat(Block.__call__) if remat else Block.__call__
         for i, block in enumerate(self.blocks):
-            x_BTD, kv = apply(block, x_BTD, cache.layer(i) if cache else None, keys[i])
+            cached = cache.layer(i) if cache else None
+            x_BTD, kv = apply(block, x_BTD, cached, keys[i], segments_BT)
             kvs.append(kv)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:

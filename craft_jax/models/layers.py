@@ -288,6 +288,7 @@ def causal_attention(
     v_BSNK: Array,
     *,
     offset_B: Array | None = None,
+    segments_BT: Array | None = None,
     dropout_rate: float = 0.0,
     key: Array | None = None,
 ) -> Array:
@@ -295,14 +296,16 @@ def causal_attention(
 
     Without `offset_B` (training, prefill) S == T and query t attends to keys s <= t. With it
     (decoding against a cache of S slots) query t of row b stands at position offset_B[b] + t and
-    attends to keys s <= that. Products are in the dtype of the operands, scores and softmax in at
-    least float32, and the scale is 1/sqrt(K).
+    attends to keys s <= that. With `segments_BT` (packed documents) it attends to those of its own
+    segment only. Products are in the dtype of the operands, scores and softmax in at least float32,
+    and the scale is 1/sqrt(K).
 
     Args:
         q_BTHK: queries.
         k_BSNK: keys, in the dtype of the queries; head h reads key head h // (H / N).
         v_BSNK: values, likewise.
         offset_B: int32 (B,), at least 0; or None.
+        segments_BT: int32, the segment of each token; or None. Without offset_B only.
         dropout_rate: rate of dropout on the probabilities, in [0, 1).
         key: randomness for it; None: no dropout.
 
@@ -310,7 +313,8 @@ def causal_attention(
         y_BTHK in the dtype of q.
 
     Raises:
-        ValueError: N does not divide H, S != T without offset_B, or a rate outside [0, 1).
+        ValueError: N does not divide H, S != T without offset_B, segments_BT with it, or a rate
+            outside [0, 1).
     """
     (B, T, H, _), (S, N) = q_BTHK.shape, k_BSNK.shape[1:3]
     if H % N:
@@ -319,19 +323,29 @@ def causal_attention(
         raise ValueError(
             f"{T} queries but {S} keys: pass offset_B, the position of the first query of each row"
         )
+    if offset_B is not None and segments_BT is not None:
+        raise ValueError("keys of a cache have no segments: pass segments_BT or offset_B, not both")
     backend = jax.default_backend()
     if offset_B is None and backend == "cpu":
         keep_BHTS = dropout_mask((B, H, T, S), dropout_rate, key)
-        return blocked_attention(q_BTHK, k_BSNK, v_BSNK, keep_BHTS, dropout_rate)
+        return blocked_attention(q_BTHK, k_BSNK, v_BSNK, keep_BHTS, segments_BT, dropout_rate)
     # Not tested on a GPU or TPU by this project's CI. XLA picks the implementation, so that head
     # widths that cuDNN does not know still run; float32 stays with the reference, since the library
     # function may not multiply in float32 there.
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     no_dropout = key is None or dropout_rate == 0.0
     if offset_B is None and backend != "cpu" and half and no_dropout:
-        return jax.nn.dot_product_attention(q_BTHK, k_BSNK, v_BSNK, is_causal=True)
+        # With segments its cost was not measured: XLA may or may not write the mask to memory.
+        mask_BHTS = None if segments_BT is None else same_segment(segments_BT)[:, None]
+        return jax.nn.dot_product_attention(q_BTHK, k_BSNK, v_BSNK, mask=mask_BHTS, is_causal=True)
     return reference_attention(
-        q_BTHK, k_BSNK, v_BSNK, offset_B=offset_B, dropout_rate=dropout_rate, key=key
+        q_BTHK,
+        k_BSNK,
+        v_BSNK,
+        offset_B=offset_B,
+        segments_BT=segments_BT,
+        dropout_rate=dropout_rate,
+        key=key,
     )
 
 
@@ -341,6 +355,7 @@ def reference_attention(
     v_BSNK: Array,
     *,
     offset_B: Array | None = None,
+    segments_BT: Array | None = None,
     dropout_rate: float = 0.0,
     key: Array | None = None,
 ) -> Array:
@@ -349,7 +364,14 @@ def reference_attention(
     if offset_B is not None:
         query_BT = query_BT + offset_B[:, None]
     visible_BTS = jnp.arange(k_BSNK.shape[1])[None, None, :] <= query_BT[:, :, None]
+    if segments_BT is not None:
+        visible_BTS = visible_BTS & same_segment(segments_BT)
     return attention(q_BTHK, k_BSNK, v_BSNK, visible_BTS, dropout_rate=dropout_rate, key=key)
+
+
+def same_segment(segments_BT: Array) -> Array:
+    """Whether two tokens of a row belong to one document: bool (B, T, T)."""
+    return segments_BT[:, :, None] == segments_BT[:, None, :]
 
 
 def attention(

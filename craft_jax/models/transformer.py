@@ -21,11 +21,12 @@ from craft_jax.models.blocks import (
     Cached,
     CrossAttention,
     KVCache,
+    check_packing,
     residual_std,
     split_keys,
 )
 from craft_jax.models.gpt import heads_divide
-from craft_jax.models.layers import Embedding, Head, LayerNorm, Sinusoids, dropout
+from craft_jax.models.layers import Embedding, Head, LayerNorm, Sinusoids, dropout, same_segment
 from craft_jax.schema import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -174,10 +175,13 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
         visible_BTS: jax.Array | None = None,
         memory: Memory | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Returns y_BTD and, if `cached` was given, its keys and values with these tokens added."""
         keys = split_keys(key, 6)
-        y_BTD, kv = self.attn(self._before(self.attn_norm, x_BTD), cached, keys[0], visible_BTS)
+        y_BTD, kv = self.attn(
+            self._before(self.attn_norm, x_BTD), cached, keys[0], visible_BTS, segments_BT
+        )
         x_BTD = self._after(self.attn_norm, x_BTD, y_BTD, keys[1])
         if self.cross is not None:
             assert memory is not None
@@ -212,8 +216,11 @@ def embed(
     positions: Embedding | Sinusoids,
     first_B: jax.Array | None,
     key: jax.Array | None,
+    positions_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns x_BTD of tokens whose first stands at `first_B` (None: 0).
+    """Returns x_BTD of tokens that stand at `positions_BT` (int32; None: one after the other).
+
+    Where `first_B` is given, the positions count from there.
 
     Raises:
       ValueError: more tokens than positions.
@@ -221,15 +228,16 @@ def embed(
     T = tokens_BT.shape[1]
     if config.max_seq_len < T:
         raise ValueError(f"{T} tokens exceed max_seq_len={config.max_seq_len}")
-    position_BT = jnp.arange(T)[None, :]
+    if positions_BT is None:
+        positions_BT = jnp.arange(T)[None, :]
     if first_B is not None:
-        position_BT = position_BT + first_B[:, None]
+        positions_BT = positions_BT + first_B[:, None]
     x_BTD = table(tokens_BT)
     if config.embedding_scale:
         # The factor itself would be rounded to bfloat16: 55.43 becomes 55.5.
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         x_BTD = (x_BTD.astype(wide) * math.sqrt(config.d_model)).astype(x_BTD.dtype)
-    return dropout(x_BTD + positions(position_BT), config.dropout, key)
+    return dropout(x_BTD + positions(positions_BT), config.dropout, key)
 
 
 def causal_and(mask_BT: jax.Array) -> jax.Array:
@@ -272,25 +280,36 @@ class TransformerLM(LanguageModel):
         cache: KVCache | None = None,
         *,
         mask_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         key: jax.Array | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """See `LanguageModel.hidden`.
 
         Args:
-          tokens_BT, cache, key, remat: as there.
+          tokens_BT, cache, segments_BT, positions_BT, key, remat: as there.
           mask_BT: bool, false where a token is padding that no other attends to; None for all text.
-            Without a cache only.
+            Without a cache only. With `segments_BT` a token attends to what both let it see.
         """
         config = self.config
         if mask_BT is not None and cache is not None:
             raise ValueError("a cache knows no padding: pass mask_BT without one")
+        check_packing(cache, segments_BT, positions_BT)
         keys = split_keys(key if config.dropout else None, len(self.blocks) + 1)
-        first_B = cache.length_B if cache else None
         x_BTD = embed(
-            config, tokens_BT, self.token_embedding, self.position_embedding, first_B, keys[-1]
+            config,
+            tokens_BT,
+            self.token_embedding,
+            self.position_embedding,
+            cache.length_B if cache else None,
+            keys[-1],
+            positions_BT,
         )
         visible_BTS = None if mask_BT is None else causal_and(mask_BT)
+        if visible_BTS is not None and segments_BT is not None:
+            visible_BTS = visible_BTS & same_segment(segments_BT)
+            segments_BT = None
         memory_BSD = self._memory(x_BTD)
         kvs = []
         apply = nnx.remat(Block.__call__) if remat else Block.__call__
@@ -299,7 +318,7 @@ class TransformerLM(LanguageModel):
             if memory_BSD is not None:
                 memory = Memory(block.cross.keys_and_values(memory_BSD))
             cached = cache.layer(i) if cache else None
-            x_BTD, kv = apply(block, x_BTD, cached, keys[i], visible_BTS, memory)
+            x_BTD, kv = apply(block, x_BTD, cached, keys[i], visible_BTS, memory, segments_BT)
             kvs.append(kv)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
