@@ -1,0 +1,250 @@
+"""Where images come from: arrays, such as the digits of scikit-learn, and folders of files.
+
+In goes a name or a path; out come images by number, as pixels (see `pixels`), and the numbers of
+their classes. Files are opened when their image is asked for; a folder pickles as names, so that
+workers open the files themselves. What is unreadable raises `DataError` with the file and the
+remedy. `tfds_images` has the images of TensorFlow Datasets.
+"""
+
+import abc
+import bisect
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from craft_jax.data.documents import plain_name, shown
+from craft_jax.data.pixels import decode
+from craft_jax.errors import ConfigError, DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+class ImageSource(abc.ABC):
+    """Images by number, some with the number of a class; it pickles.
+
+    Attributes:
+      name: what to call it in file names and tables.
+      label_names: of the classes, by number; empty if the images have no labels.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of images, at least one."""
+
+    @abc.abstractmethod
+    def image(self, i: int) -> np.ndarray:
+        """Returns image `i`, uint8 (H, W, C) with C from 1 to 4; 2 and 4 end with alpha.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def label(self, i: int) -> int | None:
+        """Returns the class of image `i`, in [0, len(label_names)); None if there are no labels.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def place(self, i: int) -> str:
+        """Returns words for where image `i` is stored, for messages."""
+
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """Returns the SHA-256 of everything that it holds, hexadecimal.
+
+        Raises:
+          DataError: something in it cannot be read.
+        """
+
+
+# Arrays in memory.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ArrayImages(ImageSource):
+    """Images in memory.
+
+    Attributes:
+      name: what to call them.
+      images_NHWC: uint8 (N, H, W, C).
+      labels_N: int (N,), the class of each; None for no labels.
+      label_names: of the classes.
+    """
+
+    name: str
+    images_NHWC: np.ndarray
+    labels_N: np.ndarray | None = None
+    label_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images_NHWC)
+
+    def image(self, i: int) -> np.ndarray:
+        return self.images_NHWC[i]
+
+    def label(self, i: int) -> int | None:
+        return None if self.labels_N is None else int(self.labels_N[i])
+
+    def place(self, i: int) -> str:
+        return f"{self.name} image {i}"
+
+    def digest(self) -> str:
+        labels = None if self.labels_N is None else self.labels_N.tolist()
+        digest = hashlib.sha256(
+            json.dumps([self.images_NHWC.shape, labels, self.label_names]).encode()
+        )
+        digest.update(np.ascontiguousarray(self.images_NHWC).data)
+        return digest.hexdigest()
+
+
+def digits() -> ArrayImages:
+    """Returns the 1797 digits of scikit-learn, 8 x 8 pixels of gray, in 10 classes.
+
+    Their values 0, ..., 16 become 0, ..., 255.
+
+    Raises:
+      ConfigError: scikit-learn is not installed.
+    """
+    found = optional_module("sklearn.datasets", "scikit-learn", "digits").load_digits()
+    return ArrayImages(
+        name="digits",
+        images_NHWC=np.rint(found.images * 255 / 16).astype(np.uint8)[..., None],
+        labels_N=found.target.astype(np.int32),
+        label_names=tuple(str(name) for name in found.target_names),
+    )
+
+
+def optional_module(module: str, package: str, extra: str) -> Any:
+    """Returns a module of a package that only some data needs.
+
+    Args:
+      module: its full name.
+      package: what the package is called.
+      extra: of `craft_jax`, with that package.
+
+    Raises:
+      ConfigError: it is not installed, or does not import.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f'{extra} needs the package {package} ({error}); pip install "craft_jax[{extra}]"'
+        ) from error
+
+
+# Folders of files.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class FolderImages(ImageSource):
+    """The image files below a folder, sorted by name.
+
+    Attributes:
+      name: what to call them.
+      root: the folder.
+      files: their paths below it.
+      label_names: the folders that hold them, sorted; empty if they are in `root` itself.
+      field: the config field or flag that names the folder, for messages.
+    """
+
+    name: str
+    root: Path
+    files: tuple[str, ...]
+    label_names: tuple[str, ...]
+    field: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, i: int) -> np.ndarray:
+        return decode(self._read(i), self.place(i))
+
+    def label(self, i: int) -> int | None:
+        if not self.label_names:
+            return None
+        return bisect.bisect_left(self.label_names, self.files[i].split("/", 1)[0])
+
+    def place(self, i: int) -> str:
+        return f"{self.field}: {shown(self.root / self.files[i])}"
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.label_names).encode())
+        for i, file in enumerate(self.files):
+            digest.update(f"{file}\0".encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.sha256(self._read(i)).digest())
+        return digest.hexdigest()
+
+    def _read(self, i: int) -> bytes:
+        path = self.root / self.files[i]
+        try:
+            if not path.is_file() and path.exists():  # A pipe would be waited for.
+                raise DataError(f"{self.place(i)} is no file; leave it out")
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.field}: cannot read {shown(path)}: {error.strerror}") from error
+
+
+def folder(path: str | Path, field: str = "data.path") -> FolderImages:
+    """Finds the images of a folder.
+
+    `path/<class>/...` gives labels, classes sorted by name; images in `path` itself have none. What
+    is hidden (its name begins with a dot) or no image by the end of its name is skipped.
+
+    Args:
+      path: the folder.
+      field: the config field or flag that names it, for messages.
+
+    Raises:
+      DataError: no such folder, nothing in it, or images beside the folders of classes.
+    """
+    root = Path(os.path.expanduser(path))
+    here = f"{field}={shown(path)}"
+    if not root.is_dir():
+        what = "is no folder" if root.exists() else "does not exist"
+        raise DataError(f"{here} {what}; name one that holds images")
+    try:
+        files = sorted(_image_files(root, ""))
+    except OSError as error:
+        raise DataError(f"{here}: cannot list {shown(error.filename)}: {error.strerror}") from error
+    classes = sorted({file.split("/", 1)[0] for file in files if "/" in file})
+    beside = [file for file in files if "/" not in file]
+    if not files:
+        raise DataError(f"{here} holds no image ({' '.join(SUFFIXES)}); name a folder that does")
+    if classes and beside:
+        raise DataError(
+            f"{here} has {shown(beside[0])} beside folders of classes such as {shown(classes[0])}; "
+            "move it into one of them, or all images into one folder"
+        )
+    return FolderImages(
+        name=plain_name(root.resolve()),
+        root=root,
+        files=tuple(files),
+        label_names=tuple(classes),
+        field=field,
+    )
+
+
+def _image_files(root: Path, below: str) -> Iterator[str]:
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir():
+                yield from _image_files(root, name)
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield name

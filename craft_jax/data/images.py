@@ -1,0 +1,302 @@
+"""Images as training, validation and test batches.
+
+In go an `ImageSource` and an `ImageProcessor`; out come `Dataset`s whose batches are images in
+[-1, 1]. Shapes: B images of a batch, H height, W width, C channels.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from craft_jax.data import splits
+from craft_jax.data.base import Batch, Dataset
+from craft_jax.data.image_sources import ImageSource
+from craft_jax.data.pixels import ImageProcessor
+from craft_jax.data.splits import Fractions
+from craft_jax.errors import ConfigError, DataError
+
+_SCANNED_AT_ONCE = 256
+
+
+# Batches.
+
+
+class _Images(Dataset):
+    """What training and validation share.
+
+    Attributes:
+      source: all images.
+      indices: which of them are in this split, int (N,).
+      processor: makes them what a model reads.
+      batch_size: B.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: np.ndarray,
+        *,
+        processor: ImageProcessor,
+        batch_size: int,
+    ):
+        if not len(indices):
+            raise DataError(f"{source.name}: a split without images; use more, or another fraction")
+        self.source, self.indices = source, np.asarray(indices)
+        self.processor, self.batch_size = processor, batch_size
+        self.name = source.name
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The classes, by number; empty if the images have no labels."""
+        return self.source.label_names
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image of a batch."""
+        return self.processor.shape(self.source.image(int(self.indices[0])))
+
+    def _batch(
+        self, indices: Sequence[int], generators: Sequence[np.random.Generator | None]
+    ) -> Batch:
+        """Returns a batch of images of the source; rows that do not count fill it up.
+
+        Returns:
+          `images` float32 (B, H, W, C) in [-1, 1]; `labels` int32 (B,), if there are any; `weights`
+          float32 (B,): 1, and 0 on the rows that fill it up, whose images and labels are 0.
+        """
+        images_BHWC = np.zeros((self.batch_size, *self.image_shape), np.float32)
+        weights_B = np.zeros(self.batch_size, np.float32)
+        for row, (i, rng) in enumerate(zip(indices, generators, strict=True)):
+            image = self.source.image(i)
+            _check_shape(self.source, i, self.processor.shape(image), self.image_shape)
+            images_BHWC[row] = self.processor(image, rng)
+            weights_B[row] = 1
+        batch = {"images": images_BHWC, "weights": weights_B}
+        if self.label_names:
+            labels_B = np.zeros(self.batch_size, np.int32)
+            labels_B[: len(indices)] = [self.source.label(i) for i in indices]
+            batch["labels"] = labels_B
+        return batch
+
+
+class TrainingImages(_Images):
+    """Shuffled images, epoch after epoch, without end; batch s is a pure function of (seed, s).
+
+    Every epoch visits each image once, in an order of its own; a batch may hold the end of one and
+    the beginning of the next. Crop and flip of an example are drawn from (seed, its number).
+
+    Args:
+      source: all images.
+      indices: which of them train, int (N,).
+      processor: makes them what a model reads.
+      batch_size: B.
+      seed: of the order, of crops and of flips.
+
+    Raises:
+      DataError: no image.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: np.ndarray,
+        *,
+        processor: ImageProcessor,
+        batch_size: int,
+        seed: int,
+    ):
+        super().__init__(source, indices, processor=processor, batch_size=batch_size)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return max(1, len(self.indices) // self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        count, first = len(self.indices), step * self.batch_size
+        numbers = range(first, first + self.batch_size)
+        places = [_epoch_order(self._seed, n // count, count)[n % count] for n in numbers]
+        is_random = self.processor.flip or self.processor.crop == "random"
+        generators = [
+            np.random.default_rng([self._seed, n]) if is_random else None for n in numbers
+        ]
+        return self._batch(self.indices[places].tolist(), generators)
+
+    def one_pass(self) -> "ValidationImages":
+        data = ValidationImages(
+            self.source, self.indices, processor=self.processor, batch_size=self.batch_size
+        )
+        data.name, data.fingerprint = self.name, self.fingerprint
+        return data
+
+
+class ValidationImages(_Images):
+    """All images once, in order, cropped centrally; rows of weight 0 fill up the last batch.
+
+    Args:
+      source: all images.
+      indices: which of them validate, int (N,).
+      processor: makes them what a model reads; nothing is left to chance.
+      batch_size: B.
+
+    Raises:
+      DataError: no image.
+    """
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        first = step * self.batch_size
+        indices = self.indices[first : first + self.batch_size].tolist()
+        return self._batch(indices, [None] * len(indices))
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+# From a source to datasets.
+
+
+def split(source: ImageSource, val_fraction: float, test_fraction: float) -> dict[str, np.ndarray]:
+    """Divides images by a hash of their pixels, so that equal ones are in the same split.
+
+    An image stays where it is when others come or go, except in a set so small that a split would
+    be empty: then the lowest hash of the largest split moves there. Every image is decoded for it,
+    once, in threads.
+
+    Args:
+      source: the images.
+      val_fraction, test_fraction: about the parts that validate and test; the rest trains.
+
+    Returns:
+      For `train`, `val` and `test` the numbers of their images, int64 (N,), ascending; empty only
+      where the fraction is 0.
+
+    Raises:
+      ConfigError: fractions that leave nothing to train on.
+      DataError: an image that cannot be read, or fewer images that differ than splits.
+    """
+    _check_fractions(val_fraction, test_fraction)
+    return _divide(source, _scan(source).hashes_N, val_fraction, test_fraction)
+
+
+def open_images(
+    source: ImageSource,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    batch_size: int,
+    seed: int,
+    processor: ImageProcessor,
+) -> dict[str, TrainingImages | ValidationImages]:
+    """Returns the batches of each split that has a fraction: `train`, and perhaps `val`, `test`.
+
+    Every image is decoded once before: see `split`.
+
+    Args:
+      source: the images.
+      val_fraction, test_fraction: about the parts that validate and test.
+      batch_size: B.
+      seed: of the order, of crops and of flips.
+      processor: makes them what a model reads.
+
+    Raises:
+      ConfigError, DataError: see `split`; also images of several sizes that stay as they are.
+    """
+    _check_fractions(val_fraction, test_fraction)
+    scanned = _scan(source)
+    if processor.size is None:
+        for i, shape in enumerate(scanned.shapes):
+            _check_shape(source, i, shape, scanned.shapes[0])
+    indices = _divide(source, scanned.hashes_N, val_fraction, test_fraction)
+    settings = [val_fraction, test_fraction, dataclasses.asdict(processor)]
+    content = [scanned.hashes_N.tolist(), scanned.labels, source.label_names, settings]
+    # Of the pixels, not of the files: another decoder would divide them in another way.
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    train = TrainingImages(
+        source, indices["train"], processor=processor, batch_size=batch_size, seed=seed
+    )
+    found: dict[str, TrainingImages | ValidationImages] = {"train": train}
+    for name in ("val", "test"):
+        if len(indices[name]):
+            found[name] = ValidationImages(
+                source, indices[name], processor=processor, batch_size=batch_size
+            )
+    for data in found.values():
+        data.fingerprint = fingerprint
+    return found
+
+
+def _check_fractions(val_fraction: float, test_fraction: float) -> None:
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must not be "
+            "negative, and leave something to train on; try 0.1 and 0"
+        )
+
+
+def _check_shape(
+    source: ImageSource, i: int, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    if shape[:2] != expected[:2]:
+        raise DataError(
+            f"{source.place(i)} has {shape[0]} x {shape[1]} pixels (height x width), but those "
+            f"before it {expected[0]} x {expected[1]}; make all the same with "
+            f"--config.data.image_size={min(expected[:2])}"
+        )
+
+
+class _Scanned(NamedTuple):
+    """What was seen of all images.
+
+    Attributes:
+      hashes_N: of their shapes and pixels, uint64 (N,).
+      shapes: (H, W, C) of each.
+      labels: the class of each, or None.
+    """
+
+    hashes_N: np.ndarray
+    shapes: list[tuple[int, ...]]
+    labels: list[int | None]
+
+
+def _scan(source: ImageSource) -> _Scanned:
+    def look(i: int) -> tuple[bytes, tuple[int, ...], int | None]:
+        image = source.image(i)
+        digest = hashlib.blake2b(np.array(image.shape, "<i8").tobytes(), digest_size=8)
+        digest.update(np.ascontiguousarray(image).data)
+        return digest.digest(), image.shape, source.label(i)
+
+    found = []
+    # Pillow decodes without holding the interpreter.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(source), _SCANNED_AT_ONCE):
+            last = min(first + _SCANNED_AT_ONCE, len(source))
+            found += pool.map(look, range(first, last))
+    hashes, shapes, labels = zip(*found, strict=True)
+    hashes_N = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
+    return _Scanned(hashes_N, list(shapes), list(labels))
+
+
+def _divide(
+    source: ImageSource, hashes_N: np.ndarray, val_fraction: float, test_fraction: float
+) -> dict[str, np.ndarray]:
+    fractions = Fractions(val_fraction, test_fraction)
+    found = splits.by_key(hashes_N, fractions)
+    wanted = ["train", *splits.held_out(fractions)]
+    if not all(len(found[name]) for name in wanted):
+        raise DataError(
+            f"{source.name} has {len(source)} images, {len(np.unique(hashes_N))} of them "
+            f"different: too few for {len(wanted)} splits (data.val_fraction={val_fraction}, "
+            f"data.test_fraction={test_fraction}); use more images, or fewer splits"
+        )
+    return found
