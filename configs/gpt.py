@@ -50,9 +50,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> None:
     config.model.update(num_layers=4, num_heads=4, d_model=128, max_seq_len=128, dropout=0.0)
-    # The last 100 kB of a tenth are enough to validate on, and quick.
+    # A few documents are enough to validate on, and quick.
     config.data.update(vocab_size=1024, seq_len=128, batch_size=16)
-    config.data.update(val_fraction=0.1, max_val_chars=100_000)
+    config.data.update(val_fraction=0.02, max_val_tokens=30_000)
     config.optim.update(learning_rate=4e-3, min_learning_rate=4e-4, beta2=0.99)
     config.training.update(
         num_steps=600, eval_every=200, checkpoint_every=200, sample_every=200, log_every=20
@@ -62,7 +62,7 @@ def _tiny(config: ConfigDict) -> None:
 def _small(config: ConfigDict) -> None:
     config.model.update(num_layers=6, num_heads=6, d_model=384, max_seq_len=256, dropout=0.1)
     config.data.update(vocab_size=1024, seq_len=256, batch_size=64)
-    config.data.update(val_fraction=0.1, max_val_chars=1_000_000)
+    config.data.update(val_fraction=0.02, max_val_tokens=300_000)
     config.optim.update(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99)
     config.training.update(
         num_steps=5000, eval_every=250, checkpoint_every=500, sample_every=500, log_every=10
@@ -75,7 +75,7 @@ def _gpt2(
     config.model.update(num_layers=num_layers, num_heads=num_heads, d_model=d_model)
     config.model.update(max_seq_len=1024, dropout=0.0, vocab_size=50257)
     config.data.update(vocab_size=50257, seq_len=1024, batch_size=480)
-    config.data.update(val_fraction=0.1, max_val_chars=10_000_000)
+    config.data.update(val_fraction=0.01, max_val_tokens=3_000_000)
     config.optim.update(learning_rate=learning_rate, min_learning_rate=learning_rate / 10)
     config.optim.update(beta2=0.95, warmup_steps=2000, decay_steps=600_000)
     config.training.update(precision="bfloat16", remat=True, accumulate=40, num_steps=600_000)

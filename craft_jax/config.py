@@ -21,8 +21,10 @@ from ml_collections import ConfigDict
 
 from craft_jax import plugins, schema
 from craft_jax.checkpointing import CheckpointConfig
+from craft_jax.data import pipeline
 from craft_jax.data.pairs import TASKS
-from craft_jax.data.pipeline import DataConfig, is_pairs_path, is_tokenizer_path
+from craft_jax.data.pipeline import is_pairs_path, is_tokenizer_path
+from craft_jax.data.settings import DataConfig
 from craft_jax.data.tokenizers import KINDS
 from craft_jax.errors import ConfigError, UsageError
 from craft_jax.losses import LossConfig
@@ -542,17 +544,13 @@ def _unknown(field: str, classes: Mapping[str, type]) -> str:
 def _absolute(data: DataConfig, training: TrainingConfig) -> tuple[DataConfig, TrainingConfig]:
     """Makes paths absolute, so that a run can be continued from another folder."""
     changes: dict[str, Any] = {}
-    if data.path:
-        changes["path"] = _absolute_path(data.path)
-    if data.tokenizer and is_tokenizer_path(data.tokenizer):
-        changes["tokenizer"] = _absolute_path(data.tokenizer)
-    if data.pairs and is_pairs_path(data.pairs):
-        changes["pairs"] = _absolute_path(data.pairs)
     if data.dataset:
         changes["dataset"] = _absolute_class(data.dataset)
+    if plugins.is_reference(data.source):
+        changes["source"] = _absolute_class(data.source)
     callbacks = tuple(map(_absolute_class, training.callbacks))
     return (
-        dataclasses.replace(data, **changes),
+        dataclasses.replace(pipeline.with_paths(data, _absolute_path), **changes),
         dataclasses.replace(training, callbacks=callbacks),
     )
 

@@ -41,10 +41,14 @@ COMMANDS = {
     "evaluate": _Command("evaluate", "loss, perplexity, bits per byte, accuracy of a run"),
     "generate": _Command("generate", "text from a run"),
     "prepare": _Command("prepare", "tokenize the text of a config ahead of training"),
+    "tokenizer": _Command("tokenizer", "make the tokenizer of a config, and say how it does"),
+    "data": _Command("data", "show what a model will see: sources, splits, real batches"),
     "visualize": _Command("visualize", "draw the curves of one or several runs"),
     "runs": _Command("list_runs", "list the runs with state, step, loss and age"),
     "verify": _Command("verify", "check every byte of a run's checkpoints"),
 }
+
+_OF_DATA = ("prepare", "tokenizer", "data")
 
 _EXAMPLES = """\
 examples:
@@ -56,6 +60,8 @@ examples:
   python -m craft_jax.main generate --run=latest --prompt="def " --num_beams=4
   python -m craft_jax.main visualize --run=one --run=another
   python -m craft_jax.main prepare --config=configs/gpt.py
+  python -m craft_jax.main tokenizer --config=configs/gpt.py --out=tokenizer.json
+  python -m craft_jax.main data --config=configs/gpt.py
   python -m craft_jax.main runs
   python -m craft_jax.main verify --run=latest
 
@@ -187,7 +193,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--run", help="name or path of a run, or latest")
     if command == "verify":
         return parser
-    if command in ("train", "prepare"):
+    if command in ("train", *_OF_DATA):
         add("--config", help="a config file, and its preset behind a colon")
     else:
         add("--tokenizer", help="a tokenizer.json, for an imported model that came without one")
@@ -207,8 +213,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
         )
         add("--num_processes", type=int, help="how many of them there are")
         add("--process_id", type=int, help="which one this is, from 0")
+    if command == "tokenizer":
+        add("--out", help="where to write the tokenizer.json")
+    if command == "data":
+        add("--split", choices=("train", "val", "test"), default="train", help="which batches")
+        add("--step", type=int, default=0, help="which batch, from 0 (default: 0)")
+        add("--rows", type=int, default=4, help="how many of its rows (default: 4)")
     if command == "evaluate":
-        add("--split", choices=("val", "train"), default="val", help="what to evaluate on")
+        add("--split", choices=("val", "train", "test"), default="val", help="what to evaluate on")
         add("--text", help="a text file to evaluate on instead; .tsv or .jsonl for pairs")
     if command == "generate":
         _add_sampling(parser)

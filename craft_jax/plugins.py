@@ -19,13 +19,13 @@ def absolute(reference: str) -> str:
     return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else reference
 
 
-def load(reference: str, field: str, base: type) -> type:
+def load(reference: str, field: str, base: type | tuple[type, ...]) -> type:
     """Imports a class.
 
     Args:
       reference: `path/file.py:Class` or `module:Class`.
       field: the config field that names it, for messages.
-      base: what it must derive from.
+      base: what it must derive from; one of several.
 
     Raises:
       ConfigError: no such file, module or class, the file fails, or the base is another.
@@ -41,10 +41,11 @@ def load(reference: str, field: str, base: type) -> type:
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         own = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, base)]
-        have = ", ".join(k for k in own if k != base.__name__) or "none"
+        bases = base if isinstance(base, tuple) else (base,)
+        have = ", ".join(k for k in own if vars(module)[k] not in bases) or "none"
+        wanted = " or ".join(f"{b.__module__}.{b.__name__}" for b in bases)
         raise ConfigError(
-            f"{here}: no class {name} there that derives from {base.__module__}.{base.__name__}; "
-            f"the file has: {have}"
+            f"{here}: no class {name} there that derives from {wanted}; the file has: {have}"
         )
     return found
 

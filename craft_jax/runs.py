@@ -252,13 +252,24 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, is_pair: bool)
     return PromptRows([[tokenizer.end_id] for _ in texts], sources)
 
 
-def with_vocab_size(model: Any, vocab_size: int) -> Any:
+def with_vocab_size(model: Any, vocab_size: int | None) -> Any:
     """Returns a model config whose vocabulary is at least that of the data.
 
+    Args:
+      model: the config; one without the field `vocab_size` stays as it is.
+      vocab_size: tokens of the data; None where it has none.
+
     Raises:
-      ConfigError: it is set, and smaller.
+      ConfigError: it is set, and smaller, or the data has no tokens.
     """
-    wanted = getattr(model, "vocab_size", vocab_size)
+    if not hasattr(model, "vocab_size"):
+        return model
+    if vocab_size is None:
+        raise ConfigError(
+            f"model.name={model.name} reads tokens, and the data holds none; name text with "
+            "data.path, or use a model of images"
+        )
+    wanted = model.vocab_size
     if wanted is None:
         return dataclasses.replace(model, vocab_size=vocab_size)
     if wanted < vocab_size:

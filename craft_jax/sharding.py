@@ -6,6 +6,7 @@ dimensions of a layer. Models know nothing of this.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,17 +149,53 @@ def bytes_on_one_device(tree: Any) -> int:
     )
 
 
+def own_rows(batch_size: int, mesh: Mesh) -> slice:
+    """Returns the rows of a batch that the devices of this process hold, where they are adjacent.
+
+    Returns:
+      All rows where they are not.
+    """
+    places = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))
+    spans = sorted({index.indices(batch_size)[:2] for (index,) in places.values()})
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(spans)):
+        return slice(0, batch_size)
+    return slice(spans[0][0], spans[-1][1])
+
+
 def put_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, mode: str = "jit"
+    batch: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    mode: str = "jit",
+    *,
+    rows: slice | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, jax.Array]:
     """Puts a batch on the devices, its first axis split over `data` and `fsdp`.
 
     Under pmap there is an axis before it, with one entry for each device.
+
+    Args:
+      batch: arrays with the batch as their first axis.
+      mesh, mode: how the devices share it.
+      rows, batch_size: which rows of how many `batch` has, if not all; see `own_rows`.
     """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     if mode == "pmap":
         batch = {k: a.reshape(mesh.shape["data"], -1, *a.shape[1:]) for k, a in batch.items()}
-    return {name: put(array, sharding) for name, array in batch.items()}
+    if rows is None or rows == slice(0, batch_size):
+        return {name: put(array, sharding) for name, array in batch.items()}
+    assert batch_size is not None
+
+    def part(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        return array[start - rows.start : stop - rows.start][(slice(None), *index[1:])]
+
+    return {
+        name: jax.make_array_from_callback(
+            (batch_size, *array.shape[1:]), sharding, functools.partial(part, array)
+        )
+        for name, array in batch.items()
+    }
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -44,8 +44,8 @@ def test_every_command_has_help(name, capsys):
         (["--confg=x.py"], "unrecognized arguments: --confg=x.py"),
         (["generate", "--top_k=many"], "--top_k: invalid int value: 'many'"),
         (["generate", "--num_samples=0"], "must be at least 1"),
-        (["evaluate", "--split=test"], "invalid choice: 'test'"),
-        (["prepare"], "needs to know the text"),
+        (["evaluate", "--split=tests"], "invalid choice: 'tests'"),
+        (["prepare"], "needs to know the data"),
         (["--run=a b", "--config=x.py"], "is no name for a run"),
     ],
 )

@@ -113,6 +113,19 @@ def test_a_signal_to_one_stops_both_at_the_same_step(workdir, text_file):
     assert runs.open(status).store.latest() == state["step"]
 
 
+def test_each_process_makes_its_own_rows(workdir, text_file):
+    """And with the digest of whole batches in the log, all of them: with the same result."""
+    words = micro(text_file, training__num_steps=4, training__sample_every=0)
+    found = {}
+    for name, is_exact in (("parts", False), ("wholes", True)):
+        address = f"127.0.0.1:{port()}"
+        more = [f"--config.log.exact={is_exact}", f"--run={name}"]
+        finish([start(n, address, workdir, *words, *more) for n in (0, 1)], 0, 0)
+        found[name] = runs.open(workdir / "models" / name).params
+    for path, array in found["parts"].items():
+        np.testing.assert_array_equal(array, found["wholes"][path], err_msg=path)
+
+
 def test_alone_nothing_is_shared():
     group = ProcessGroup()
     assert group.is_first

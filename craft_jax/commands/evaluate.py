@@ -58,7 +58,7 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
         return _file_of_pairs(opened, args.text)
     if args.text:
         dataset = text.from_text(
-            text.read_text(Path(args.text)),
+            pipeline.read_text(data, args.text),
             opened.need_tokenizer(),
             seq_len=data.seq_len,
             batch_size=data.batch_size,
@@ -76,9 +76,12 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
         )
     if args.split == "train":
         return datasets.train.one_pass()
-    if datasets.val is None:
-        raise DataError("data.val_fraction=0: the run has no validation split; use --split=train")
-    return datasets.val
+    held_out = getattr(datasets, args.split)
+    if held_out is None:
+        field = f"data.{args.split}_fraction"
+        words = {"val": "validation", "test": "test"}[args.split]
+        raise DataError(f"{field}=0: the run has no {words} split; use --split=train")
+    return held_out
 
 
 def _file_of_pairs(opened: Run, path: str) -> Dataset:

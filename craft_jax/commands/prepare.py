@@ -1,34 +1,38 @@
 """prepare: tokenizes the text of a config ahead of training, or reads its pairs to check them."""
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
-from craft_jax import config as configs
-from craft_jax import runs, runtime
+from craft_jax.commands import preparing
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import pipeline
+from craft_jax.data.settings import mixture_of
 from craft_jax.errors import OK, UsageError
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the token cache of a config, or of a run's, and prints its manifest."""
-    workdir = Path(args.workdir).expanduser().absolute()
-    if args.config:
-        config = configs.load(args.config, args.overrides)
-    elif args.run:
-        config = runs.open(args.run, workdir=workdir, overrides=args.overrides).config
-    else:
-        raise UsageError("prepare needs to know the text: --config=configs/gpt.py, or --run")
-    if config.data.dataset:
-        raise UsageError(f"data.dataset={config.data.dataset} prepares its own data")
-    runtime.setup_logging()
-    if config.data.pairs:
+    """Makes the token caches of a config, or of a run's, and prints their manifests."""
+    config, tokenizer, workdir = preparing.choose(args)
+    data = config.data
+    if data.dataset:
+        raise UsageError(f"data.dataset={data.dataset} prepares its own data")
+    if data.pairs:
         print(_pairs_in_words(config, workdir))
         return OK
-    cache = pipeline.prepare(config.data, workdir)
-    print(json.dumps(cache.manifest, indent=2, ensure_ascii=False))
-    print(cache.path)
+    for kind, place, _ in mixture_of(data):
+        if kind == "tfds":  # It takes a while to import.
+            tfds_source = importlib.import_module("craft_jax.data.tfds_source")
+            tfds_source.download(place, data.data_dir)
+    if pipeline.is_of_images(data):
+        found = pipeline.open_datasets(data, workdir=workdir, seed=config.training.seed)
+        print(f"images need no preparation; an epoch is {len(found.train):,} batches")
+        return OK
+    for prepared in pipeline.prepare(data, workdir, tokenizer):
+        for tokens in prepared.caches.values():
+            print(json.dumps(tokens.manifest, indent=2, ensure_ascii=False))
+            print(tokens.path)
     return OK
 
 

@@ -14,6 +14,7 @@ import jax
 
 from craft_jax import runtime
 from craft_jax.config import SECTIONS, ExperimentConfig
+from craft_jax.data.base import vocab_size_of
 from craft_jax.data.pipeline import Datasets
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
@@ -85,7 +86,9 @@ def header(
     for row in parameter_table(model_def):
         say("  %s", row)
     say("memory     parameters and optimizer %.1f MB on each device", state_bytes / 1e6)
-    say("batch      %s; an epoch is %s steps", _batch(config), f"{len(datasets.train):,}")
+    has_tokens = vocab_size_of(datasets.train) is not None
+    batch = _batch(config) if has_tokens else f"{config.data.batch_size:,} examples"
+    say("batch      %s; an epoch is %s steps", batch, f"{len(datasets.train):,}")
     say("run        %s", paths.folder)
     say("log        %s", paths.log)
 

@@ -33,7 +33,7 @@ from craft_jax.commands import choosing, replay, report, resuming, samplers, vis
 from craft_jax.commands.samplers import PairSampler, Sampler
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import pipeline
-from craft_jax.data.base import Dataset
+from craft_jax.data.base import Dataset, vocab_size_of
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import (
@@ -71,6 +71,7 @@ from craft_jax.training.profiling import Profile
 from craft_jax.training.reactions import EarlyStopping, ReduceLROnPlateauOrInstability
 from craft_jax.training.saving import Found, Saver
 from craft_jax.training.state import TrainState
+from craft_jax.training.step import make_eval_step
 from craft_jax.training.trainer import Trainer
 from craft_jax.watchdog import Watchdog
 
@@ -119,9 +120,10 @@ def _run(
             )
         )
         choosing.check_same_data(datasets.train, group)
-        model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
+        model_config = runs.with_vocab_size(config.model, vocab_size_of(datasets.train))
         model_def = base.define(config.model_class, model_config)
         _check_possible(config, model_def, mesh)
+        _check_metrics(config, model_def, datasets)
         status = begun.status
 
         def create() -> RunPaths:
@@ -280,7 +282,7 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
         seed=config.training.seed,
         tokenizer=choosing.tokenizer(config, found, newest, origin),
     )
-    model_config = runs.with_vocab_size(config.model, datasets.train.vocab_size)
+    model_config = runs.with_vocab_size(config.model, vocab_size_of(datasets.train))
     model_def = base.define(config.model_class, model_config)
     if before is None and origin is None and config.init_from:
         origin = choosing.Origin(*runs.weights(config.init_from, workdir))
@@ -322,6 +324,28 @@ def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sha
         mesh=mesh,
     )
     memory.check(need, mesh)
+
+
+def _check_metrics(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> None:
+    """Checks that evaluations will have the metrics that the config names."""
+    if datasets.val is None:
+        return
+    batch = datasets.val.batch(0)
+    eval_step = make_eval_step(model_def, Policy.named(config.training.precision))
+    sums = jax.eval_shape(eval_step, model_def.shapes, batch)
+    ones = {name: 1.0 for name in sums._fields if name != "penalty"}
+    trainer = language.trainer_for(config.model_class)
+    found = trainer.evaluation_metrics(ones, datasets.val)
+    own = {f"val_{name}" for name, value in found.items() if value is not None}
+    steps = {"loss", "learning_rate", "grad_norm", "skipped", f"{trainer.unit}_per_second"}
+    for field, name, is_read in (
+        ("checkpoint.best_metric", config.checkpoint.best_metric, True),
+        ("plateau.monitor", config.plateau.monitor, config.plateau.patience),
+        ("early_stopping.monitor", config.early_stopping.monitor, config.early_stopping.patience),
+    ):
+        if is_read and name not in own | steps:
+            known = ", ".join(sorted(own | steps))
+            raise ConfigError(f"{field}={name} is no metric of this run; there are {known}")
 
 
 @contextlib.contextmanager
@@ -380,7 +404,7 @@ def _assemble(
 
     def complete(meta: dict) -> dict[str, Any]:
         meta |= {
-            "vocab_size": datasets.train.vocab_size,
+            "vocab_size": vocab_size_of(datasets.train),
             "data_fingerprint": datasets.train.fingerprint,
             "environment": report.environment(),
         }

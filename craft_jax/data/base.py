@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from craft_jax import plugins
 from craft_jax.data.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -27,6 +26,11 @@ class Recipe(NamedTuple):
     seed: int
 
 
+def vocab_size_of(dataset: "Dataset") -> int | None:
+    """Returns the vocabulary size of a dataset; None for one without tokens."""
+    return getattr(dataset, "vocab_size", None)
+
+
 class Dataset(abc.ABC):
     """The batches of one split.
 
@@ -35,7 +39,7 @@ class Dataset(abc.ABC):
     `data.workers` each worker process builds one in the same way.
 
     Attributes:
-      vocab_size: one more than the largest token id, for models of tokens.
+      vocab_size: one more than the largest token id, for models of tokens; others have none.
       tokenizer: turns ids into text, or None if there is no text.
       num_bytes: UTF-8 bytes of the text behind one pass, for bits per byte; None if unknown.
       fingerprint: identifies the content; a run only resumes on data with the same one.
@@ -62,6 +66,13 @@ class Dataset(abc.ABC):
         A training set answers any step; a validation set those below `len(self)`.
         """
 
+    def rows(self, step: int, rows: slice) -> Batch:
+        """Returns some rows of batch `step`: those that one of several processes needs.
+
+        A dataset that can make them without the others does.
+        """
+        return {name: array[rows] for name, array in self.batch(step).items()}
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """Returns the number of batches in one pass."""
@@ -77,10 +88,32 @@ class Dataset(abc.ABC):
         """
         return ""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The module of a class from a file of the user's has another name in another process.
-        return (_build, self.recipe) if self.recipe else super().__reduce_ex__(protocol)
 
+class BaseDataset(abc.ABC):
+    """Examples by number: what a dataset or a source of text of your own is.
 
-def _build(reference: str, config: Any, split: str, seed: int) -> Dataset:
-    return plugins.load(reference, "data.dataset", Dataset)(config, split, seed)
+    Named as `data.dataset`, it is built as `YourDataset(config, split, seed)` from the `data`
+    section of the config, `"train"` or `"val"`, and `training.seed`. Its examples are dicts of
+    arrays without a batch axis, all of the same shapes, with the names that `Dataset.batch`
+    describes; they are shuffled, stacked and repeated for you.
+
+    Named as `data.source`, it is built as `YourDataset(config)`. Its examples are texts, or dicts
+    like the lines of a `.jsonl` file, and take the whole way of text: tokenizer, cache, splits.
+
+    Attributes:
+      vocab_size, tokenizer, num_bytes, fingerprint, name: see `Dataset`.
+    """
+
+    vocab_size: int
+    tokenizer: Tokenizer | None = None
+    num_bytes: int | None = None
+    fingerprint: str = ""
+    name: str = "data"
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Any:
+        """Returns example `index`, from 0 to `len(self) - 1`."""

@@ -1,43 +1,104 @@
 """The token cache: a source, tokenized once, as memory-mapped arrays on disk.
 
-A cache is a folder `{workdir}/data/<digest>/` with `train.bin` and `val.bin` (little-endian ids,
-documents one after another, each ended by the end token where the vocabulary has one),
-`tokenizer.json`, and `manifest.json`, which says what it was made from. The digest covers the text,
-the tokenizer's recipe and the split, so an equal request finds the cache of an earlier one, and a
-changed text cannot. It is written beside its place and renamed: a cache is whole or absent. What
-is read from it later is checked first, by a checksum and the largest id of each split.
+A cache is a folder `{workdir}/data/<digest>/` with
+
+  tokens-00000.bin ...   little-endian ids, documents one after another, each ended by the end token
+                         where the vocabulary has one; a new file after each gigabyte
+  mask-00000.bin ...     one byte for each id, 0 where it is not learned; only where there are such
+  documents.bin          of each document: first token, key, bytes (see `encoding.DOCUMENT`)
+  tokenizer.json
+  manifest.json          what it holds, what it was made from, and by which command
+
+The digest covers the text, how it is read, and the tokenizer, so an equal request finds the cache
+of an earlier one, and a changed text cannot. Splits are no part of it: which documents validate is
+worked out from their keys. A cache is written in parts beside its place, which a killed process
+leaves for the next one to go on with, and renamed: it is whole or absent. What is read from it
+later is checked first, by checksums and the largest id.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
-import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
-import socket
+import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
-from craft_jax import durable
-from craft_jax.data import tokenizers
-from craft_jax.data.sources import Source
+from craft_jax.data import encoding
+from craft_jax.data.documents import Source
+from craft_jax.data.encoding import DOCUMENT, Encoding
+from craft_jax.data.formats import Format
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import DataError, OutputError, StorageError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val")
-_FORMAT = 3
-_BPE_SAMPLE_CHARS = 32 << 20
+_FORMAT = 4
+_SHARD_BYTES = 1 << 30
 _BLOCK_BYTES = 1 << 22
-_CHARACTER_LIMIT = 65536
+_LOOK_SECONDS = 0.5
+_STALE_SECONDS = 30 * 24 * 3600
+
+
+class Shards:
+    """An array of one dimension that lies in several files, mapped into memory; it pickles.
+
+    Args:
+      files: in order.
+      counts: elements in each.
+      dtype: of all.
+    """
+
+    def __init__(self, files: list[Path], counts: list[int], dtype: np.dtype):
+        self.files, self.counts, self.dtype = files, counts, np.dtype(dtype)
+        self.bounds = np.cumsum([0, *counts])
+        self._maps = [
+            np.memmap(file, self.dtype, "r", shape=(count,))
+            for file, count in zip(files, counts, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def __reduce__(self) -> tuple:
+        return Shards, (self.files, self.counts, self.dtype)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns the elements from `start` to `stop`."""
+        shard = int(np.searchsorted(self.bounds, start, "right")) - 1
+        if stop <= self.bounds[shard + 1]:
+            offset = self.bounds[shard]
+            return self._maps[shard][start - offset : stop - offset]
+        middle = int(self.bounds[shard + 1])
+        return np.concatenate([self.read(start, middle), self.read(middle, stop)])
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """Returns the elements with these numbers, int (M,)."""
+        if len(self._maps) == 1:
+            return self._maps[0][index]
+        found = np.empty(index.shape, self.dtype)
+        shard = np.searchsorted(self.bounds, index, "right") - 1
+        for number in np.unique(shard).tolist():
+            here = shard == number
+            found[here] = self._maps[number][index[here] - self.bounds[number]]
+        return found
+
+    def place(self, index: int) -> str:
+        """Returns words for where an element is stored."""
+        shard = int(np.searchsorted(self.bounds, index, "right")) - 1
+        return f"{self.files[shard]} token {index - self.bounds[shard]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,44 +115,42 @@ class TokenCache:
     manifest: dict
     tokenizer: Tokenizer
 
-    def tokens(self, split: str) -> np.ndarray:
-        """Returns the ids of `train` or `val`, uint16 or uint32 (tokens,), mapped from disk."""
-        count = self.manifest["splits"][split]["tokens"]
-        dtype = np.dtype(self.manifest["dtype"])
-        if not count:
-            return np.zeros(0, dtype)
-        return np.memmap(self.path / f"{split}.bin", dtype, mode="r", shape=(count,))
+    @property
+    def tokens(self) -> Shards:
+        """All ids, uint16 or uint32."""
+        return self._shards("tokens", np.dtype(self.manifest["dtype"]))
 
-    def num_bytes(self, split: str) -> int:
-        """Returns how many UTF-8 bytes of text the split was made from."""
-        return self.manifest["splits"][split]["bytes"]
+    @property
+    def mask(self) -> Shards | None:
+        """Of each id whether it is learned, uint8; None where all are."""
+        if self.manifest["learned"] == self.manifest["tokens"]:
+            return None
+        return self._shards("mask", np.dtype(np.uint8))
+
+    @property
+    def documents(self) -> np.ndarray:
+        """Of each document its first token, key and bytes (`encoding.DOCUMENT`)."""
+        count = self.manifest["documents"]
+        return np.memmap(self.path / "documents.bin", DOCUMENT, "r", shape=(count,))
 
     @property
     def digest(self) -> str:
-        """Identifies text, tokenizer and split together."""
+        """Identifies text and tokenizer together."""
         return self.manifest["digest"]
 
+    def _shards(self, kind: str, dtype: np.dtype) -> Shards:
+        counts = [shard["tokens"] for shard in self.manifest["shards"]]
+        files = [self.path / _name(kind, n) for n in range(len(counts))]
+        return Shards(files, counts, dtype)
 
-def build(
-    source: Source,
-    *,
-    tokenizer: str | Tokenizer,
-    vocab_size: int,
-    val_fraction: float,
-    max_val_chars: int | None = None,
-    folder: Path,
-) -> TokenCache:
+
+def build(source: Source, *, tokenizer: Tokenizer, format: Format, folder: Path) -> TokenCache:
     """Tokenizes a source, or finds it tokenized already.
-
-    The first `1 - val_fraction` of the characters train, the rest, or the last `max_val_chars` of
-    it, validate.
 
     Args:
       source: the documents.
-      tokenizer: `char`, `byte`, `bpe`, the path of a `tokenizer.json`, or a tokenizer.
-      vocab_size: the size of the vocabulary to train; `bpe` only.
-      val_fraction: the part of the characters, at the end, that validates; in [0, 1).
-      max_val_chars: the most characters that validate; None for no limit.
+      tokenizer: of the ids.
+      format: what is read of records.
       folder: where caches live.
 
     Raises:
@@ -99,60 +158,55 @@ def build(
       OutputError: the folder cannot be made.
       StorageError: the cache cannot be written.
     """
-    if isinstance(tokenizer, str) and tokenizer not in tokenizers.KINDS:
-        tokenizer = Tokenizer.load(tokenizer)
     recipe = {
         "format": _FORMAT,
         "source": source.digest(),
-        "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer.digest,
-        "vocab_size": vocab_size if tokenizer == "bpe" else None,
-        "val_fraction": val_fraction,
-        "max_val_chars": max_val_chars,
+        "fields": dataclasses.asdict(format),
+        "tokenizer": tokenizer.digest,
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     path = folder / digest[:16]
     if cache := _open(path, digest):
         logger.info("data: %s (prepared already)", path)
         return cache
-    partial = path.with_name(f".{path.name}{_partial_mark()}{os.getpid()}")
-    try:
-        _remove_left(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot write the token cache {path}: {error}") from error
-    try:
-        _write(partial, source, tokenizer, recipe | {"digest": digest})
-        with contextlib.suppress(OSError):  # Another process may have finished the same cache.
+    with _held(path.with_name(f".{path.name}.partial")) as partial:
+        # Another process may have finished it meanwhile.
+        if cache := _open(path, digest):
+            return cache
+        try:
+            _remove_stale(folder, partial)
+            _write(partial, source, tokenizer, format, recipe | {"digest": digest})
             partial.rename(path)
-    except OSError as error:
-        raise StorageError(f"cannot write the token cache {path}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (path / _LOCK).unlink()
+        except OSError as error:
+            raise StorageError(f"cannot write the token cache {path}: {error}") from error
     cache = _open(path, digest)
     if cache is None:
         raise StorageError(f"the token cache {path} cannot be read back; delete it and try again")
     return cache
 
 
+# Opening.
+
+
+def _name(kind: str, number: int) -> str:
+    return f"{kind}-{number:05}.bin"
+
+
 def _open(path: Path, digest: str) -> TokenCache | None:
     """Opens a cache; None if there is none. One that is not whole is moved out of the way."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        tokenizer, dtype = Tokenizer.load(path / "tokenizer.json"), np.dtype(manifest["dtype"])
-        for split in SPLITS:
-            promised = manifest["splits"][split]
-            expected = promised["tokens"] * dtype.itemsize
-            if (path / f"{split}.bin").stat().st_size != expected:
-                raise ValueError(f"{split}.bin does not have {expected} bytes")
-            found = _Ids()
-            with (path / f"{split}.bin").open("rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    found.add(np.frombuffer(block, dtype))
-            if found.crc32 != promised["crc32"]:
-                raise ValueError(f"{split}.bin: crc32 mismatch")
-            if found.largest != promised["largest"] or found.largest >= tokenizer.vocab_size:
-                raise ValueError(f"{split}.bin has ids up to {found.largest}")
+        if manifest["checksum"] != _checksum(manifest):
+            raise ValueError("manifest.json: checksum mismatch")
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        files = [(file, facts) for file, facts in manifest["files"].items()]
+        with ThreadPoolExecutor(
+            len(os.sched_getaffinity(0))
+        ) as pool:  # CRC-32 needs no interpreter.
+            largest = max(pool.map(lambda item: _check(path, *item, manifest["dtype"]), files))
+        if largest != manifest["largest"] or largest >= tokenizer.vocab_size:
+            raise ValueError(f"it has ids up to {largest}")
         if (manifest["digest"], manifest["tokenizer"]["digest"]) != (digest, tokenizer.digest):
             raise ValueError("its digests do not agree")
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
@@ -163,66 +217,132 @@ def _open(path: Path, digest: str) -> TokenCache | None:
     return TokenCache(path=path, manifest=manifest, tokenizer=tokenizer)
 
 
+def _checksum(manifest: dict[str, Any]) -> str:
+    facts = {name: fact for name, fact in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _check(path: Path, name: str, facts: dict[str, Any], dtype: str) -> int:
+    """Checks a file of a cache; returns the largest id in it.
+
+    Raises:
+      ValueError: it is not what the manifest promises.
+    """
+    if (path / name).stat().st_size != facts["bytes"]:
+        raise ValueError(f"{name} does not have {facts['bytes']} bytes")
+    crc, largest = 0, -1
+    with (path / name).open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            crc = zlib.crc32(block, crc)
+            if name.startswith("tokens"):
+                largest = max(largest, int(np.frombuffer(block, dtype).max()))
+    if f"{crc:08x}" != facts["crc32"]:
+        raise ValueError(f"{name}: crc32 mismatch")
+    return largest
+
+
+# Writing.
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def _held(partial: Path) -> Iterator[Path]:
+    """Makes the folder in which a cache is written, for one process at a time; others wait.
+
+    A folder that is left with nothing in it is removed.
+    """
+    with _locked(partial):
+        try:
+            yield partial
+        finally:
+            if partial.exists() and not any(f.suffix == ".json" for f in partial.iterdir()):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _locked(partial: Path) -> IO[str]:
+    has_said = False
+    while True:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            handle = (partial / _LOCK).open("a", encoding="utf-8")
+        except FileNotFoundError:  # Finished between the two.
+            continue
+        except OSError as error:
+            raise OutputError(f"cannot write the token cache {partial}: {error}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(partial / _LOCK)):
+                return handle
+        except BlockingIOError:
+            if not has_said:
+                logger.info("data: waiting for another process that prepares the same text")
+            has_said = True
+            time.sleep(_LOOK_SECONDS)
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            handle.close()
+            raise
+        handle.close()
+
+
+def _remove_stale(folder: Path, own: Path) -> None:
+    """Removes what was begun long ago and will hardly be gone on with, unless it is now."""
+    for left in {*folder.glob(".*.partial")} - {own}:
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                logger.info("data: removing %s, which was begun a month ago", left)
+                shutil.rmtree(left, ignore_errors=True)
+
+
+class _Totals(NamedTuple):
+    """What all parts hold together, and the files that they became."""
+
+    facts: dict[str, int]
+    files: dict[str, dict[str, Any]]
+    shards: list[dict[str, int]]
+
+
 def _write(
-    path: Path,
-    source: Source,
-    tokenizer: str | Tokenizer,
-    recipe: dict,
+    path: Path, source: Source, tokenizer: Tokenizer, format: Format, recipe: dict[str, Any]
 ) -> None:
     start = time.monotonic()
-    survey = _survey(source, want_alphabet=tokenizer == "char")
-    logger.info(
-        "data: reading %s: %s documents, %.1f MB",
-        source.origin,
-        f"{survey.documents:,}",
-        survey.num_bytes / 1e6,
-    )
-    cut = int(survey.characters * (1 - recipe["val_fraction"]))
-    if recipe["max_val_chars"] is not None:
-        cut = max(cut, survey.characters - recipe["max_val_chars"])
-    if tokenizer == "char":
-        tokenizer = tokenizers.characters(survey.alphabet, end_token=survey.documents > 1)
-    elif tokenizer == "byte":
-        tokenizer = tokenizers.bytes_()
-    elif tokenizer == "bpe":
-        vocab_size = recipe["vocab_size"]
-        logger.info("data: training a BPE tokenizer of %s tokens", f"{vocab_size:,}")
-        tokenizer = tokenizers.train_bpe(_bpe_sample(source, cut), vocab_size)
-    assert isinstance(tokenizer, Tokenizer)
+    parts = source.parts()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    if ready := sum(encoding.done(path, n) is not None for n in range(len(parts))):
+        logger.info("data: going on with %s: %d of %d parts are done", path, ready, len(parts))
     try:
-        splits = _encode(source, tokenizer, cut, path, dtype)
+        encoding.run(Encoding(parts, format, tokenizer, path, dtype, source.name), parts)
     except DataError:
         _check_unchanged(source, recipe["source"])
         raise
     _check_unchanged(source, recipe["source"])
+    found = [encoding.done(path, n) or {} for n in range(len(parts))]
+    if not sum(facts["characters"] for facts in found):
+        raise DataError(f"{source.origin}: the text is empty; name a file with text in it")
+    totals = _joined(path, found, dtype)
     (path / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    manifest = recipe | {
-        "source": {
-            "name": source.name,
-            "origin": source.origin,
-            "digest": recipe["source"],
-            "files": len(source.paths),
-            "documents": survey.documents,
-            "characters": survey.characters,
-            "bytes": survey.num_bytes,
-        },
-        "tokenizer": {
-            "kind": recipe["tokenizer"],
-            "digest": tokenizer.digest,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        "dtype": dtype.str,
-        "splits": splits,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
-    (path / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    made = recipe | totals.facts
+    made["source"] = {"name": source.name, "origin": source.origin, "digest": recipe["source"]}
+    made["source"] |= source.describe()
+    made["tokenizer"] = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
+    made |= {"dtype": dtype.str, "shards": totals.shards, "files": totals.files}
+    made["command"] = shlex.join(sys.argv)
+    made["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made["checksum"] = _checksum(made)
+    words = json.dumps(made, indent=2, sort_keys=True, ensure_ascii=False)
+    (path / "manifest.json").write_text(words + "\n", encoding="utf-8")
+    for left in path.glob("part-*"):
+        left.unlink()
+    seconds = time.monotonic() - start
     logger.info(
-        "data: %s training and %s validation tokens in %.1f s",
-        f"{splits['train']['tokens']:,}",
-        f"{splits['val']['tokens']:,}",
-        time.monotonic() - start,
+        "data: %s documents, %.1f MB, became %s tokens in %.1f s (%.2f bytes per token)",
+        f"{made['documents']:,}",
+        made["bytes"] / 1e6,
+        f"{made['tokens']:,}",
+        seconds,
+        made["bytes"] / max(made["tokens"], 1),
     )
 
 
@@ -235,124 +355,93 @@ def _check_unchanged(source: Source, digest: str) -> None:
         )
 
 
-def _partial_mark() -> str:
-    """Returns what stands before the process id in the name of a folder that is being written."""
-    host = "".join(c for c in socket.gethostname() if c.isalnum() or c in "-_")
-    return f".tmp-{host}-"
+def _joined(path: Path, parts: list[dict[str, Any]], dtype: np.dtype) -> _Totals:
+    """Joins the files of all parts into those of the cache."""
+    facts = {name: sum(part[name] for part in parts) for name in _SUMMED}
+    facts["largest"] = max(part["largest"] for part in parts)
+    is_masked = facts["learned"] < facts["tokens"]
+    sizes: list[int] = []
+    outputs: list[_Output] = []
+
+    def output(name: str) -> _Output:
+        outputs.append(stack.enter_context(_Output(path / name)))
+        return outputs[-1]
+
+    with contextlib.ExitStack() as stack:
+        documents = output("documents.bin")
+        tokens, mask = None, None
+        held, position = np.zeros(0, DOCUMENT), 0
+        for number, part in enumerate(parts):
+            # No file is empty: it could not be mapped.
+            if tokens is None or (tokens.size >= _SHARD_BYTES and part["tokens"]):
+                sizes.append(0)
+                tokens = output(_name("tokens", len(sizes) - 1))
+                mask = output(_name("mask", len(sizes) - 1)) if is_masked else None
+            place = path / f"part-{number}"
+            crc = tokens.copy(place.with_suffix(".tokens"))
+            if crc != part["crc32"]:
+                place.with_suffix(".json").unlink()  # So that it is made again.
+                raise StorageError(f"{place}.tokens was damaged on the disk; start again")
+            if mask and place.with_suffix(".mask").exists():
+                mask.copy(place.with_suffix(".mask"))
+            elif mask:
+                mask.write(b"\1" * part["tokens"])
+            rows = np.fromfile(place.with_suffix(".documents"), DOCUMENT)
+            rows["start"] += position
+            # Bytes before the first document of a part are those of the last one before it.
+            if len(held):
+                held["bytes"][-1] += part["leading_bytes"]
+            if len(rows):
+                documents.write(held.tobytes())
+                held = rows
+            sizes[-1] += part["tokens"]
+            position += part["tokens"]
+        documents.write(held.tobytes())
+        for made in outputs:
+            made.sync()
+    files = {made.path.name: {"bytes": made.size, "crc32": made.crc32} for made in outputs}
+    return _Totals(facts, files, [{"tokens": size} for size in sizes])
 
 
-def _remove_left(folder: Path) -> None:
-    """Removes what processes of this machine left that were killed while they wrote a cache."""
-    mark = _partial_mark()
-    for left in folder.glob(f".*{mark}*"):
-        pid = left.name.rpartition(mark)[2]
-        if pid.isdigit() and not durable.is_alive(int(pid)):
-            logger.info("data: removing %s, which a killed process left", left)
-            shutil.rmtree(left, ignore_errors=True)
+_SUMMED = ("tokens", "learned", "documents", "characters", "bytes")
 
 
-class _Ids:
-    """Keeps a checksum of ids, and the largest, while they pass.
+class _Output:
+    """A file of the cache while it is written.
 
     Attributes:
-      largest: -1 before there are any.
+      path: where.
+      size: bytes so far.
     """
 
-    def __init__(self) -> None:
-        self.largest, self._crc = -1, 0
+    def __init__(self, path: Path):
+        self.path, self.size, self._crc = path, 0, 0
+        self._file = path.open("wb")
 
-    def add(self, ids: np.ndarray) -> None:
-        self._crc = zlib.crc32(ids, self._crc)
-        if ids.size:
-            self.largest = max(self.largest, int(ids.max()))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._crc = zlib.crc32(content, self._crc)
+        self.size += len(content)
+
+    def copy(self, place: Path) -> str:
+        """Adds the content of a file; returns its checksum."""
+        crc = 0
+        with place.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                self.write(block)
+                crc = zlib.crc32(block, crc)
+        return f"{crc:08x}"
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     @property
     def crc32(self) -> str:
         return f"{self._crc:08x}"
-
-
-@dataclasses.dataclass
-class _Survey:
-    documents: int = 0
-    characters: int = 0
-    num_bytes: int = 0
-    alphabet: set[str] = dataclasses.field(default_factory=set)
-
-
-def _survey(source: Source, want_alphabet: bool) -> _Survey:
-    survey = _Survey()
-    for document in source.documents():
-        before = survey.characters
-        for piece in document.pieces():
-            survey.characters += len(piece)
-            survey.num_bytes += len(piece.encode())
-            if want_alphabet:
-                survey.alphabet |= set(piece)
-        survey.documents += survey.characters > before
-    if not survey.characters:
-        raise DataError(f"{source.origin}: the text is empty; name a file with text in it")
-    if len(survey.alphabet) > _CHARACTER_LIMIT:
-        raise DataError(
-            f"{source.origin}: {len(survey.alphabet)} different characters are too many for "
-            "data.tokenizer=char; use byte or bpe"
-        )
-    return survey
-
-
-def _split_at(source: Source, cut: int) -> Iterator[tuple[str, str, bool]]:
-    """Yields (split, piece, whether it ends a document), cutting the piece that straddles."""
-    position = 0
-    for document in source.documents():
-        held: tuple[str, str] | None = None
-        for piece in document.pieces():
-            first = max(0, min(len(piece), cut - position))
-            position += len(piece)
-            for split, part in zip(SPLITS, (piece[:first], piece[first:]), strict=True):
-                if part:
-                    if held:
-                        yield *held, False
-                    held = split, part
-        if held:
-            yield *held, True
-
-
-def _bpe_sample(source: Source, cut: int) -> Iterator[str]:
-    """Yields training text, thinned evenly to at most `_BPE_SAMPLE_CHARS` characters."""
-    stride = max(1, -(-cut // _BPE_SAMPLE_CHARS))
-    pieces = (piece for split, piece, _ in _split_at(source, cut) if split == "train")
-    return itertools.islice(pieces, 0, None, stride)
-
-
-def _encode(
-    source: Source, tokenizer: Tokenizer, cut: int, path: Path, dtype: np.dtype
-) -> dict[str, dict]:
-    counts: dict[str, dict] = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
-    written = {split: _Ids() for split in SPLITS}
-    marks, texts = itertools.tee(_split_at(source, cut))
-    encoded = tokenizer.encode_pieces(_known(tokenizer, (piece for _, piece, _ in texts), source))
-    with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context((path / f"{s}.bin").open("wb")) for s in SPLITS}
-        for (split, piece, is_end), ids in zip(marks, encoded, strict=True):
-            if is_end and tokenizer.end_id is not None:
-                ids.append(tokenizer.end_id)
-            ids_N = np.array(ids, dtype)
-            files[split].write(ids_N.tobytes())
-            written[split].add(ids_N)
-            counts[split]["tokens"] += len(ids)
-            counts[split]["bytes"] += len(piece.encode())
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    for split, ids in written.items():
-        counts[split] |= {"crc32": ids.crc32, "largest": ids.largest}
-    return counts
-
-
-def _known(tokenizer: Tokenizer, pieces: Iterable[str], source: Source) -> Iterator[str]:
-    for piece in pieces:
-        if unknown := tokenizer.unknown_characters(piece):
-            raise DataError(
-                f"{source.origin}: the tokenizer does not know the character {unknown[0]!r} "
-                f"(U+{ord(unknown[0]):04X}); choose data.tokenizer=byte or bpe"
-            )
-        yield piece

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.workers import Workers, batch_error, make_batch, origin
+from craft_jax.data.base import Batch, Dataset, vocab_size_of
+from craft_jax.data.workers import WHOLE, Workers, batch_error, make_batch, origin
 from craft_jax.errors import CraftError, DataError, StoppedError
 
 T = TypeVar("T")
@@ -21,7 +21,14 @@ _IDS = ("tokens", "targets", "source")
 
 
 def load_batches(
-    dataset: Dataset, first: int, last: int, *, workers: int, ahead: int, then: Callable[[Batch], T]
+    dataset: Dataset,
+    first: int,
+    last: int,
+    *,
+    workers: int,
+    ahead: int,
+    then: Callable[[Batch], T],
+    rows: slice = WHOLE,
 ) -> Iterator[T]:
     """Yields `then(batch)` for the batches `first`, ..., `last - 1` of a dataset.
 
@@ -36,6 +43,7 @@ def load_batches(
         for.
       then: what to do with each, in a thread of this process and in order, such as to put it on
         the devices.
+      rows: which rows of each batch, where other processes make the others.
 
     Raises:
       DataError: a batch could not be made: `batch` raised something, which is named with its place,
@@ -44,50 +52,58 @@ def load_batches(
       ConfigError: the dataset cannot be sent to worker processes.
     """
     if workers and last > first:
-        return _from_workers(dataset, first, last, workers, ahead, then)
-    return prefetch(lambda step: then(read_batch(dataset, step)), first, last, ahead)
+        return _from_workers(dataset, first, last, workers, ahead, then, rows)
+    return prefetch(lambda step: then(read_batch(dataset, step, rows)), first, last, ahead)
 
 
 def _from_workers(
-    dataset: Dataset, first: int, last: int, workers: int, ahead: int, then: Callable[[Batch], T]
+    dataset: Dataset,
+    first: int,
+    last: int,
+    workers: int,
+    ahead: int,
+    then: Callable[[Batch], T],
+    rows: slice,
 ) -> Iterator[T]:
     def get(step: int) -> T:
         batch = pool.get(step)
-        check_ids(dataset, step, batch)
+        check_ids(dataset, step, batch, rows)
         return then(batch)
 
-    with Workers(dataset, first, last, count=min(workers, last - first), ahead=ahead) as pool:
+    count = min(workers, last - first)
+    with Workers(dataset, first, last, count=count, ahead=ahead, rows=rows) as pool:
         yield from prefetch(get, first, last, ahead, pool.kill)
 
 
-def read_batch(dataset: Dataset, step: int) -> Batch:
-    """Returns a batch of a dataset, checked.
+def read_batch(dataset: Dataset, step: int, rows: slice = WHOLE) -> Batch:
+    """Returns a batch of a dataset, or some rows of it, checked.
 
     Raises:
       DataError, CraftError: see `load_batches`.
     """
     try:
-        batch = make_batch(dataset, step)
+        batch = make_batch(dataset, step, rows)
     except (CraftError, StoppedError):
         raise
     except BaseException as error:
         raise batch_error(dataset, step, error) from error
-    check_ids(dataset, step, batch)
+    check_ids(dataset, step, batch, rows)
     return batch
 
 
-def check_ids(dataset: Dataset, step: int, batch: Batch) -> None:
+def check_ids(dataset: Dataset, step: int, batch: Batch, rows: slice = WHOLE) -> None:
     """Sees that all ids of a batch are in the vocabulary: JAX computes something for any other.
 
     Args:
       dataset: where the batch is from; one without a `vocab_size` has no ids.
       step: the number of the batch, for messages.
       batch: of `tokens`, `targets` and `source`, integers (B, T), those that it has are checked.
+      rows: which rows of the whole batch these are.
 
     Raises:
       DataError: an id is not in [0, vocab_size).
     """
-    vocab_size = getattr(dataset, "vocab_size", None)
+    vocab_size = vocab_size_of(dataset)
     for name in _IDS:
         ids = batch.get(name)
         if vocab_size is None or ids is None or ids.dtype.kind not in "iu" or not ids.size:
@@ -99,7 +115,8 @@ def check_ids(dataset: Dataset, step: int, batch: Batch) -> None:
         where = ""
         if len(place) == 2 and name != "source":
             # A target is the token one place later.
-            where = dataset.place(step, place[0], place[1] + (name == "targets"))
+            row = place[0] + (rows.start or 0)
+            where = dataset.place(step, row, place[1] + (name == "targets"))
         raise DataError(
             f"{origin(dataset)}: batch {step} has the id {ids[tuple(place)]} in {name}{place}"
             f"{where and f' ({where})'}, but the vocabulary has {vocab_size} tokens, from 0; mend "

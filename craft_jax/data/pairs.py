@@ -20,13 +20,13 @@ import numpy as np
 
 from craft_jax.data import tokenizers
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.sources import blocks, other_encoding, plain_name, shown
+from craft_jax.data.documents import plain_name, shown
+from craft_jax.data.sources import blocks, other_encoding
 from craft_jax.data.tokenizers import END_TOKEN, Tokenizer
 from craft_jax.errors import DataError
 
 SUFFIXES = (".tsv", ".jsonl", ".tsv.gz", ".jsonl.gz")
 _NUM_VAL = 1000
-_ENCODED_AT_ONCE = 1024
 
 
 class Pair(NamedTuple):
@@ -267,8 +267,7 @@ class Sequences:
         """Lays rows one after another."""
         rows = list(rows)
         bounds = np.cumsum([0, *map(len, rows)])
-        flat = itertools.chain.from_iterable(rows)
-        return cls(np.fromiter(flat, np.int32, count=bounds[-1]), bounds)
+        return cls(np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32), bounds)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -474,7 +473,7 @@ def _encode(pairs: Sequence[Pair], origin: str, tokenizer: Tokenizer, seq_len: i
     sides = {}
     for side in ("source", "target"):
         texts = [getattr(pair, side) for pair in pairs]
-        sides[side] = Sequences.of(tokenizer.encode_pieces(texts, _ENCODED_AT_ONCE))
+        sides[side] = Sequences.of(tokenizer.encode_batch(texts))
     lengths = {side: np.diff(rows.bounds) + 1 for side, rows in sides.items()}
     longest = max((int(found.max()) for found in lengths.values() if len(found)), default=0)
     for side, found in lengths.items():

@@ -1,180 +1,432 @@
 """From the `data` section of a config to datasets: the one page that joins the rooms of `data/`.
 
-`prepare` turns a source into a token cache; `open_datasets` gives the training and validation
-batches, from that cache, from pairs of text, or from a dataset class of the user's own.
+    source -> tokenizer -> token cache -> splits -> rows -> batches by number
+
+`prepare` goes as far as the caches; `open_datasets` gives the batches of all splits, of text, of
+pairs of text, of images, or of a dataset class of the user's own.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import importlib
+import json
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from craft_jax import plugins
-from craft_jax.data import cache, pairs, sources, text
+from craft_jax.data import cache, examples, own_source, pairs, sources, splits, text, vocabulary
 from craft_jax.data.base import Dataset, Recipe
 from craft_jax.data.cache import TokenCache
+from craft_jax.data.documents import Source
+from craft_jax.data.sampling import mix
+from craft_jax.data.settings import DataConfig, Ingredient, mixture_of
+from craft_jax.data.splits import Fractions
+from craft_jax.data.text import Rows, Stream
 from craft_jax.data.tokenizers import KINDS, Tokenizer
-from craft_jax.errors import ConfigError, UsageError
-from craft_jax.schema import MAX_POSITIONS, MAX_VOCAB, Contradiction, setting
+from craft_jax.errors import ConfigError, DataError, UsageError
+
+logger = logging.getLogger(__name__)
 
 NO_TOKENIZER = "the model came without a tokenizer: name one with --tokenizer=PATH"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to train on, and how it is cut into batches."""
-
-    source: Literal["auto", "stdlib", "files"] = setting(
-        "auto", "where text comes from; auto is files when data.path is set, else stdlib"
-    )
-    path: str | None = setting(None, "a file, a folder or a glob pattern of text")
-    text_field: str = setting("text", "the field that holds the text in .jsonl lines")
-    tokenizer: str | None = setting(
-        "bpe", "char, byte, bpe, or the path of a tokenizer.json; none for a model without one"
-    )
-    vocab_size: int = setting(
-        1024,
-        "tokens in the vocabulary that bpe trains; others ignore it",
-        minimum=257,
-        maximum=MAX_VOCAB,
-    )
-    val_fraction: float = setting(
-        0.1,
-        "the part of the text, or of a file's pairs, at its end, that validates",
-        minimum=0,
-        below=1,
-    )
-    max_val_chars: int | None = setting(
-        None, "the most characters that validate; none for no limit", minimum=1
-    )
-    pairs: str | None = setting(
-        None,
-        "pairs of text instead of running text: dates, reverse or sort (made here), or the path of "
-        "a .tsv or .jsonl file (fields source, target)",
-    )
-    num_pairs: int = setting(20000, "made pairs that train", minimum=1, maximum=10**7)
-    seq_len: int = setting(
-        128,
-        "tokens in a training window; of pairs, the most in a source and in a target, end token "
-        "included",
-        minimum=1,
-        maximum=MAX_POSITIONS,
-    )
-    batch_size: int = setting(
-        16, "windows or pairs per optimizer step, over all devices", minimum=1, maximum=2**24
-    )
-    dataset: str | None = setting(
-        None, "a dataset class of your own, path/file.py:Class; replaces the text pipeline"
-    )
-    workers: int = setting(0, "processes that make batches; 0 for a thread", minimum=0, maximum=64)
-    prefetch: int = setting(
-        2,
-        "batches made ahead, and as many by each of the workers; 0 makes each when it is asked for",
-        minimum=0,
-        maximum=1000,
-    )
-    allow_change: bool = setting(
-        False, "continue a run on data that has changed; its batches are counted from 0 again"
-    )
-
-    def contradictions(self) -> Iterator[Contradiction]:
-        if self.source == "files" and not self.path:
-            yield Contradiction(
-                ("data.source", "data.path"), "data.source=files needs data.path; name your text"
-            )
-        if self.source == "stdlib" and self.path:
-            yield Contradiction(
-                ("data.source", "data.path"),
-                f"data.source=stdlib contradicts data.path={self.path}; leave one of them out",
-            )
-        other = "path" if self.path else "dataset" if self.dataset else None
-        if self.pairs and other:
-            yield Contradiction(
-                ("data.pairs", f"data.{other}"),
-                f"data.pairs={self.pairs} contradicts data.{other}={getattr(self, other)}; leave "
-                "one of them out",
-            )
+_MAX_NAME = 60
+_BLOCK = 1 << 22
+_SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
 class Datasets(NamedTuple):
-    """The two splits; `val` is None where nothing is held out."""
+    """The splits; `val` and `test` are None where nothing is held out."""
 
     train: Dataset
-    val: Dataset | None
+    val: Dataset | None = None
+    test: Dataset | None = None
 
 
-def prepare(config: DataConfig, workdir: Path, tokenizer: Tokenizer | None = None) -> TokenCache:
+class Prepared(NamedTuple):
+    """One source of a config, tokenized.
+
+    Attributes:
+      ingredient: what it is, and its share of the mixture.
+      caches: by split, where the source or the config names splits; else `train` alone, which the
+        others are a part of.
+    """
+
+    ingredient: Ingredient
+    caches: Mapping[str, TokenCache]
+
+
+# Sources.
+
+
+def open_source(config: DataConfig, kind: str, place: str | None, split: str) -> Source:
+    """Opens one source of text.
+
+    Args:
+      config: how it is read.
+      kind: as `DataConfig.source`, without `auto`.
+      place: a path, or the name of a dataset.
+      split: of a dataset that has several.
+
+    Raises:
+      DataError: it is not there, or cannot be read.
+      ConfigError: it is a class that cannot be used.
+    """
+    if kind == "stdlib":
+        return sources.open_files(None)
+    if kind == "files":
+        return sources.open_files(place, config.text_separator)
+    if plugins.is_reference(kind):
+        return own_source.OwnSource(kind, config)
+    assert place is not None
+    # These need packages that take a while to import.
+    if kind == "tfds":
+        module = importlib.import_module("craft_jax.data.tfds_source")
+        return module.TfdsSource(place, config.data_dir, split, f"data.name={place}")
+    if kind == "huggingface":
+        module = importlib.import_module("craft_jax.data.hf_source")
+        return module.HuggingFaceSource(place, split, f"data.path={place}")
+    raise ConfigError(f"data.source={kind} holds images, not text; use a model of images")
+
+
+def open_sources(config: DataConfig) -> list[tuple[Ingredient, dict[str, Source]]]:
+    """Opens all sources of a config, each with the splits that are named.
+
+    Raises:
+      DataError, ConfigError: see `open_source`.
+    """
+    opened = []
+    for ingredient in mixture_of(config):
+        kind, place, _ = ingredient
+        found = {"train": open_source(config, kind, place, config.split)}
+        for name in ("val", "test"):
+            named = getattr(config, f"{name}_split")
+            if named and kind in ("tfds", "huggingface"):
+                found[name] = open_source(config, kind, place, named)
+            elif named and not any(name in others for _, others in opened):
+                found[name] = open_source(config, "files", named, config.split)
+        opened.append((ingredient, found))
+    return opened
+
+
+def read_text(config: DataConfig, path: str) -> str:
+    """Returns the text of a file, a folder or a glob pattern, whole.
+
+    Raises:
+      DataError: it is missing or not text.
+    """
+    parts = open_source(config, "files", path, config.split).parts()
+    documents = (document for part in parts for document in part.documents())
+    return "".join(s.text for d in documents for s in config.format.stretches(d))
+
+
+def prepare(
+    config: DataConfig, workdir: Path, tokenizer: Tokenizer | None = None
+) -> list[Prepared]:
     """Tokenizes the text of a config, or finds it tokenized already.
 
     Args:
       config: what to read.
-      workdir: the cache goes into `{workdir}/data/`.
+      workdir: the caches go into `{workdir}/data/`.
       tokenizer: takes the place of the config's, to continue a run with its own.
 
     Raises:
-      UsageError: the run has no tokenizer, or no text.
+      UsageError: the run has no tokenizer.
       DataError, StorageError: see `cache.build`.
     """
-    if config.source == "files" and not config.path:
+    if config.source == "files" and not config.path and not config.mixture:
         raise UsageError("data.path is empty: name your text with --config.data.path=PATH")
     if config.tokenizer is None and tokenizer is None:
         raise UsageError(NO_TOKENIZER)
-    source = sources.open_source(config.source, config.path, config.text_field)
-    build = {
-        "vocab_size": config.vocab_size,
-        "val_fraction": config.val_fraction,
-        "max_val_chars": config.max_val_chars,
-    }
-    if tokenizer is not None and (not config.tokenizer or is_tokenizer_path(config.tokenizer)):
-        return cache.build(source, tokenizer=tokenizer, folder=workdir / "data", **build)
-    found = cache.build(source, tokenizer=config.tokenizer, folder=workdir / "data", **build)
-    if tokenizer is None or found.tokenizer.digest == tokenizer.digest:
-        return found
-    return cache.build(source, tokenizer=tokenizer, folder=workdir / "data", **build)
+    opened = open_sources(config)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config, workdir, [found["train"] for _, found in opened])
+    prepared = []
+    for ingredient, found in opened:
+        build = {"tokenizer": tokenizer, "format": config.format, "folder": workdir / "data"}
+        caches = {name: cache.build(source, **build) for name, source in found.items()}
+        prepared.append(Prepared(ingredient, caches))
+    return prepared
+
+
+def make_tokenizer(config: DataConfig, workdir: Path, training: list[Source]) -> Tokenizer:
+    """Returns the tokenizer of a config, made from the training text of its sources if need be.
+
+    Raises:
+      DataError: it cannot be read, or the text cannot.
+    """
+    assert config.tokenizer is not None
+    return vocabulary.make(
+        config.tokenizer,
+        training,
+        config.format,
+        fractions=config.fractions,
+        hold_out=config.hold_out,
+        vocab_size=config.vocab_size,
+        special=config.special_tokens,
+        max_chars=config.tokenizer_chars,
+        folder=workdir / "data" / "tokenizers",
+    )
+
+
+# Splits.
+
+
+class Part(NamedTuple):
+    """What one split has of a cache.
+
+    Attributes:
+      cache: where it lies.
+      stretches: first token and end of each document, or piece of one, int64 (M, 2).
+      num_bytes: UTF-8 bytes of its text.
+      is_whole: whether no document is cut.
+    """
+
+    cache: TokenCache
+    stretches: np.ndarray
+    num_bytes: int
+    is_whole: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.stretches[:, 1] - self.stretches[:, 0]).sum())
+
+
+def divide(prepared: Prepared, config: DataConfig) -> dict[str, Part]:
+    """Returns what each split has of a source; splits without any are left out.
+
+    Raises:
+      DataError: what is left to train on is empty.
+    """
+    found = _divided(prepared.caches["train"], config.fractions, config.hold_out)
+    for name in ("val", "test"):
+        if name in prepared.caches:
+            found[name] = _divided(prepared.caches[name], Fractions(), "documents")["train"]
+        if name in found and config.max_val_tokens:
+            found[name] = _first(found[name], config.max_val_tokens)
+    return found
+
+
+def _divided(tokens: TokenCache, fractions: Fractions, hold_out: str) -> dict[str, Part]:
+    documents = tokens.documents
+    bounds = np.append(documents["start"], len(tokens.tokens)).astype(np.int64)
+    stretches = np.stack([bounds[:-1], bounds[1:]], axis=1)
+    is_tail = hold_out == "tail" or (hold_out == "auto" and len(documents) < splits.FEWEST)
+    if is_tail and any(fractions):
+        places = splits.by_place(len(tokens.tokens), fractions)
+        names = ("train", *splits.held_out(fractions))
+        return {name: _range(tokens, stretches, *places[name]) for name in names}
+    found = {}
+    for name, chosen in splits.by_key(np.asarray(documents["key"]), fractions).items():
+        numbers = chosen
+        if name != "train":  # In the order of their keys, so that the first are a fair sample.
+            numbers = chosen[np.argsort(documents["key"][chosen], kind="stable")]
+        if len(numbers) or name == "train":
+            size = int(documents["bytes"][numbers].sum())
+            found[name] = Part(tokens, stretches[numbers], size)
+    return found
+
+
+def _range(tokens: TokenCache, stretches: np.ndarray, start: int, stop: int) -> Part:
+    """Returns the documents, or pieces of them, between two tokens."""
+    inside = stretches[(stretches[:, 1] > start) & (stretches[:, 0] < stop)]
+    cut = np.clip(inside, start, stop)
+    return Part(tokens, cut, _text_bytes(tokens, cut), bool(np.array_equal(cut, inside)))
+
+
+def _text_bytes(tokens: TokenCache, stretches: np.ndarray) -> int:
+    """Returns how many bytes of UTF-8 the text of some tokens is."""
+    return sum(
+        tokens.tokenizer.num_bytes(tokens.tokens.read(start, min(start + _BLOCK, stop)))
+        for first, stop in stretches.tolist()
+        for start in range(first, stop, _BLOCK)
+    )
+
+
+def _first(part: Part, max_tokens: int) -> Part:
+    """Returns the first documents of a part, the last of them cut if need be."""
+    ends = np.cumsum(part.stretches[:, 1] - part.stretches[:, 0])
+    if part.num_tokens <= max_tokens:
+        return part
+    count = int(np.searchsorted(ends, max_tokens)) + 1
+    stretches = part.stretches[:count].copy()
+    stretches[-1, 1] -= int(ends[count - 1]) - max_tokens
+    return Part(part.cache, stretches, _text_bytes(part.cache, stretches), is_whole=False)
+
+
+def make_rows(part: Part, config: DataConfig, split: str, seed: int | None) -> Rows:
+    """Returns the rows of one split of a source.
+
+    Raises:
+      DataError: it is shorter than one row.
+    """
+    tokens, mask, tokenizer = part.cache.tokens, part.cache.mask, part.cache.tokenizer
+    try:
+        if config.layout == "concatenated":
+            # One window that is padded is enough to evaluate on, but hardly meant to be learned.
+            least = config.seq_len if split == "train" else 1
+            text.need_tokens(part.num_tokens, least, config.seq_len, _SPLIT_WORDS[split])
+            stream = Stream(tokens, part.stretches, mask)
+            is_random = config.order == "random" and seed is not None
+            kind = text.RandomWindows if is_random else text.Windows
+            return kind(stream, config.seq_len, seed)
+        if not len(part.stretches):
+            raise DataError(f"the {_SPLIT_WORDS[split]} split has no document")
+        return text.DocumentRows(
+            tokens,
+            mask,
+            part.stretches,
+            seq_len=config.seq_len,
+            end_id=tokenizer.end_id,
+            is_packed=config.layout == "packed",
+        )
+    except DataError as error:
+        raise DataError(f"{part.cache.manifest['source']['origin']}: {error}") from None
+
+
+# Datasets.
 
 
 def open_datasets(
     config: DataConfig, *, workdir: Path, seed: int, tokenizer: Tokenizer | None = None
 ) -> Datasets:
-    """Returns the batches of both splits.
+    """Returns the batches of all splits.
 
     Raises:
       ConfigError: `data.dataset` names a class that cannot be used.
-      UsageError, DataError, StorageError: see `prepare`; also a split shorter than one window, and
-        pairs that cannot be used.
+      UsageError, DataError, StorageError: see `prepare`; also a split shorter than one row, and
+        pairs or images that cannot be used.
     """
     if config.dataset:
-        cls = plugins.load(config.dataset, "data.dataset", Dataset)
-        try:
-            splits = [cls(config, split, seed) for split in ("train", "val")]
-        except TypeError as error:
-            raise ConfigError(
-                f"data.dataset={config.dataset} is built as Class(config, split, seed): {error}"
-            ) from error
-        for dataset, split in zip(splits, ("train", "val"), strict=True):
-            dataset.recipe = Recipe(config.dataset, config, split, seed)
-        return Datasets(*splits)
-    if config.pairs:
-        given = tokenizer or config.tokenizer
-        if given is None:
-            raise UsageError(NO_TOKENIZER)
-        splits = pairs.open_pairs(
-            config.pairs,
-            num_pairs=config.num_pairs,
-            val_fraction=config.val_fraction,
-            tokenizer=given,
-            vocab_size=config.vocab_size,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=seed,
+        train, val = (
+            examples.build(Recipe(config.dataset, config, split, seed))
+            for split in ("train", "val")
         )
-        return Datasets(*splits)
-    tokens = prepare(config, workdir, tokenizer)
-    options = {"seq_len": config.seq_len, "batch_size": config.batch_size, "seed": seed}
-    train = text.from_cache(tokens, "train", **options)
-    if config.val_fraction == 0:
-        return Datasets(train, None)
-    return Datasets(train, text.from_cache(tokens, "val", **options))
+        return Datasets(train, val)
+    if config.pairs:
+        return Datasets(*_open_pairs(config, seed, tokenizer))
+    if is_of_images(config):
+        return _open_images(config, seed)
+    return open_text(config, prepare(config, workdir, tokenizer), seed)
+
+
+def _open_pairs(config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> tuple:
+    assert config.pairs is not None
+    given = tokenizer or config.tokenizer
+    if given is None:
+        raise UsageError(NO_TOKENIZER)
+    return pairs.open_pairs(
+        config.pairs,
+        num_pairs=config.num_pairs,
+        val_fraction=config.val_fraction,
+        tokenizer=given,
+        vocab_size=config.vocab_size,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=seed,
+    )
+
+
+def open_text(config: DataConfig, prepared: list[Prepared], seed: int) -> Datasets:
+    """Returns the batches of prepared sources.
+
+    Raises:
+      DataError: a split is shorter than one row.
+    """
+    divided = [divide(source, config) for source in prepared]
+    sizes = {"seq_len": config.seq_len, "batch_size": config.batch_size}
+    tokenizer = prepared[0].caches["train"].tokenizer
+    name = "_".join(p.caches["train"].manifest["source"]["name"] for p in prepared)
+    facts = {
+        "tokenizer": tokenizer,
+        "name": name[:_MAX_NAME],
+        "fingerprint": fingerprint(config, prepared),
+    }
+
+    def rows(split: str, seeds: Callable[[int], int | None]) -> list[Rows]:
+        return [
+            make_rows(parts[split], config, split, seeds(n))
+            for n, parts in enumerate(divided)
+            if split in parts
+        ]
+
+    shares = [source.ingredient.share for source in prepared]
+    training = rows("train", lambda n: int(mix(seed, n)) >> 33)
+    train = text.TextBatches(training, shares, seed=seed, **sizes)
+    num_bytes = sum(parts["train"].num_bytes for parts in divided)
+    found = {"train": text.described(train, num_bytes=num_bytes, **facts)}
+    for split in ("val", "test"):
+        if held_out := rows(split, lambda n: None):
+            num_bytes = sum(parts[split].num_bytes for parts in divided if split in parts)
+            made = text.ValidationRows(held_out, **sizes)
+            found[split] = text.described(made, num_bytes=num_bytes, **facts)
+    return Datasets(**found)
+
+
+def fingerprint(config: DataConfig, prepared: list[Prepared]) -> str:
+    """Returns what identifies the content that a config's batches are made of."""
+    digests = [{name: tokens.digest for name, tokens in p.caches.items()} for p in prepared]
+    shares = [str(p.ingredient.share) for p in prepared]
+    facts = [digests, shares, config.fractions, config.hold_out, config.layout, config.order]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# Images.
+
+
+def is_of_images(config: DataConfig) -> bool:
+    """Whether a config names images.
+
+    Raises:
+      DataError: it names a TFDS dataset that is not there.
+    """
+    if config.source != "tfds" or config.mixture:
+        return config.source in ("digits", "images") and not config.mixture
+    assert config.name is not None
+    module = importlib.import_module("craft_jax.data.tfds_source")
+    kinds = module.feature_kinds(module.open_builder(config.name, config.data_dir))
+    return "image" in kinds.values() and kinds.get(config.text_field) != "text"
+
+
+def _open_images(config: DataConfig, seed: int) -> Datasets:
+    images = importlib.import_module("craft_jax.data.images")
+    pixels = importlib.import_module("craft_jax.data.pixels")
+    processor = pixels.ImageProcessor(
+        size=config.image_size,
+        channels=config.image_channels,
+        crop=config.image_crop,
+        flip=config.image_flip,
+    )
+    options = {"batch_size": config.batch_size, "seed": seed, "processor": processor}
+    val_fraction, test_fraction = config.fractions
+    found = images.open_images(
+        _image_source(config, config.split),
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        **options,
+    )
+    for name in ("val", "test"):
+        if split := getattr(config, f"{name}_split"):
+            source = _image_source(config, split)
+            whole = images.open_images(source, val_fraction=0, test_fraction=0, **options)
+            found[name] = whole["train"].one_pass()
+    return Datasets(**found)
+
+
+def _image_source(config: DataConfig, split: str) -> Any:
+    if config.source == "tfds":
+        module = importlib.import_module("craft_jax.data.tfds_images")
+        return module.from_tfds(config.name, config.data_dir, split)
+    module = importlib.import_module("craft_jax.data.image_sources")
+    if config.source == "digits":
+        return module.digits()
+    # A split of a folder is a folder of its own.
+    return module.folder(config.path if split == config.split else split)
+
+
+# Words of a config.
 
 
 def is_tokenizer_path(tokenizer: str) -> bool:
@@ -185,3 +437,33 @@ def is_tokenizer_path(tokenizer: str) -> bool:
 def is_pairs_path(name: str) -> bool:
     """Whether `data.pairs` names a file rather than a task."""
     return name not in pairs.TASKS
+
+
+def with_paths(config: DataConfig, absolute: Callable[[str], str]) -> DataConfig:
+    """Returns a config whose paths are absolute, so that a run goes on from another folder."""
+    changes: dict[str, Any] = {
+        field: absolute(value)
+        for field in ("path", "data_dir")
+        if (value := getattr(config, field))
+    }
+    if config.tokenizer and is_tokenizer_path(config.tokenizer):
+        changes["tokenizer"] = absolute(config.tokenizer)
+    if config.pairs and is_pairs_path(config.pairs):
+        changes["pairs"] = absolute(config.pairs)
+    if config.source not in ("tfds", "huggingface"):
+        for field in ("val_split", "test_split"):
+            if value := getattr(config, field):
+                changes[field] = absolute(value)
+    mixture = []
+    for entry in config.mixture:
+        place, _, weight = entry.rpartition("=")
+        if not place:  # Not one: the check of the config says so.
+            mixture.append(entry)
+            continue
+        kind, colon, name = place.partition(":")
+        if colon and kind == "huggingface":
+            place = f"huggingface:{absolute(name)}"
+        elif place != "stdlib" and not (colon and kind == "tfds"):
+            place = absolute(place)
+        mixture.append(f"{place}={weight}")
+    return dataclasses.replace(config, mixture=tuple(mixture), **changes)

@@ -21,7 +21,8 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, Self
 
 from craft_jax import errors
-from craft_jax.data.base import Batch, Dataset
+from craft_jax.data import examples
+from craft_jax.data.base import Batch, Dataset, Recipe
 from craft_jax.errors import ConfigError, CraftError, DataError
 
 _LOOK_SECONDS = 1.0
@@ -32,6 +33,8 @@ _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _HINTS = {signal.SIGKILL: " (out of memory?)", signal.SIGSEGV: " (a fault in native code?)"}
 _NOT_OWN = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _READY = "ready"
+WHOLE = slice(None)
+"""All rows of a batch."""
 
 
 class Workers:
@@ -42,14 +45,24 @@ class Workers:
       first, last: their numbers.
       count: processes, at least one.
       ahead: batches that each makes before they are asked for.
+      rows: which rows of each batch.
 
     Raises:
       ConfigError: the dataset does not pickle.
     """
 
-    def __init__(self, dataset: Dataset, first: int, last: int, *, count: int, ahead: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        first: int,
+        last: int,
+        *,
+        count: int,
+        ahead: int,
+        rows: slice = WHOLE,
+    ):
         try:
-            self._pickled = ForkingPickler.dumps(dataset)
+            self._pickled = ForkingPickler.dumps((_Sent(dataset), rows))
         except Exception as error:
             raise ConfigError(
                 f"data.workers={count}: the dataset {origin(dataset)} cannot be sent to processes "
@@ -218,7 +231,8 @@ def _work(pipe: Connection, parent: int) -> None:
     with contextlib.suppress(EOFError, OSError):  # The parent has gone.
         pickled = pipe.recv_bytes()
         try:
-            dataset = ForkingPickler.loads(pickled)
+            sent, rows = ForkingPickler.loads(pickled)
+            dataset = sent.dataset
         except BaseException as error:
             _send(pipe, _Failure.of(error, is_opening=True))
             return
@@ -227,7 +241,7 @@ def _work(pipe: Connection, parent: int) -> None:
         while True:
             step = pipe.recv()
             try:
-                answer = make_batch(dataset, step)
+                answer = make_batch(dataset, step, rows)
             except BaseException as error:
                 answer = _Failure.of(error)
             _send(pipe, answer)
@@ -250,13 +264,29 @@ def _send(pipe: Connection, answer: Any) -> None:
         pipe.send(_Failure.of(error))
 
 
-def make_batch(dataset: Dataset, step: int) -> Batch:
-    """Returns a batch of a dataset, if it is one.
+class _Sent:
+    """A dataset on its way to another process, where one of the user's own is built again."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __reduce__(self) -> tuple:
+        # The module of a class from a file of the user's has another name in another process.
+        recipe = self.dataset.recipe
+        return (_rebuilt, (recipe,)) if recipe else (_Sent, (self.dataset,))
+
+
+def _rebuilt(recipe: Recipe) -> _Sent:
+    return _Sent(examples.build(recipe))
+
+
+def make_batch(dataset: Dataset, step: int, rows: slice = WHOLE) -> Batch:
+    """Returns a batch of a dataset, or some rows of it, if it is one.
 
     Raises:
       TypeError: it is no dict of arrays.
     """
-    batch = dataset.batch(step)
+    batch = dataset.batch(step) if rows == WHOLE else dataset.rows(step, rows)
     if not isinstance(batch, dict):
         raise TypeError(f"it returned a {type(batch).__name__}, not a dict of arrays")
     for name, array in batch.items():

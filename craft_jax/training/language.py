@@ -27,6 +27,8 @@ class LanguageModelTrainer(Trainer):
 class Seq2SeqTrainer(LanguageModelTrainer):
     """A trainer of models that read a source: their losses are `PairSums`."""
 
+    counts_alone = False
+
     def count(self, batch: Mapping[str, np.ndarray]) -> int:
         return int(batch["source_mask"].sum() + (batch["weights"] > 0).sum())
 

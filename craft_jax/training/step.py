@@ -86,6 +86,8 @@ def make_train_step(
         loss, weight, grads = (gradients if accumulate == 1 else accumulated)(state, batch, key)
         if axis_name:
             loss, weight, grads = jax.lax.psum((loss, weight, grads), axis_name)
+        # Of a batch in which nothing is learned, loss and gradient are 0.
+        weight = jnp.where(weight == 0, 1, weight)
         loss = loss / weight
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         grads = faults.poison(grads, state.step)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from craft_jax import faults, sharding
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.loading import load_batches
+from craft_jax.data.loading import WHOLE, load_batches
 from craft_jax.errors import DivergedError, StoppedError
 from craft_jax.losses import PLAIN, LossConfig
 from craft_jax.models.base import ModelDef
@@ -161,6 +161,8 @@ class Trainer:
     """
 
     unit = "examples"
+    counts_alone = True
+    """Whether `count` of some rows of a batch tells that of all, by their number."""
 
     def __init__(
         self,
@@ -196,6 +198,11 @@ class Trainer:
         self._watchdog = watchdog or Watchdog(0)
         self._is_exact = is_exact
         self._workers, self._prefetch, self._mode = workers, prefetch, mode
+        self._batch_size = getattr(train_data, "batch_size", None)
+        self._rows = WHOLE
+        # Of several processes each makes its part of a batch; but a digest is that of the whole.
+        if jax.process_count() > 1 and self._batch_size and self.counts_alone and not is_exact:
+            self._rows = sharding.own_rows(self._batch_size, mesh)
         self._norms_every = norms_every
 
         def compiled(policy: Policy) -> Callable:
@@ -341,6 +348,7 @@ class Trainer:
                 workers=self._workers,
                 ahead=self._prefetch,
                 then=self._put,
+                rows=self._rows,
             )
         )
         for step, (batch, items, md5) in enumerate(batches, start=first + 1):
@@ -615,7 +623,12 @@ class Trainer:
         """Puts a batch on the devices; returns it with what is known of it only here."""
         faults.point("data")
         md5 = batch_md5(batch) if self._is_exact else None
-        return sharding.put_batch(batch, self._mesh, self._mode), self.count(batch), md5
+        if self._rows == WHOLE:
+            return sharding.put_batch(batch, self._mesh, self._mode), self.count(batch), md5
+        assert self._batch_size is not None
+        items = self.count(batch) * self._batch_size // (self._rows.stop - self._rows.start)
+        whole = {"rows": self._rows, "batch_size": self._batch_size}
+        return sharding.put_batch(batch, self._mesh, self._mode, **whole), items, md5
 
     def _record(self, step: int, metrics: Mapping[str, float], **more: Any) -> StepRecord:
         more.setdefault("elapsed", time.monotonic() - self._began)

@@ -243,7 +243,7 @@ def test_two_trainers_on_one_run(text_file, workdir, capsys):
     ("content", "expected"),
     [
         (b"", "the text is empty"),
-        (b"x", "data.seq_len=16 needs at least 17 tokens, but the training split has 0"),
+        (b"x", "data.seq_len=16 needs at least 17 tokens, but the training split has 1"),
         (b"\xff\xfe\0a", "is UTF-16 text: byte 0xff at offset 0"),
         (b"abc\xe9\n" * 100, "not UTF-8 text: byte 0xe9 at offset 3"),
         (None, "no such file or folder"),
@@ -261,8 +261,10 @@ def test_texts_that_cannot_be_trained_on(tmp_path, workdir, content, expected, c
 
 
 def test_a_window_longer_than_the_validation_split(text_file, workdir, capsys):
-    config = micro(text_file, data__val_fraction=0.001)
-    assert train(*config, f"--workdir={workdir}") == 65
+    config = micro(text_file, data__val_fraction=0.001, training__num_steps=2)
+    assert train(*config, f"--workdir={workdir}") == 0  # Padded.
+    config = micro(text_file, data__val_fraction=0.0001)
+    assert train(*config, f"--workdir={workdir}/other") == 65
     assert "but the validation split has" in capsys.readouterr().err
 
 

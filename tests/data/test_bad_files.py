@@ -5,12 +5,11 @@ import os
 import random
 import subprocess
 
-import numpy as np
 import pytest
 
 from craft_jax import main as cli
 from craft_jax.data import pipeline, sources
-from craft_jax.data.pipeline import DataConfig
+from craft_jax.data.settings import DataConfig
 from tests.conftest import command, environment, micro
 
 TEXT = "the cat sees a dog and finds the red fox\n" * 60
@@ -75,8 +74,9 @@ def test_texts_come_back(tmp_path, workdir, name, tokenizer):
     path = tmp_path / name
     path.write_bytes(TRAINS[name])
     config = DataConfig(path=str(path), tokenizer=tokenizer, vocab_size=300)
-    tokens = pipeline.prepare(config, workdir)
-    ids = np.concatenate([tokens.tokens(split) for split in ("train", "val")])
+    (prepared,) = pipeline.prepare(config, workdir)
+    tokens = prepared.caches["train"]
+    ids = tokens.tokens.read(0, len(tokens.tokens))
     if tokenizer != "char":
         assert ids[-1] == tokens.tokenizer.end_id
     assert tokens.tokenizer.decode(ids).encode() == TRAINS[name].removeprefix(codecs.BOM_UTF8)

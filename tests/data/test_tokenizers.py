@@ -65,7 +65,7 @@ def test_characters_keep_the_ids_that_they_are_given():
     again = Tokenizer(tokenizers.tokenizers.Tokenizer.from_str(tokenizer.json))
     for one in (tokenizer, again):
         assert one.unknown_characters("xyz") == []
-        assert list(one.encode_pieces(["x", "b"])) == [[2], [7]]
+        assert [ids.tolist() for ids in one.encode_batch(["x", "b"])] == [[2], [7]]
     strict = tokenizers.numbered_characters({"b": 7, "a": 2})
     assert strict.unknown_characters("abc<unk>") == ["<", ">", "c", "k", "n", "u"]
 
@@ -90,7 +90,7 @@ def test_a_stream_that_stops_within_a_character():
 def test_pieces_encode_as_alone():
     tokenizer = tokenizers.train_bpe([words(2000)], 300)
     pieces = [words(50, seed) for seed in range(10)]
-    encoded = list(tokenizer.encode_pieces(pieces, batch=3))
+    encoded = [ids.tolist() for ids in tokenizer.encode_batch(pieces)]
     assert encoded == [tokenizer.encode(piece).tolist() for piece in pieces]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from craft_jax.data import loading, pipeline
-from craft_jax.data.pipeline import DataConfig
+from craft_jax.data import cache, loading, pipeline, text
+from craft_jax.data.settings import DataConfig
 from craft_jax.data.text import TrainingWindows, ValidationWindows
 from craft_jax.errors import ConfigError, DataError, UsageError
 from tests.conftest import environment
@@ -198,7 +198,7 @@ def test_workers_leave_signals_to_the_parent(tmp_path):
 SCRIPT = """
 import sys, time
 from craft_jax.data import loading, pipeline
-from craft_jax.data.pipeline import DataConfig
+from craft_jax.data.settings import DataConfig
 
 def main():
     config = DataConfig(dataset=sys.argv[1], tokenizer=None)
@@ -267,13 +267,27 @@ def test_what_cannot_be_sent_is_named():
         load(data, workers=1)
 
 
-def test_a_mapped_file_is_sent_as_its_name(tmp_path):
-    file = tmp_path / "tokens.bin"
-    (np.arange(200_000) % 90).astype("<u2").tofile(file)
-    data = TrainingWindows(np.memmap(file, "<u2", "r"), seq_len=16, batch_size=4, seed=1)
-    sent = pickle.dumps(data)
-    assert len(sent) < 5000
-    assert np.array_equal(pickle.loads(sent).batch(3)["tokens"], data.batch(3)["tokens"])
+@pytest.mark.parametrize("layout", ["concatenated", "rows"])
+def test_a_cache_is_sent_as_its_name(tmp_path, layout):
+    path = tmp_path / "a.txt"
+    path.write_text("the cat sees a dog " * 20_000, encoding="utf-8")
+    config = DataConfig(path=str(path), tokenizer="byte", layout=layout, seq_len=16, batch_size=4)
+    data = pipeline.open_datasets(config, workdir=tmp_path / "outputs", seed=1)
+    stream = text.Stream(*_cached(tmp_path / "outputs"))
+    for sendable in (stream, data.train, data.val):
+        if layout == "concatenated":
+            assert len(pickle.dumps(sendable)) < 5000
+        again = pickle.loads(pickle.dumps(sendable))
+        if sendable is stream:
+            assert np.array_equal(again.read(5, 100_000)[0], stream.read(5, 100_000)[0])
+        else:
+            assert np.array_equal(again.batch(3)["tokens"], sendable.batch(3)["tokens"])
+
+
+def _cached(workdir):
+    (file,) = workdir.glob("data/*/tokens-00000.bin")
+    count = file.stat().st_size // 2
+    return cache.Shards([file], [count], np.dtype("<u2")), np.array([[0, count]])
 
 
 def test_a_part_of_a_mapped_file_is_sent_as_it_is(tmp_path):

@@ -1,0 +1,143 @@
+"""What all sources of text have in common: documents, in parts that are read independently.
+
+A `Source` lists its `Part`s without reading them; each part, sent to whichever process tokenizes
+it, yields its `Document`s in order. Where parts begin and end depends on the content alone, so what
+comes out is the same for any number of processes.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PIECE_CHARS = 1 << 16
+PART_BYTES = 1 << 22
+"""About how much of a source one part holds: small enough to lose, large enough to be worth a
+message to another process."""
+_LOOK_BACK = 1 << 13
+_MAX_WORD = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """One running text, or one record with fields.
+
+    Attributes:
+      place: where it stands, for messages, such as `data.path: texts/a.jsonl line 3`; a function
+        where finding out takes time.
+      fields: of a record, such as a line of `.jsonl`; None for running text.
+      read: yields running text in order, in chunks of any size; None for records.
+      starts, ends: whether the document begins and ends here; a long one goes on in what follows.
+    """
+
+    place: str | Callable[[], str]
+    fields: Mapping[str, Any] | None = None
+    read: Callable[[], Iterator[str]] | None = None
+    starts: bool = True
+    ends: bool = True
+
+    def where(self) -> str:
+        """Returns `place` in words."""
+        return self.place if isinstance(self.place, str) else self.place()
+
+
+def pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """Yields running text in order, in pieces of about `PIECE_CHARS` characters.
+
+    A piece ends before a single space between two letters or digits: there the words before it and
+    after it are tokens of their own in nearly every vocabulary, so the tokens of the pieces are
+    those of the whole. Where there is no such space it ends before a newline, and else anywhere.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while len(rest) - start > PIECE_CHARS:
+            stop = cut(rest, start + PIECE_CHARS, start)
+            yield rest[start:stop]
+            start = stop
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def cut(text: str, near: int, start: int) -> int:
+    """Returns a place in (start, near] where running text is best cut; see `pieces`.
+
+    `text` must go on behind `near`.
+    """
+    lowest = max(start, near - _LOOK_BACK)
+    place = near
+    while (place := text.rfind(" ", lowest + 1, place)) > 0:
+        if text[place - 1].isalnum() and text[place + 1].isalnum():
+            return place
+    place = near
+    while (place := text.rfind("\n", lowest + 1, place)) > 0:
+        if not (text[place - 1].isspace() or text[place + 1].isspace()):
+            return place
+    return near
+
+
+class Part(abc.ABC):
+    """Some documents of a source that follow each other; it pickles.
+
+    Attributes:
+      num_bytes: about how many bytes it reads, for a progress bar.
+    """
+
+    num_bytes: int
+
+    @abc.abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Yields its documents in order.
+
+        Raises:
+          DataError: something in it cannot be read; names file, place and remedy.
+        """
+
+
+class Source(abc.ABC):
+    """An ordered collection of documents.
+
+    Attributes:
+      name: what to call it in file names and tables.
+      origin: the config value it came from, for error messages.
+    """
+
+    name: str
+    origin: str
+
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """Returns a SHA-256 of everything that it holds, hexadecimal.
+
+        Raises:
+          DataError: something in it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def parts(self) -> Sequence[Part]:
+        """Returns its parts in order.
+
+        Raises:
+          DataError: something in it cannot be read.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a manifest says of it besides name and origin, such as how many files."""
+        return {}
+
+
+# Words.
+
+
+def plain_name(target: Path) -> str:
+    """Turns a path into a short word for file names: letters, digits and underscores."""
+    word = "".join(c if c.isalnum() else "_" for c in target.name.split(".")[0]).strip("_")
+    return word[:_MAX_WORD] or "text"
+
+
+def shown(path: str | Path) -> str:
+    """Returns a path as messages show it: in one line, with escapes for what cannot be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
