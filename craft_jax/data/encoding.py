@@ -27,7 +27,7 @@ from craft_jax.errors import DataError, StorageError, UsageError
 DOCUMENT = np.dtype([("start", "<i8"), ("key", "<u8"), ("bytes", "<i8")])
 """Of each document: its first token, what decides its split, and how many bytes of UTF-8 it is."""
 
-_GROUP_CHARS = 1 << 18
+_GROUP_CHARS = 1 << 17
 _IN_ONE_PROCESS = 1 << 23
 _MAX_PROCESSES = 32
 

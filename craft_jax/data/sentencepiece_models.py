@@ -425,7 +425,7 @@ class _Charsmap:
             (key, _ESCAPE + chr(_FIRST_EXCEPTION + values[others[key]]), others[key])
             for key in sorted(others, key=lambda key: (-len(key), key))
         ]
-        alone = [self.single.get(c, c) for c in map(chr, _ALL)]
+        alone = [self.single.get(c, c) for c in map(chr, itertools.chain(*_ALL))]
         unknown = [c for c, same in zip(alone, _compose(alone), strict=True) if c != same]
         if unknown:
             return f"its rules of normalization replace sequences, but not {unknown[0]!r}"
@@ -462,7 +462,7 @@ class _Charsmap:
 
 # Every code point that can stand in a text, but for one that composes with nothing.
 _BETWEEN = "\n"
-_ALL = [*range(1, ord(_BETWEEN)), *range(ord(_BETWEEN) + 1, 0xD800), *range(0xE000, 0x110000)]
+_ALL = (range(1, ord(_BETWEEN)), range(ord(_BETWEEN) + 1, 0xD800), range(0xE000, 0x110000))
 
 
 @functools.lru_cache(maxsize=2)  # Reading one takes a second or two.

@@ -23,6 +23,7 @@ KINDS = ("char", "byte", "bpe")
 END_TOKEN = "<|endoftext|>"
 _END_TOKENS = (END_TOKEN, "</s>", "<eos>", "<EOS>", "[EOS]", "<|end_of_text|>", "<|eot_id|>")
 _MAX_NAMED = 10
+_MOST_OF_BYTES = 1024
 _EACH_CHARACTER = r"[\s\S]"
 _BY_CHARACTER = json.loads(
     pre_tokenizers.Split(Regex(_EACH_CHARACTER), "isolated").__getstate__().decode()
@@ -210,6 +211,8 @@ class _Table:
     @classmethod
     def of(cls, inner: tokenizers.Tokenizer) -> "_Table | None":
         """Returns the table that does what a tokenizer does; None where none does."""
+        if isinstance(inner.model, models.BPE) and inner.get_vocab_size() > _MOST_OF_BYTES:
+            return None  # It has merges, and reading them takes memory.
         described = json.loads(inner.to_str())
         model = described["model"]
         if described["normalizer"] or described["post_processor"]:

@@ -4,6 +4,8 @@ Sources flow in, read as streams; a tokenizer flows out, kept on disk under a di
 made from.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import itertools
@@ -139,6 +141,7 @@ def _bpe(
     made = tokenizers.train_bpe(counted, vocab_size, special, progress=sys.stderr.isatty())
     if not counted.characters and any(fractions):  # Of so little, by chance nothing trains.
         return _bpe(training, format, Fractions(), hold_out, vocab_size, special, max_chars)
+    _give_back_memory()
     if not counted.characters:
         raise DataError(f"{training[0].origin}: the text is empty; name a file with text in it")
     seconds = time.monotonic() - start
@@ -149,6 +152,12 @@ def _bpe(
         seconds,
     )
     return made
+
+
+def _give_back_memory() -> None:
+    """Returns freed memory to the system, for the processes that tokenize next."""
+    with contextlib.suppress(AttributeError, OSError):  # Not glibc.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Counted:
