@@ -43,6 +43,7 @@ COMMANDS = {
     "prepare": _Command("prepare", "tokenize the text of a config ahead of training"),
     "tokenizer": _Command("tokenizer", "make the tokenizer of a config, and say how it does"),
     "data": _Command("data", "show what a model will see: sources, splits, real batches"),
+    "benchmark": _Command("benchmark", "measure training and sampling of a config on this machine"),
     "visualize": _Command("visualize", "draw the curves of one or several runs"),
     "runs": _Command("list_runs", "list the runs with state, step, loss and age"),
     "verify": _Command("verify", "check every byte of a run's checkpoints"),
@@ -62,6 +63,7 @@ examples:
   python -m craft_jax.main prepare --config=configs/gpt.py
   python -m craft_jax.main tokenizer --config=configs/gpt.py --out=tokenizer.json
   python -m craft_jax.main data --config=configs/gpt.py
+  python -m craft_jax.main benchmark --config=configs/gpt.py
   python -m craft_jax.main runs
   python -m craft_jax.main verify --run=latest
 
@@ -193,7 +195,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--run", help="name or path of a run, or latest")
     if command == "verify":
         return parser
-    if command in ("train", *_OF_DATA):
+    if command in ("train", "benchmark", *_OF_DATA):
         add("--config", help="a config file, and its preset behind a colon")
     else:
         add("--tokenizer", help="a tokenizer.json, for an imported model that came without one")
@@ -213,6 +215,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
         )
         add("--num_processes", type=int, help="how many of them there are")
         add("--process_id", type=int, help="which one this is, from 0")
+    if command == "benchmark":
+        add("--steps", type=int, default=20, help="timed steps (default: 20)")
+        add(
+            "--decode_batches",
+            type=int,
+            nargs="+",
+            default=[1, 8],
+            help="rows that are sampled at once (default: 1 8)",
+        )
     if command == "tokenizer":
         add("--out", help="where to write the tokenizer.json")
     if command == "data":

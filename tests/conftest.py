@@ -15,6 +15,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# What is set up once in a process holds for all tests in it.
+os.environ["WANDB_MODE"] = "offline"
+
 import random
 import subprocess
 import sys

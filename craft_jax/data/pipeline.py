@@ -6,6 +6,7 @@
 pairs of text, of images, or of a dataset class of the user's own.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -143,12 +144,26 @@ def prepare(
     opened = open_sources(config)
     if tokenizer is None:
         tokenizer = make_tokenizer(config, workdir, [found["train"] for _, found in opened])
+    else:
+        tokenizer = _as_its_file(config, tokenizer)
     prepared = []
     for ingredient, found in opened:
         build = {"tokenizer": tokenizer, "format": config.format, "folder": workdir / "data"}
         caches = {name: cache.build(source, **build) for name, source in found.items()}
         prepared.append(Prepared(ingredient, caches))
     return prepared
+
+
+def _as_its_file(config: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """Returns a run's own tokenizer as its file gives it, where that is still the same.
+
+    A SentencePiece model knows more than a `tokenizer.json` has of it: see `Tokenizer`.
+    """
+    if config.tokenizer and is_tokenizer_path(config.tokenizer):
+        with contextlib.suppress(DataError):  # The run has a copy.
+            found = Tokenizer.load(config.tokenizer)
+            return found if found.digest == tokenizer.digest else tokenizer
+    return tokenizer
 
 
 def make_tokenizer(config: DataConfig, workdir: Path, training: list[Source]) -> Tokenizer:

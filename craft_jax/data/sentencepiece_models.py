@@ -13,10 +13,10 @@ had is refused; nothing is converted approximately. What makes it hold:
   control symbols, which text must never produce, worse than any other path. Scores are whole
   numbers, so that sums are exact and survive JSON.
 
-Two differences remain, both of them inexactness of the other side. The sentencepiece library sums
-scores of a unigram model as float32, so that in a tie, or in a very long text, rounding chooses its
-path. And in a run of byte pieces that has bytes which are no UTF-8, the tokenizers library writes
-U+FFFD for all bytes of the run.
+Two differences remain. The sentencepiece library sums scores of a unigram model as float32, so that
+in a tie, or in a very long text, rounding chooses its path: whoever has the file asks that library
+itself (`encoder`). And in a run of byte pieces that has bytes which are no UTF-8, the tokenizers
+library writes U+FFFD for all bytes of the run.
 """
 
 import functools
@@ -37,6 +37,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from craft_jax.errors import DataError
 
+SUFFIX = ".model"
 _SPACE = "\u2581"  # What stands for a space in a piece.
 _UNIGRAM, _BPE, _WORD, _CHAR = 1, 2, 3, 4
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -463,6 +464,23 @@ class _Charsmap:
 # Every code point that can stand in a text, but for one that composes with nothing.
 _BETWEEN = "\n"
 _ALL = (range(1, ord(_BETWEEN)), range(ord(_BETWEEN) + 1, 0xD800), range(0xE000, 0x110000))
+
+
+def encoder(path: Path) -> Any | None:
+    """Returns the library's own processor of a unigram model; None for another kind of model.
+
+    Args:
+      path: a file that `convert` takes.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    proto = _read(path)
+    if proto.trainer_spec.model_type != _UNIGRAM:
+        return None
+    return importlib.import_module("sentencepiece").SentencePieceProcessor(
+        model_proto=proto.SerializeToString()
+    )
 
 
 @functools.lru_cache(maxsize=2)  # Reading one takes a second or two.

@@ -75,7 +75,7 @@ def open_file(path: Path) -> tokenizers.Tokenizer:
         return _open_folder(path)
     if not path.is_file():
         raise DataError(f"tokenizer {path}: no such file; use char, byte, bpe, or a tokenizer.json")
-    if path.suffix == ".model":
+    if path.suffix == sentencepiece_models.SUFFIX:
         return sentencepiece_models.convert(path)
     return _open_json(path)
 

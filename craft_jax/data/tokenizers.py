@@ -8,15 +8,17 @@ special token by spelling one: `<|endoftext|>` in a document is encoded as ordin
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 
-from craft_jax.data import tokenizer_files
+from craft_jax.data import sentencepiece_models, tokenizer_files
 from craft_jax.errors import UsageError
 
 KINDS = ("char", "byte", "bpe")
@@ -36,9 +38,14 @@ class Tokenizer:
     Attributes:
       vocab_size: one more than the largest id.
       end_id: the id that ends a document, or None if the vocabulary has no such token.
+
+    Args:
+      inner: that of the library.
+      encoder: of a SentencePiece model, where it is at hand: it encodes in place of `inner`, which
+        may choose another one of two splits that score alike.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer):
+    def __init__(self, inner: tokenizers.Tokenizer, encoder: Any | None = None):
         inner.encode_special_tokens = True
         inner.no_truncation()
         inner.no_padding()
@@ -55,11 +62,12 @@ class Tokenizer:
             and model.unk_token not in inner.get_vocab(with_added_tokens=False)
             else None
         )
+        self._encoder = encoder
         self._table = _Table.of(inner)
         self._markup: tokenizers.Tokenizer | None = None
 
     def __reduce__(self) -> tuple:
-        return Tokenizer.parse, (self._inner.to_str(),)
+        return _restored, (self._inner.to_str(), self._encoder)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -68,7 +76,10 @@ class Tokenizer:
         Raises:
           DataError: there is none, or it cannot be read.
         """
-        return cls(tokenizer_files.open_file(Path(path)))
+        path = Path(path)
+        inner = tokenizer_files.open_file(path)
+        is_model = path.suffix == sentencepiece_models.SUFFIX and not path.is_dir()
+        return cls(inner, sentencepiece_models.encoder(path.expanduser()) if is_model else None)
 
     @classmethod
     def parse(cls, text: str) -> "Tokenizer":
@@ -99,6 +110,8 @@ class Tokenizer:
             return ids_T
         if self._characters is not None and self.unknown_characters(text):
             raise self._unknown(text, what)
+        if self._encoder is not None:
+            return np.array(self._encoder.encode(text), np.int32)
         return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -109,6 +122,10 @@ class Tokenizer:
         """
         if self._table is not None or self._characters is not None:
             return [self.encode(text) for text in texts]
+        if self._encoder is not None:
+            threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+            encoded = self._encoder.encode(list(texts), num_threads=threads)
+            return [np.array(ids, np.int32) for ids in encoded]
         found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
@@ -193,6 +210,10 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """Returns a decoder for ids that arrive one by one."""
         return TextStream(self._inner)
+
+
+def _restored(text: str, encoder: Any) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(text), encoder)
 
 
 class _Table:

@@ -4,6 +4,7 @@ import importlib
 import io
 import itertools
 import os
+import pickle
 import random
 import sysconfig
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 
 from craft_jax.data import sentencepiece_models
+from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import DataError
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -184,6 +186,13 @@ def test_unigram(name, tmp_path):
             assert score(proto, ids) >= score(proto, right) - 1e-6 * len(text)
             assert ours.decode(right) == ours.decode(ids)
     assert different < len(texts) / 200
+    # With the file at hand there is no difference, nor in a process that it is sent to.
+    (tmp_path / "exact.model").write_bytes(model)
+    exact = Tokenizer.load(tmp_path / "exact.model")
+    expected = theirs.encode(texts)
+    assert [ids.tolist() for ids in exact.encode_batch(texts)] == expected
+    sent = pickle.loads(pickle.dumps(exact))
+    assert [sent.encode(text).tolist() for text in texts[:500]] == expected[:500]
     for text in texts[::3]:
         right = theirs.encode(text)
         assert ours.decode(right) == theirs.decode(right)

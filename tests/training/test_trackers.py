@@ -70,8 +70,7 @@ def test_a_tracker_that_fails_costs_one_warning(store, tmp_path, caplog, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wandb_continues_its_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_wandb_continues_its_run(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     config = LogConfig(wandb="letters")

@@ -1,0 +1,94 @@
+"""What a benchmark compares with: the work of a model, the rate of a device, memory, and start-up.
+
+Numbers of a model and devices flow in, FLOPs, bytes and seconds flow out.
+"""
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+# Dense products of bfloat16 on one chip, FLOP/s, as its maker states them, by what JAX calls it.
+_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "TPU v6": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 197e12,
+    "TPU v4": 275e12,
+    "TPU v3": 123e12,
+}
+_MEASURED_SIZE = 2048
+_ROUNDS = 7
+
+
+def flops_per_token(
+    num_params: int, *, num_layers: int, num_heads: int, head_width: int, seq_len: int
+) -> int:
+    """Returns the FLOPs of training on one token: 6 N + 12 L H K T.
+
+    The formula is that of Chowdhery et al. 2022 (PaLM), appendix B: every parameter takes part in a
+    product, forward and twice backward, and attention is counted whole, not halved for its mask.
+    Others halve it, or leave embeddings out: compare like with like.
+    """
+    return 6 * num_params + 12 * num_layers * num_heads * head_width * seq_len
+
+
+def peak_flops(device: jax.Device) -> tuple[float, str]:
+    """Returns the FLOP/s that a device could do at best, and where that number is from.
+
+    Of an unknown device, such as a CPU, it is what a product of two matrices of 2048 by 2048 in
+    float32 does, measured here.
+    """
+    kind = device.device_kind
+    for name, peak in _PEAKS.items():
+        if name.lower() in kind.lower():
+            return peak, f"{name}, dense bfloat16, stated by its maker"
+    size = _MEASURED_SIZE
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+    seconds = median_seconds(lambda: product(matrix, matrix))
+    return 2 * size**3 / seconds, f"a float32 product of {size} x {size}, measured"
+
+
+def median_seconds(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
+    """Returns the median time of some work on the devices, after a round that is not counted."""
+    jax.block_until_ready(work())
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_host_bytes() -> int:
+    """Returns the most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_device_bytes(device: jax.Device) -> int | None:
+    """Returns the most memory that was used on a device, in bytes; None where it does not say."""
+    stats = device.memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+def seconds_since_start() -> float | None:
+    """Returns how long this process has lived; None where the system does not say."""
+    try:
+        words = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        began = int(words[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
