@@ -9,7 +9,7 @@ the source of Python's own standard library, or with `--config.data.path=...` on
 with what to expect:
 
     preset  parameters  where                  time           loss (nats per token)
-    tiny    0.9 M       2 CPU cores            2 to 3 min     3.8 (2.1 bits per byte)
+    tiny    0.9 M       2 CPU cores            2 to 3 min     2.9 (1.9 bits per byte)
     small   11 M        a GPU, or a night      unmeasured     unmeasured
     124m    124 M       GPUs or TPUs           unmeasured     unmeasured
     350m    355 M       "                      unmeasured     unmeasured
