@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -115,19 +116,19 @@ class TokenCache:
     manifest: dict
     tokenizer: Tokenizer
 
-    @property
+    @functools.cached_property
     def tokens(self) -> Shards:
         """All ids, uint16 or uint32."""
         return self._shards("tokens", np.dtype(self.manifest["dtype"]))
 
-    @property
+    @functools.cached_property
     def mask(self) -> Shards | None:
         """Of each id whether it is learned, uint8; None where all are."""
         if self.manifest["learned"] == self.manifest["tokens"]:
             return None
         return self._shards("mask", np.dtype(np.uint8))
 
-    @property
+    @functools.cached_property
     def documents(self) -> np.ndarray:
         """Of each document its first token, key and bytes (`encoding.DOCUMENT`)."""
         count = self.manifest["documents"]
@@ -160,7 +161,7 @@ def build(source: Source, *, tokenizer: Tokenizer, format: Format, folder: Path)
     """
     recipe = {
         "format": _FORMAT,
-        "source": source.digest(),
+        "source": source.first_digest,
         "fields": dataclasses.asdict(format),
         "tokenizer": tokenizer.digest,
     }
@@ -201,9 +202,8 @@ def _open(path: Path, digest: str) -> TokenCache | None:
             raise ValueError("manifest.json: checksum mismatch")
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         files = [(file, facts) for file, facts in manifest["files"].items()]
-        with ThreadPoolExecutor(
-            len(os.sched_getaffinity(0))
-        ) as pool:  # CRC-32 needs no interpreter.
+        # CRC-32 needs no interpreter.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             largest = max(pool.map(lambda item: _check(path, *item, manifest["dtype"]), files))
         if largest != manifest["largest"] or largest >= tokenizer.vocab_size:
             raise ValueError(f"it has ids up to {largest}")

@@ -7,9 +7,13 @@ comes out is the same for any number of processes.
 
 import abc
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from craft_jax.errors import DataError
 
 PIECE_CHARS = 1 << 16
 PART_BYTES = 1 << 22
@@ -116,6 +120,11 @@ class Source(abc.ABC):
           DataError: something in it cannot be read.
         """
 
+    @functools.cached_property
+    def first_digest(self) -> str:
+        """`digest`, as it was when it was first asked for: the whole source is read for it."""
+        return self.digest()
+
     @abc.abstractmethod
     def parts(self) -> Sequence[Part]:
         """Returns its parts in order.
@@ -141,3 +150,29 @@ def plain_name(target: Path) -> str:
 def shown(path: str | Path) -> str:
     """Returns a path as messages show it: in one line, with escapes for what cannot be printed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Returns what an error says, in one line of at most so many characters and dots."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= most else f"{words[:most]}..."
+
+
+# Files.
+
+
+def file_digest(path: Path, field: str) -> bytes:
+    """Returns the SHA-256 of the bytes of a file.
+
+    Args:
+      path: the file.
+      field: the config field that names it, for messages.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{field}: cannot read {shown(path)}: {error.strerror}") from error

@@ -105,11 +105,8 @@ class ExampleBatches(Dataset):
         numbers = step * self.batch_size + np.arange(self.batch_size)[rows]
         if self._seed is None:
             return self._stacked(np.minimum(numbers, count - 1), numbers < count)
-        places = [
-            int(sampling.shuffled(self._seed, int(n) // count, np.array([n % count]), count)[0])
-            for n in numbers
-        ]
-        return self._stacked(np.array(places), np.ones(len(places), bool))
+        places = sampling.places(self._seed, numbers, count)
+        return self._stacked(places, np.ones(len(places), bool))
 
     def _stacked(self, places: np.ndarray, counts: np.ndarray) -> Batch:
         examples = [self._examples[int(place)] for place in places]

@@ -55,6 +55,13 @@ class Format:
     learned_roles: tuple[str, ...] = ("assistant",)
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of records that are read."""
+        if self.messages_field:
+            return (self.messages_field,)
+        return (*((self.prompt_field,) if self.prompt_field else ()), self.text_field)
+
+    @property
     def special_tokens(self) -> list[str]:
         """The special tokens of the template, such as `<|im_start|>`, where it is used."""
         return sorted(set(_SPECIAL.findall(self.template))) if self.messages_field else []

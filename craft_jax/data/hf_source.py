@@ -15,12 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from craft_jax.data.documents import PART_BYTES, Document, Part, Source, plain_name, shown
+from craft_jax.data.documents import (
+    PART_BYTES,
+    Document,
+    Part,
+    Source,
+    file_digest,
+    one_line,
+    plain_name,
+    shown,
+)
 from craft_jax.data.parquet import batch_documents, load, parquet_parts, wanted_columns
 from craft_jax.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
-_MAX_WORDS = 200
 _REMEDY = "save or copy it again"
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<shard>\d{5})-of-(?P<count>\d{5})(-\w+)?")
 # How the hub reads names of files and folders.
@@ -110,13 +118,7 @@ class HuggingFaceSource(Source):
         for path in self.paths:
             name = path.relative_to(self.root).as_posix()
             digest.update(f"{name}\0".encode("utf-8", "replace"))
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise DataError(
-                    f"{self._field}: cannot read {shown(path)}: {error.strerror}"
-                ) from error
+            digest.update(file_digest(path, self._field))
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -151,16 +153,6 @@ class HuggingFaceSource(Source):
             num_bytes += batch.get_total_buffer_size()
         flush()
         return found
-
-
-def huggingface_splits(name: str, origin: str | None = None) -> list[str]:
-    """Returns the names of the splits that a folder has.
-
-    Raises:
-      DataError: it is no folder of a dataset.
-    """
-    origin = origin or f"data.name={shown(name)}"
-    return list(_splits(Path(os.path.expanduser(name)), name, origin))
 
 
 def _splits(root: Path, name: str, origin: str) -> dict[str, list[Path]]:
@@ -285,7 +277,7 @@ def _batches(path: Path, here: str) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{here}: cannot read it: {error.strerror}") from error
         raise DataError(
-            f"{here} is damaged, or no Arrow stream: {' '.join(str(error).split())[:_MAX_WORDS]} "
+            f"{here} is damaged, or no Arrow stream: {one_line(error)} "
             f"(record batch {number}); {_REMEDY}"
         ) from error
     # A stream that was cut between two batches reads like a shorter one.

@@ -9,9 +9,7 @@ remedy. `tfds_images` has the images of TensorFlow Datasets.
 import abc
 import bisect
 import dataclasses
-import hashlib
 import importlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,14 +59,6 @@ class ImageSource(abc.ABC):
     def place(self, i: int) -> str:
         """Returns words for where image `i` is stored, for messages."""
 
-    @abc.abstractmethod
-    def digest(self) -> str:
-        """Returns the SHA-256 of everything that it holds, hexadecimal.
-
-        Raises:
-          DataError: something in it cannot be read.
-        """
-
 
 # Arrays in memory.
 
@@ -100,14 +90,6 @@ class ArrayImages(ImageSource):
 
     def place(self, i: int) -> str:
         return f"{self.name} image {i}"
-
-    def digest(self) -> str:
-        labels = None if self.labels_N is None else self.labels_N.tolist()
-        digest = hashlib.sha256(
-            json.dumps([self.images_NHWC.shape, labels, self.label_names]).encode()
-        )
-        digest.update(np.ascontiguousarray(self.images_NHWC).data)
-        return digest.hexdigest()
 
 
 def digits() -> ArrayImages:
@@ -180,13 +162,6 @@ class FolderImages(ImageSource):
 
     def place(self, i: int) -> str:
         return f"{self.field}: {shown(self.root / self.files[i])}"
-
-    def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.label_names).encode())
-        for i, file in enumerate(self.files):
-            digest.update(f"{file}\0".encode("utf-8", "surrogateescape"))
-            digest.update(hashlib.sha256(self._read(i)).digest())
-        return digest.hexdigest()
 
     def _read(self, i: int) -> bytes:
         path = self.root / self.files[i]

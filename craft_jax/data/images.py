@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from craft_jax.data import splits
+from craft_jax.data import sampling, splits
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.image_sources import ImageSource
 from craft_jax.data.pixels import ImageProcessor
@@ -121,7 +121,7 @@ class TrainingImages(_Images):
     def batch(self, step: int) -> Batch:
         count, first = len(self.indices), step * self.batch_size
         numbers = range(first, first + self.batch_size)
-        places = [_epoch_order(self._seed, n // count, count)[n % count] for n in numbers]
+        places = sampling.places(self._seed, np.array(numbers), count)
         is_random = self.processor.flip or self.processor.crop == "random"
         generators = [
             np.random.default_rng([self._seed, n]) if is_random else None for n in numbers
@@ -156,11 +156,6 @@ class ValidationImages(_Images):
         first = step * self.batch_size
         indices = self.indices[first : first + self.batch_size].tolist()
         return self._batch(indices, [None] * len(indices))
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 # From a source to datasets.

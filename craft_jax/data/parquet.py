@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from craft_jax.data.documents import PART_BYTES, Document, Part, shown
+from craft_jax.data.documents import PART_BYTES, Document, Part, one_line, shown
 from craft_jax.errors import DataError
 
 _BATCH_ROWS = 1024
-_MAX_WORDS = 200
 _LFS_HEAD = b"version https://git-lfs"
 _REMEDY = "copy it again, or leave it out"
 
@@ -196,11 +195,15 @@ def _open(path: Path, here: str) -> Any:
             raise DataError(f"{here} is a pointer of Git LFS, not the file: run git lfs pull")
         return parquet.ParquetFile(path, page_checksum_verification=True)
     except (arrow.ArrowException, MemoryError, ValueError) as error:
-        raise DataError(f"{here} is not a whole Parquet file: {_words(error)}; {_REMEDY}") from None
+        raise DataError(
+            f"{here} is not a whole Parquet file: {one_line(error)}; {_REMEDY}"
+        ) from None
     except OSError as error:
         if error.errno:
             raise DataError(f"{here}: cannot read it: {error.strerror}") from error
-        raise DataError(f"{here} is not a whole Parquet file: {_words(error)}; {_REMEDY}") from None
+        raise DataError(
+            f"{here} is not a whole Parquet file: {one_line(error)}; {_REMEDY}"
+        ) from None
 
 
 def _next(batches: Iterator[Any], here: str) -> Any:
@@ -208,7 +211,7 @@ def _next(batches: Iterator[Any], here: str) -> Any:
     try:
         return next(batches, None)
     except (arrow.ArrowException, MemoryError, ValueError, OSError) as error:
-        raise DataError(f"{here} is damaged: {_words(error)}; {_REMEDY}") from error
+        raise DataError(f"{here} is damaged: {one_line(error)}; {_REMEDY}") from error
 
 
 def _first_invalid(batch: Any, invalid: type[Exception]) -> int:
@@ -234,7 +237,3 @@ def _transposed(value: dict[str, list[Any]] | None) -> Any:
     if value is None or None in value.values() or len({*map(len, value.values())}) != 1:
         return value
     return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_MAX_WORDS] or type(error).__name__

@@ -78,7 +78,7 @@ def open_source(config: DataConfig, kind: str, place: str | None, split: str) ->
     if kind == "stdlib":
         return sources.open_files(None)
     if kind == "files":
-        return sources.open_files(place, config.text_separator)
+        return sources.open_files(place, config.text_separator, config.format.fields)
     if plugins.is_reference(kind):
         return own_source.OwnSource(kind, config)
     assert place is not None
@@ -88,7 +88,8 @@ def open_source(config: DataConfig, kind: str, place: str | None, split: str) ->
         return module.TfdsSource(place, config.data_dir, split, f"data.name={place}")
     if kind == "huggingface":
         module = importlib.import_module("craft_jax.data.hf_source")
-        return module.HuggingFaceSource(place, split, f"data.path={place}")
+        origin = f"data.path={place}"
+        return module.HuggingFaceSource(place, split, origin, config.format.fields)
     raise ConfigError(f"data.source={kind} holds images, not text; use a model of images")
 
 
@@ -196,13 +197,11 @@ class Part(NamedTuple):
       cache: where it lies.
       stretches: first token and end of each document, or piece of one, int64 (M, 2).
       num_bytes: UTF-8 bytes of its text.
-      is_whole: whether no document is cut.
     """
 
     cache: TokenCache
     stretches: np.ndarray
     num_bytes: int
-    is_whole: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -248,7 +247,7 @@ def _range(tokens: TokenCache, stretches: np.ndarray, start: int, stop: int) -> 
     """Returns the documents, or pieces of them, between two tokens."""
     inside = stretches[(stretches[:, 1] > start) & (stretches[:, 0] < stop)]
     cut = np.clip(inside, start, stop)
-    return Part(tokens, cut, _text_bytes(tokens, cut), bool(np.array_equal(cut, inside)))
+    return Part(tokens, cut, _text_bytes(tokens, cut))
 
 
 def _text_bytes(tokens: TokenCache, stretches: np.ndarray) -> int:
@@ -268,7 +267,7 @@ def _first(part: Part, max_tokens: int) -> Part:
     count = int(np.searchsorted(ends, max_tokens)) + 1
     stretches = part.stretches[:count].copy()
     stretches[-1, 1] -= int(ends[count - 1]) - max_tokens
-    return Part(part.cache, stretches, _text_bytes(part.cache, stretches), is_whole=False)
+    return Part(part.cache, stretches, _text_bytes(part.cache, stretches))
 
 
 def make_rows(part: Part, config: DataConfig, split: str, seed: int | None) -> Rows:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from craft_jax import durable
+from craft_jax.data.documents import one_line
 from craft_jax.errors import ConfigError, DataError
 
 MAX_PIXELS = 1 << 26
@@ -22,7 +23,6 @@ MAX_PIXELS = 1 << 26
 
 # Pillow goes by the content, and knows formats that run other programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-_MAX_MESSAGE = 200
 _NO_IMAGE = "is no PNG, JPEG, WebP, BMP or GIF image"
 _WHITE = 255
 
@@ -82,12 +82,6 @@ def _pixels(image: Image.Image) -> np.ndarray:
     # A palette, or one colour, may be transparent without a channel of its own.
     pixels = np.asarray(image.convert(mode + "A" if image.has_transparency_data else mode))
     return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def one_line(error: BaseException) -> str:
-    """Returns what an error says, in one line that is not too long."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= _MAX_MESSAGE else f"{words[:_MAX_MESSAGE]}..."
 
 
 # Pixels to what a model reads.

@@ -56,6 +56,16 @@ def shuffled(seed: int, epoch: int, places: np.ndarray, count: int) -> np.ndarra
     return np.array([shuffle(n) if n == count else n for n in found], np.int64)
 
 
+def places(seed: int, numbers: np.ndarray, count: int) -> np.ndarray:
+    """Returns which of `count` examples the examples of these numbers are, epoch after epoch."""
+    epochs = numbers // count
+    found = np.empty(len(numbers), np.int64)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        found[here] = shuffled(seed, epoch, numbers[here] - epoch * count, count)
+    return found
+
+
 @functools.cache
 def _index_shuffle() -> Callable[..., int]:
     # Grain imports JAX, which the processes that make batches of few examples do without.

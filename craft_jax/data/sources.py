@@ -107,13 +107,20 @@ class FileSource(Source):
       root: names in the digest are relative to this folder.
       paths: the files.
       separator: what stands between the documents of a text file; None where each is one document.
+      columns: what is read of Parquet files; None for all.
     """
 
     def __init__(
-        self, name: str, origin: str, root: Path, paths: Sequence[Path], separator: str | None
+        self,
+        name: str,
+        origin: str,
+        root: Path,
+        paths: Sequence[Path],
+        separator: str | None,
+        columns: tuple[str, ...] | None = None,
     ):
         self.name, self.origin, self.root = name, origin, root
-        self.paths, self.separator = tuple(paths), separator
+        self.paths, self.separator, self.columns = tuple(paths), separator, columns
 
     def parts(self) -> list[Part]:
         found: list[Part] = []
@@ -130,7 +137,7 @@ class FileSource(Source):
         for path in self.paths:
             if path.suffix == ".parquet":
                 flush()
-                found += parquet.parquet_parts(path, self.origin)
+                found += parquet.parquet_parts(path, self.origin, self.columns)
                 continue
             size = _size(path)
             if size > 2 * PART_BYTES and path.suffix not in _PACKED:
@@ -161,12 +168,15 @@ class FileSource(Source):
         return {"files": len(self.paths)}
 
 
-def open_files(path: str | None, separator: str | None = None) -> FileSource:
+def open_files(
+    path: str | None, separator: str | None = None, columns: tuple[str, ...] | None = None
+) -> FileSource:
     """Finds text files.
 
     Args:
       path: a file, a folder or a glob pattern; None for the Python standard library.
       separator: what stands between the documents of a text file; None where each is one document.
+      columns: what is read of Parquet files; None for all.
 
     Raises:
       DataError: nothing there, or nothing that is text.
@@ -183,7 +193,7 @@ def open_files(path: str | None, separator: str | None = None) -> FileSource:
     origin = f"data.path={shown(path)}"
     target = Path(os.path.expanduser(path))
     root, paths = _find_files(target, origin)
-    return FileSource(plain_name(target), origin, root, paths, separator)
+    return FileSource(plain_name(target), origin, root, paths, separator, columns)
 
 
 def _find_files(target: Path, origin: str) -> tuple[Path, tuple[Path, ...]]:

@@ -7,10 +7,8 @@ with OpenCV where it is installed, and palettes as their indices.
 
 import bisect
 import dataclasses
-import hashlib
 import importlib
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from craft_jax.data import tfds_source
-from craft_jax.data.documents import plain_name, shown
+from craft_jax.data.documents import one_line, plain_name, shown
 from craft_jax.data.image_sources import ImageSource
-from craft_jax.data.pixels import decode, one_line
+from craft_jax.data.pixels import decode
 from craft_jax.errors import DataError
 
 
@@ -98,18 +96,6 @@ class TfdsImages(ImageSource):
     def place(self, i: int) -> str:
         shard, record = self._find(i)
         return f"data.name={self._full_name}: record {record} of {shown(shard.path)}"
-
-    def digest(self) -> str:
-        keys = [self._image_key, self._label_key, self.label_names]
-        digest = hashlib.sha256(json.dumps(keys).encode())
-        for shard in self._shards:
-            digest.update(json.dumps([shard.first, shard.count]).encode())
-            try:
-                with open(shard.path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise self._damaged(shard, error.strerror) from error
-        return digest.hexdigest()
 
     def _find(self, i: int) -> tuple[_Shard, int]:
         number = bisect.bisect_right(self._ends, i)

@@ -28,7 +28,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from craft_jax.data.documents import PART_BYTES, Document, Part, Source, plain_name, shown
+from craft_jax.data.documents import (
+    PART_BYTES,
+    Document,
+    Part,
+    Source,
+    file_digest,
+    one_line,
+    plain_name,
+    shown,
+)
 from craft_jax.errors import DataError
 
 FORMAT = "array_record"
@@ -37,7 +46,6 @@ _NAME = re.compile(r"(?P<name>[A-Za-z_]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NO_DATASETS = {"core", "dataset_collections", "proto", "scripts", "testing"}
 _READ_RECORDS = 256
-_MAX_WORDS = 300
 _CONNECT_SECONDS = 5
 _RETRIES = 3
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
@@ -152,13 +160,7 @@ class TfdsSource(Source):
         digest = hashlib.sha256("\0".join(words).encode("utf-8", "replace"))
         for path in [self.folder / "features.json", *(path for path, *_ in self._files)]:
             digest.update(f"\0{path.name}\0".encode("utf-8", "replace"))
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise DataError(
-                    f"{self._field}: cannot read {shown(path)}: {error.strerror}"
-                ) from error
+            digest.update(file_digest(path, self._field))
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -169,27 +171,10 @@ class TfdsSource(Source):
             "files": len(self._files),
         }
 
-    def feature_kinds(self) -> dict[str, str]:
-        """Returns for each field `text`, `image`, `label` (of a class) or `other`."""
-        return feature_kinds(self.builder)
-
-    def has_text(self, field: str) -> bool:
-        """Returns whether a field holds text."""
-        return self.feature_kinds().get(field) == "text"
-
 
 def feature_kinds(builder: Any) -> dict[str, str]:
     """Returns for each field of a dataset `text`, `image`, `label` (of a class) or `other`."""
     return {name: _kind(feature) for name, feature in _named(builder.info.features).items()}
-
-
-def tfds_splits(name: str, data_dir: str | None, field: str = "data.name") -> list[str]:
-    """Returns the names of the splits of a prepared dataset.
-
-    Raises:
-      DataError: there is no such dataset, or it cannot be read.
-    """
-    return list(open_builder(name, data_dir, field).info.splits)
 
 
 def open_builder(name: str, data_dir: str | None = None, field: str = "data.name") -> Any:
@@ -232,7 +217,7 @@ def open_builder(name: str, data_dir: str | None = None, field: str = "data.name
     except Exception as error:
         raise DataError(
             f"{here}: cannot read the description of the dataset in {shown(folder)} "
-            f"(dataset_info.json, features.json): {_words(error)}; {_REMEDY}"
+            f"(dataset_info.json, features.json): {one_line(error)}; {_REMEDY}"
         ) from error
     raise DataError(
         f"{here}: {shown(folder)} was prepared as {builder.info.file_format.value}, which needs "
@@ -297,7 +282,7 @@ def download(name: str, data_dir: str | None = None, field: str = "data.name") -
                 f"{_ELSEWHERE}"
             ) from error
         raise DataError(
-            f"{here}: cannot download and prepare it in {shown(root)}: {_words(error)}; "
+            f"{here}: cannot download and prepare it in {shown(root)}: {one_line(error)}; "
             f"{_ELSEWHERE}"
         ) from error
     finally:
@@ -333,7 +318,7 @@ def open_records(path: Path, num_records: int, field: str = "data.name") -> Iter
     except OSError as error:
         raise DataError(f"{here}: cannot read it: {error.strerror}") from error
     except (RuntimeError, ValueError, IndexError) as error:
-        raise DataError(f"{here} is damaged: {_words(error)}; {_REMEDY}") from error
+        raise DataError(f"{here} is damaged: {one_line(error)}; {_REMEDY}") from error
 
     def read(numbers: range) -> list[bytes]:
         try:
@@ -341,7 +326,7 @@ def open_records(path: Path, num_records: int, field: str = "data.name") -> Iter
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             raise DataError(
                 f"{here} is damaged (records {numbers.start} to {numbers.stop - 1}): "
-                f"{_words(error)}; {_REMEDY}"
+                f"{one_line(error)}; {_REMEDY}"
             ) from error
         if len(got) != len(numbers):
             raise DataError(f"{here} is damaged: records are missing; {_REMEDY}")
@@ -511,7 +496,7 @@ def _features(folder: Path, field: str) -> tuple[Any, dict[str, Any]]:
         with _quiet():
             features = tfds.builder_from_directory(folder).info.features
     except Exception as error:
-        raise DataError(f"{here} has a damaged features.json: {_words(error)}") from error
+        raise DataError(f"{here} has a damaged features.json: {one_line(error)}") from error
     if not isinstance(features, tfds.features.FeaturesDict):
         return features, {}
     skip = tfds.decode.SkipDecoding()
@@ -531,7 +516,7 @@ def _fields(
                 "the dataset without such fields, as scripts/make_tfds.py does"
             ) from error
         raise DataError(
-            f"{place} does not have the fields of features.json: {_words(error)}; {_REMEDY}"
+            f"{place} does not have the fields of features.json: {one_line(error)}; {_REMEDY}"
         ) from error
     named = _named(features)
     if not isinstance(values, Mapping):
@@ -592,7 +577,3 @@ def _decoded(value: Any, place: str) -> Any:
             f"{place} has text that is not UTF-8: byte 0x{value[error.start]:02x} at offset "
             f"{error.start}; prepare the dataset with UTF-8 text"
         ) from None
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_MAX_WORDS] or type(error).__name__

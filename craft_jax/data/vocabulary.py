@@ -71,7 +71,7 @@ def make(
     recipe = {
         "format": _FORMAT,
         "kind": kind,
-        "sources": [source.digest() for source in training],
+        "sources": [source.first_digest for source in training],
         "fields": dataclasses.asdict(format),
         "special": special,
     }

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 from craft_jax.data import hf_source
-from craft_jax.data.hf_source import HuggingFaceSource, huggingface_splits
+from craft_jax.data.hf_source import HuggingFaceSource
 from craft_jax.errors import DataError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 TEXTS = [f"Text {i}: äöü 🦊\n" + "words and more words " * (i % 7 * 20) for i in range(300)]
+
+
+def splits_of(folder: Path) -> list[str]:
+    return list(hf_source._splits(folder, str(folder), "data.path"))
 
 
 def save(folder: Path, tables: list, split: str | None = "train", rows: int = 25, **state) -> Path:
@@ -66,7 +70,7 @@ def test_a_saved_dict_of_datasets(saved, monkeypatch):
     source = HuggingFaceSource(str(saved))
     assert source.name == "my_texts" and source.describe() == {"split": "train", "files": 2}
     assert texts(source) == TEXTS
-    assert huggingface_splits(str(saved)) == ["train", "test"]
+    assert splits_of(saved) == ["train", "test"]
     assert texts(HuggingFaceSource(str(saved), "test")) == ["one"]
     monkeypatch.setattr(hf_source, "PART_BYTES", 30_000)
     assert len(source.parts()) > 5 and texts(source) == TEXTS
@@ -221,7 +225,7 @@ def parquet(root: Path, files: dict[str, list[str]]) -> Path:
 )
 def test_parquet_of_the_hub(tmp_path, files, splits):
     root = parquet(tmp_path, files)
-    assert huggingface_splits(str(root)) == list(splits)
+    assert splits_of(root) == list(splits)
     for split, content in splits.items():
         assert texts(HuggingFaceSource(str(root), split)) == content
     if "validation" in splits:

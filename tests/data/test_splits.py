@@ -134,7 +134,6 @@ def test_whole_documents_are_held_out(tmp_path):
     assert 30 < len(found["val"]) < 90
     assert 10 < len(found["test"]) < 60
     for name, part in parts.items():
-        assert part.is_whole
         assert part.num_bytes == sum(len(text.encode()) for text in found[name])
         assert part.num_tokens == part.num_bytes + len(found[name])
     # Those that train are in the order of the file.

@@ -67,12 +67,14 @@ def test_text_comes_back_in_order_without_tensorflow(built):
         "records": 120,
         "files": 1,
     }
-    assert source.feature_kinds() == {"text": "text"}
-    assert source.has_text("text") and not source.has_text("label")
+    assert tfds_source.feature_kinds(source.builder) == {"text": "text"}
     first = next(iter(source.parts()[0].documents()))
     assert first.where() == f"data.name: {shard(built)} record 0"
     assert "tensorflow" not in sys.modules
-    assert tfds_source.tfds_splits("my_texts", str(built)) == ["train", "validation"]
+    assert list(tfds_source.open_builder("my_texts", str(built)).info.splits) == [
+        "train",
+        "validation",
+    ]
 
 
 def test_parts_are_ranges_of_records(built, monkeypatch):
@@ -98,7 +100,7 @@ def test_records_of_all_kinds(tmp_path):
     tfds_builder.build_records("chats", tmp_path, {"train": CHATS})
     source = TfdsSource("chats", str(tmp_path))
     assert fields(source) == CHATS
-    assert source.feature_kinds() == dict.fromkeys(CHATS[0], "other")
+    assert tfds_source.feature_kinds(source.builder) == dict.fromkeys(CHATS[0], "other")
 
 
 def test_the_same_texts_give_the_same_bytes_and_digest(built, tmp_path):
@@ -345,7 +347,7 @@ def test_features_that_other_builders_use(tmp_path):
     source = TfdsSource("odd", str(tmp_path))
     # An image is left as it is stored.
     assert fields(source) == [row]
-    assert source.feature_kinds() == {
+    assert tfds_source.feature_kinds(source.builder) == {
         "names": "other",
         "title": "text",
         "turns": "other",
