@@ -2,6 +2,8 @@
 
 import math
 
+from craft_jax.errors import DataError
+
 
 def from_sums(*, loss: float, weight: float, correct: float, num_bytes: int | None) -> dict:
     """Returns the metrics of one pass over a split.
@@ -16,7 +18,12 @@ def from_sums(*, loss: float, weight: float, correct: float, num_bytes: int | No
       `loss` (nats per token), `perplexity`, `bits_per_byte` (None without text), `accuracy`,
       `tokens`. Bits per byte compare models with different tokenizers: the loss of all tokens, end
       tokens included, over the bytes of the text.
+
+    Raises:
+      DataError: no token is predicted.
     """
+    if not weight:
+        raise DataError("nothing in this split is learned: its weights are all 0; give it others")
     mean = loss / weight
     return {
         "loss": mean,

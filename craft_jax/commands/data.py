@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 def _describe_text(config: ExperimentConfig, prepared: list[Prepared], found: Datasets) -> None:
     data, train = config.data, found.train
     assert isinstance(train, TextBatches) and train.tokenizer is not None
-    divided = [pipeline.divide(source, data) for source in prepared]
+    divided = pipeline.divide(prepared, data)
     num_tokens = sum(source.caches["train"].manifest["tokens"] for source in prepared)
     num_bytes = sum(source.caches["train"].manifest["bytes"] for source in prepared)
     print(

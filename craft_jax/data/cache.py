@@ -265,6 +265,9 @@ def _locked(partial: Path) -> IO[str]:
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write the token cache {partial}: {error}") from error
+        try:
             handle = (partial / _LOCK).open("a", encoding="utf-8")
         except FileNotFoundError:  # Finished between the two.
             continue

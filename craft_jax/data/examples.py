@@ -13,7 +13,7 @@ from craft_jax import plugins
 from craft_jax.data import sampling, tokenizers
 from craft_jax.data.base import BaseDataset, Batch, Dataset, Recipe
 from craft_jax.data.tokenizers import Tokenizer
-from craft_jax.errors import ConfigError, DataError
+from craft_jax.errors import ConfigError, DataError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,8 @@ def build(recipe: Recipe) -> Dataset:
         raise ConfigError(
             f"data.dataset={recipe.reference} is built as Class(config, split, seed): {error}"
         ) from error
+    except UsageError as error:  # Of a tokenizer: it is the data that does not fit.
+        raise DataError(f"data.dataset={recipe.reference}: {error}") from error
     if isinstance(made, BaseDataset):
         seed = recipe.seed if recipe.split == "train" else None
         made = ExampleBatches(made, batch_size=recipe.config.batch_size, seed=seed)

@@ -127,6 +127,11 @@ class Format:
         text = fields.get(name)
         here = f"{document.where()}{f': {named}' if named else ''}"
         if not isinstance(text, str):
+            if name in fields:
+                kind = type(text).__name__
+                raise DataError(
+                    f"{here} has no text in the field {name!r} but a {kind}; mend or remove it"
+                )
             remedy = f"set data.{setting}" if setting else "mend or remove it"
             raise DataError(f"{here} has no text in the field {name!r} {_have(fields)}; {remedy}")
         try:

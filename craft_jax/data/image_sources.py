@@ -173,7 +173,9 @@ class FolderImages(ImageSource):
             raise DataError(f"{self.field}: cannot read {shown(path)}: {error.strerror}") from error
 
 
-def folder(path: str | Path, field: str = "data.path") -> FolderImages:
+def folder(
+    path: str | Path, field: str = "data.path", classes: tuple[str, ...] | None = None
+) -> FolderImages:
     """Finds the images of a folder.
 
     `path/<class>/...` gives labels, classes sorted by name; images in `path` itself have none. What
@@ -182,9 +184,12 @@ def folder(path: str | Path, field: str = "data.path") -> FolderImages:
     Args:
       path: the folder.
       field: the config field or flag that names it, for messages.
+      classes: those that the images have, by number, where another folder says so; None for those
+        of the folder.
 
     Raises:
-      DataError: no such folder, nothing in it, or images beside the folders of classes.
+      DataError: no such folder, nothing in it, images beside the folders of classes, or other
+        classes.
     """
     root = Path(os.path.expanduser(path))
     here = f"{field}={shown(path)}"
@@ -195,20 +200,25 @@ def folder(path: str | Path, field: str = "data.path") -> FolderImages:
         files = sorted(_image_files(root, ""))
     except OSError as error:
         raise DataError(f"{here}: cannot list {shown(error.filename)}: {error.strerror}") from error
-    classes = sorted({file.split("/", 1)[0] for file in files if "/" in file})
+    found = sorted({file.split("/", 1)[0] for file in files if "/" in file})
     beside = [file for file in files if "/" not in file]
     if not files:
         raise DataError(f"{here} holds no image ({' '.join(SUFFIXES)}); name a folder that does")
-    if classes and beside:
+    if found and beside:
         raise DataError(
-            f"{here} has {shown(beside[0])} beside folders of classes such as {shown(classes[0])}; "
+            f"{here} has {shown(beside[0])} beside folders of classes such as {shown(found[0])}; "
             "move it into one of them, or all images into one folder"
+        )
+    if classes is not None and (bool(found) != bool(classes) or not {*found} <= {*classes}):
+        raise DataError(
+            f"{here} has the classes {shown(', '.join(found)) or '(none)'}, and the images that "
+            f"train {shown(', '.join(classes)) or '(none)'}; give it folders of the same names"
         )
     return FolderImages(
         name=plain_name(root.resolve()),
         root=root,
         files=tuple(files),
-        label_names=tuple(classes),
+        label_names=tuple(found) if classes is None else classes,
         field=field,
     )
 

@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,8 @@ from craft_jax.data.image_sources import ImageSource
 from craft_jax.data.pixels import ImageProcessor
 from craft_jax.data.splits import Fractions
 from craft_jax.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 _SCANNED_AT_ONCE = 256
 
@@ -186,6 +190,7 @@ def split(source: ImageSource, val_fraction: float, test_fraction: float) -> dic
 
 def open_images(
     source: ImageSource,
+    named: Mapping[str, ImageSource] = MappingProxyType({}),
     *,
     val_fraction: float,
     test_fraction: float,
@@ -199,6 +204,8 @@ def open_images(
 
     Args:
       source: the images.
+      named: those that validate or test in place of a fraction, by `val` and `test`, with the
+        classes of `source`. What equals one of them does not train.
       val_fraction, test_fraction: about the parts that validate and test.
       batch_size: B.
       seed: of the order, of crops and of flips.
@@ -208,27 +215,45 @@ def open_images(
       ConfigError, DataError: see `split`; also images of several sizes that stay as they are.
     """
     _check_fractions(val_fraction, test_fraction)
-    scanned = _scan(source)
+    scanned = {name: _scan(images) for name, images in {"train": source, **named}.items()}
     if processor.size is None:
-        for i, shape in enumerate(scanned.shapes):
-            _check_shape(source, i, shape, scanned.shapes[0])
-    indices = _divide(source, scanned.hashes_N, val_fraction, test_fraction)
+        first = scanned["train"].shapes[0]
+        for name, found in scanned.items():
+            for i, shape in enumerate(found.shapes):
+                _check_shape(named.get(name, source), i, shape, first)
+    hashes_N = scanned["train"].hashes_N
+    indices = _divide(source, hashes_N, val_fraction, test_fraction)
+    for name, others in (("val", ("test",)), ("train", ("val", "test"))):
+        held = [scanned[other].hashes_N for other in others if other in named]
+        if held and len(indices[name]):
+            is_held = np.isin(hashes_N[indices[name]], np.concatenate(held))
+            if is_held.any():
+                count = np.count_nonzero(is_held)
+                logger.warning(
+                    "%s: %d images that are also held out are left out of those that %s",
+                    source.name,
+                    count,
+                    {"train": "train", "val": "validate"}[name],
+                )
+            indices[name] = indices[name][~is_held]
     settings = [val_fraction, test_fraction, dataclasses.asdict(processor)]
-    content = [scanned.hashes_N.tolist(), scanned.labels, source.label_names, settings]
+    content = [[f.hashes_N.tolist(), f.labels] for f in scanned.values()]
     # Of the pixels, not of the files: another decoder would divide them in another way.
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    text = json.dumps([content, source.label_names, settings])
     train = TrainingImages(
         source, indices["train"], processor=processor, batch_size=batch_size, seed=seed
     )
-    found: dict[str, TrainingImages | ValidationImages] = {"train": train}
+    found_splits: dict[str, TrainingImages | ValidationImages] = {"train": train}
     for name in ("val", "test"):
-        if len(indices[name]):
-            found[name] = ValidationImages(
-                source, indices[name], processor=processor, batch_size=batch_size
+        images = named.get(name, source)
+        chosen = np.arange(len(images)) if name in named else indices[name]
+        if len(chosen):
+            found_splits[name] = ValidationImages(
+                images, chosen, processor=processor, batch_size=batch_size
             )
-    for data in found.values():
-        data.fingerprint = fingerprint
-    return found
+    for data in found_splits.values():
+        data.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    return found_splits
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from craft_jax import plugins
 from craft_jax.data.base import BaseDataset
-from craft_jax.data.documents import PART_BYTES, Document, Part, Source
+from craft_jax.data.documents import PART_BYTES, Document, Part, Source, one_line
 from craft_jax.errors import ConfigError, CraftError, DataError
 
 _PROBED = 100
@@ -77,6 +77,13 @@ def build(reference: str, config: Any) -> BaseDataset:
         return cls(config)
     except TypeError as error:
         raise ConfigError(f"data.source={reference} is built as Class(config): {error}") from error
+    except CraftError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"data.source={reference}: building it failed with {type(error).__name__}: "
+            f"{one_line(error)}; mend its __init__"
+        ) from error
 
 
 def _documents(

@@ -22,13 +22,13 @@ from craft_jax import plugins
 from craft_jax.data import cache, examples, own_source, pairs, sources, splits, text, vocabulary
 from craft_jax.data.base import Dataset, Recipe
 from craft_jax.data.cache import TokenCache
-from craft_jax.data.documents import Source
+from craft_jax.data.documents import Source, one_line
 from craft_jax.data.sampling import mix
 from craft_jax.data.settings import DataConfig, Ingredient, mixture_of
 from craft_jax.data.splits import Fractions
 from craft_jax.data.text import Rows, Stream
 from craft_jax.data.tokenizers import KINDS, Tokenizer
-from craft_jax.errors import ConfigError, DataError, UsageError
+from craft_jax.errors import ConfigError, CraftError, DataError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ class Prepared(NamedTuple):
 # Sources.
 
 
-def open_source(config: DataConfig, kind: str, place: str | None, split: str) -> Source:
+def open_source(
+    config: DataConfig, kind: str, place: str | None, split: str, field: str = "data.path"
+) -> Source:
     """Opens one source of text.
 
     Args:
@@ -70,6 +72,7 @@ def open_source(config: DataConfig, kind: str, place: str | None, split: str) ->
       kind: as `DataConfig.source`, without `auto`.
       place: a path, or the name of a dataset.
       split: of a dataset that has several.
+      field: the config field that names `place`, for messages about files.
 
     Raises:
       DataError: it is not there, or cannot be read.
@@ -78,7 +81,7 @@ def open_source(config: DataConfig, kind: str, place: str | None, split: str) ->
     if kind == "stdlib":
         return sources.open_files(None)
     if kind == "files":
-        return sources.open_files(place, config.text_separator, config.format.fields)
+        return sources.open_files(place, config.text_separator, config.format.fields, field)
     if plugins.is_reference(kind):
         return own_source.OwnSource(kind, config)
     assert place is not None
@@ -102,13 +105,15 @@ def open_sources(config: DataConfig) -> list[tuple[Ingredient, dict[str, Source]
     opened = []
     for ingredient in mixture_of(config):
         kind, place, _ = ingredient
-        found = {"train": open_source(config, kind, place, config.split)}
+        field = "data.mixture" if config.mixture else "data.path"
+        found = {"train": open_source(config, kind, place, config.split, field)}
         for name in ("val", "test"):
             named = getattr(config, f"{name}_split")
             if named and kind in ("tfds", "huggingface"):
                 found[name] = open_source(config, kind, place, named)
             elif named and not any(name in others for _, others in opened):
-                found[name] = open_source(config, "files", named, config.split)
+                field = f"data.{name}_split"
+                found[name] = open_source(config, "files", named, config.split, field)
         opened.append((ingredient, found))
     return opened
 
@@ -196,11 +201,13 @@ class Part(NamedTuple):
     Attributes:
       cache: where it lies.
       stretches: first token and end of each document, or piece of one, int64 (M, 2).
-      num_bytes: UTF-8 bytes of its text.
+      keys: of each document, uint64 (M,).
+      num_bytes: UTF-8 bytes of its text, or, where not all is learned, of what is.
     """
 
     cache: TokenCache
     stretches: np.ndarray
+    keys: np.ndarray
     num_bytes: int
 
     @property
@@ -208,66 +215,147 @@ class Part(NamedTuple):
         return int((self.stretches[:, 1] - self.stretches[:, 0]).sum())
 
 
-def divide(prepared: Prepared, config: DataConfig) -> dict[str, Part]:
-    """Returns what each split has of a source; splits without any are left out.
+def divide(prepared: list[Prepared], config: DataConfig) -> list[dict[str, Part]]:
+    """Returns what each split has of each source; splits without any are left out.
 
-    Raises:
-      DataError: what is left to train on is empty.
+    What validates or tests is taken out of what trains, also where it comes from another source, or
+    from a split that has a name; and what tests out of what validates.
     """
-    found = _divided(prepared.caches["train"], config.fractions, config.hold_out)
+    divided = [_divided(source, config) for source in prepared]
+    for name, others in (("val", ("test",)), ("train", ("val", "test"))):
+        if not _can_overlap(prepared, config):
+            break
+        held = [[parts[o].keys for o in others if o in parts] for parts in divided]
+        every = np.concatenate([np.zeros(0, np.uint64), *(k for keys in held for k in keys)])
+        for parts, own in zip(divided, held, strict=True):
+            if name in parts:
+                parts[name] = _without(parts[name], every, own, name)
+    for parts in divided:
+        for name in ("val", "test"):
+            if name in parts and config.max_val_tokens:
+                parts[name] = _first(parts[name], config.max_val_tokens)
+    return divided
+
+
+def _can_overlap(prepared: list[Prepared], config: DataConfig) -> bool:
+    """Whether a document can be in two splits: not where all are chosen by their keys."""
+    by_key = (
+        len(prepared) == 1
+        and len(prepared[0].caches) == 1
+        and config.hold_out != "tail"
+        and len(prepared[0].caches["train"].documents) >= splits.FEWEST
+    )
+    return not by_key
+
+
+def _divided(prepared: Prepared, config: DataConfig) -> dict[str, Part]:
+    found = _by_fraction(prepared.caches["train"], config.fractions, config.hold_out)
     for name in ("val", "test"):
         if name in prepared.caches:
-            found[name] = _divided(prepared.caches[name], Fractions(), "documents")["train"]
-        if name in found and config.max_val_tokens:
-            found[name] = _first(found[name], config.max_val_tokens)
+            found[name] = _by_fraction(prepared.caches[name], Fractions(), "documents")["train"]
     return found
 
 
-def _divided(tokens: TokenCache, fractions: Fractions, hold_out: str) -> dict[str, Part]:
+def _by_fraction(tokens: TokenCache, fractions: Fractions, hold_out: str) -> dict[str, Part]:
     documents = tokens.documents
+    keys = np.asarray(documents["key"])
     bounds = np.append(documents["start"], len(tokens.tokens)).astype(np.int64)
     stretches = np.stack([bounds[:-1], bounds[1:]], axis=1)
     is_tail = hold_out == "tail" or (hold_out == "auto" and len(documents) < splits.FEWEST)
     if is_tail and any(fractions):
         places = splits.by_place(len(tokens.tokens), fractions)
         names = ("train", *splits.held_out(fractions))
-        return {name: _range(tokens, stretches, *places[name]) for name in names}
+        return {name: _range(tokens, stretches, keys, *places[name]) for name in names}
     found = {}
-    for name, chosen in splits.by_key(np.asarray(documents["key"]), fractions).items():
+    for name, chosen in splits.by_key(keys, fractions).items():
         numbers = chosen
         if name != "train":  # In the order of their keys, so that the first are a fair sample.
-            numbers = chosen[np.argsort(documents["key"][chosen], kind="stable")]
+            numbers = chosen[np.argsort(keys[chosen], kind="stable")]
         if len(numbers) or name == "train":
-            size = int(documents["bytes"][numbers].sum())
-            found[name] = Part(tokens, stretches[numbers], size)
+            here = stretches[numbers]
+            is_plain = tokens.mask is None
+            size = documents["bytes"][numbers].sum() if is_plain else _text_bytes(tokens, here)
+            found[name] = Part(tokens, here, keys[numbers], int(size))
     return found
 
 
-def _range(tokens: TokenCache, stretches: np.ndarray, start: int, stop: int) -> Part:
+def _without(part: Part, every: np.ndarray, own: list[np.ndarray], split: str) -> Part:
+    """Returns a part without the documents that are held out, but for those that it was cut from.
+
+    Args:
+      part: of one source.
+      every: keys of the documents of all sources that are held out.
+      own: those of the same source.
+      split: its name, for the message.
+    """
+    is_held = np.isin(part.keys, every)
+    if not is_held.any():
+        return part
+    # Where the end of the text is held out, a document can be on both sides of the cut.
+    edges = part.stretches[:, 1]
+    bounds = np.append(part.cache.documents["start"], len(part.cache.tokens))
+    is_cut = ~np.isin(edges, bounds) & np.isin(part.keys, np.concatenate([part.keys[:0], *own]))
+    is_held &= ~is_cut
+    if not is_held.any():
+        return part
+    logger.warning(
+        "%s: %d of %d documents of the %s split are also held out; they are left out of it",
+        part.cache.manifest["source"]["origin"],
+        np.count_nonzero(is_held),
+        len(is_held),
+        _SPLIT_WORDS[split],
+    )
+    size = part.num_bytes - _text_bytes(part.cache, part.stretches[is_held])
+    return Part(part.cache, part.stretches[~is_held], part.keys[~is_held], size)
+
+
+def _range(
+    tokens: TokenCache, stretches: np.ndarray, keys: np.ndarray, start: int, stop: int
+) -> Part:
     """Returns the documents, or pieces of them, between two tokens."""
-    inside = stretches[(stretches[:, 1] > start) & (stretches[:, 0] < stop)]
-    cut = np.clip(inside, start, stop)
-    return Part(tokens, cut, _text_bytes(tokens, cut))
+    is_inside = (stretches[:, 1] > start) & (stretches[:, 0] < stop)
+    cut = np.clip(stretches[is_inside], start, stop)
+    return Part(tokens, cut, keys[is_inside], _text_bytes(tokens, cut))
 
 
 def _text_bytes(tokens: TokenCache, stretches: np.ndarray) -> int:
-    """Returns how many bytes of UTF-8 the text of some tokens is."""
-    return sum(
-        tokens.tokenizer.num_bytes(tokens.tokens.read(start, min(start + _BLOCK, stop)))
-        for first, stop in stretches.tolist()
-        for start in range(first, stop, _BLOCK)
-    )
+    """Returns how many bytes of UTF-8 the learned text of some tokens is."""
+    total = 0
+    for first, last in stretches.tolist():
+        for start in range(first, last, _BLOCK):
+            stop = min(start + _BLOCK, last)
+            ids = tokens.tokens.read(start, stop)
+            if tokens.mask is not None:
+                ids = ids[tokens.mask.read(start, stop) > 0]
+            total += tokens.tokenizer.num_bytes(ids)
+    return total
 
 
 def _first(part: Part, max_tokens: int) -> Part:
     """Returns the first documents of a part, the last of them cut if need be."""
-    ends = np.cumsum(part.stretches[:, 1] - part.stretches[:, 0])
     if part.num_tokens <= max_tokens:
         return part
+    ends = np.cumsum(part.stretches[:, 1] - part.stretches[:, 0])
     count = int(np.searchsorted(ends, max_tokens)) + 1
     stretches = part.stretches[:count].copy()
     stretches[-1, 1] -= int(ends[count - 1]) - max_tokens
-    return Part(part.cache, stretches, _text_bytes(part.cache, stretches))
+    return Part(part.cache, stretches, part.keys[:count], _text_bytes(part.cache, stretches))
+
+
+def _check_learned(part: Part, config: DataConfig, split: str) -> None:
+    """Checks that something in a part is learned.
+
+    Raises:
+      DataError: nothing is.
+    """
+    mask = part.cache.mask
+    if mask is None or any(mask.read(*stretch).any() for stretch in part.stretches.tolist()):
+        return
+    remedy = f"{config.text_field!r} is empty in each record; set data.text_field"
+    if config.messages_field:
+        roles = ",".join(config.learned_roles)
+        remedy = f"no message is of data.learned_roles={roles}; name roles that there are"
+    raise DataError(f"nothing in the {_SPLIT_WORDS[split]} split is learned: {remedy}")
 
 
 def make_rows(part: Part, config: DataConfig, split: str, seed: int | None) -> Rows:
@@ -278,6 +366,7 @@ def make_rows(part: Part, config: DataConfig, split: str, seed: int | None) -> R
     """
     tokens, mask, tokenizer = part.cache.tokens, part.cache.mask, part.cache.tokenizer
     try:
+        _check_learned(part, config, split)
         if config.layout == "concatenated":
             # One window that is padded is enough to evaluate on, but hardly meant to be learned.
             least = config.seq_len if split == "train" else 1
@@ -314,16 +403,26 @@ def open_datasets(
         pairs or images that cannot be used.
     """
     if config.dataset:
-        train, val = (
-            examples.build(Recipe(config.dataset, config, split, seed))
-            for split in ("train", "val")
-        )
-        return Datasets(train, val)
+        return _open_own(config, config.dataset, seed)
     if config.pairs:
         return Datasets(*_open_pairs(config, seed, tokenizer))
     if is_of_images(config):
         return _open_images(config, seed)
     return open_text(config, prepare(config, workdir, tokenizer), seed)
+
+
+def _open_own(config: DataConfig, reference: str, seed: int) -> Datasets:
+    try:
+        return Datasets(
+            *(examples.build(Recipe(reference, config, s, seed)) for s in ("train", "val"))
+        )
+    except CraftError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"data.dataset={reference}: building it failed with {type(error).__name__}: "
+            f"{one_line(error)}; mend its __init__"
+        ) from error
 
 
 def _open_pairs(config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> tuple:
@@ -349,7 +448,7 @@ def open_text(config: DataConfig, prepared: list[Prepared], seed: int) -> Datase
     Raises:
       DataError: a split is shorter than one row.
     """
-    divided = [divide(source, config) for source in prepared]
+    divided = divide(prepared, config)
     sizes = {"seq_len": config.seq_len, "batch_size": config.batch_size}
     tokenizer = prepared[0].caches["train"].tokenizer
     name = "_".join(p.caches["train"].manifest["source"]["name"] for p in prepared)
@@ -413,23 +512,32 @@ def _open_images(config: DataConfig, seed: int) -> Datasets:
         crop=config.image_crop,
         flip=config.image_flip,
     )
-    options = {"batch_size": config.batch_size, "seed": seed, "processor": processor}
     val_fraction, test_fraction = config.fractions
-    found = images.open_images(
-        _image_source(config, config.split),
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        **options,
+    source = _image_source(config, config.split)
+    named = {
+        name: _image_source(config, split, source.label_names, f"data.{name}_split")
+        for name in ("val", "test")
+        if (split := getattr(config, f"{name}_split"))
+    }
+    return Datasets(
+        **images.open_images(
+            source,
+            named,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            batch_size=config.batch_size,
+            seed=seed,
+            processor=processor,
+        )
     )
-    for name in ("val", "test"):
-        if split := getattr(config, f"{name}_split"):
-            source = _image_source(config, split)
-            whole = images.open_images(source, val_fraction=0, test_fraction=0, **options)
-            found[name] = whole["train"].one_pass()
-    return Datasets(**found)
 
 
-def _image_source(config: DataConfig, split: str) -> Any:
+def _image_source(
+    config: DataConfig,
+    split: str,
+    classes: tuple[str, ...] | None = None,
+    field: str = "data.path",
+) -> Any:
     if config.source == "tfds":
         module = importlib.import_module("craft_jax.data.tfds_images")
         return module.from_tfds(config.name, config.data_dir, split)
@@ -437,7 +545,7 @@ def _image_source(config: DataConfig, split: str) -> Any:
     if config.source == "digits":
         return module.digits()
     # A split of a folder is a folder of its own.
-    return module.folder(config.path if split == config.split else split)
+    return module.folder(config.path if classes is None else split, field, classes)
 
 
 # Words of a config.

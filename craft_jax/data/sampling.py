@@ -108,6 +108,8 @@ class Share(NamedTuple):
             weight, at, step = word.partition("@")
             if bool(at) != bool(n):
                 raise ValueError("the first weight has no @STEP, and each other has one")
+            if n and not step.strip().isdecimal():
+                raise ValueError(f"@{step} is no number of a batch")
             weights.append(Fraction(weight.strip()))
             if n:
                 steps.append(int(step))

@@ -177,6 +177,25 @@ class DataConfig:
                     ("data.source", f"data.{field}"),
                     f"data.source={kind} needs data.{field}; name {_WHAT[kind]}",
                 )
+        if self.split != "train" and source not in ("tfds", "huggingface") and not self.mixture:
+            yield Contradiction(
+                ("data.source", "data.split"),
+                f"data.split={self.split} names a split of a dataset, and data.source={source} has "
+                "none; leave it out, or name what trains with data.path",
+            )
+        for field in ("val_split", "test_split"):
+            if getattr(self, field) and source == "digits":
+                yield Contradiction(
+                    ("data.source", f"data.{field}"),
+                    f"data.{field}={getattr(self, field)}: data.source=digits has no splits with "
+                    "names; use data.val_fraction and data.test_fraction",
+                )
+        if self.name and source in ("auto", "files") and not self.path:
+            yield Contradiction(
+                ("data.source", "data.name"),
+                f"data.name={self.name} names a TFDS dataset; add data.source=tfds",
+            )
+            return
         takes_path = source in ("auto", "files", "huggingface", "images")
         for field, takes in (("path", takes_path), ("name", source == "tfds")):
             if getattr(self, field) and not takes:

@@ -169,7 +169,10 @@ class FileSource(Source):
 
 
 def open_files(
-    path: str | None, separator: str | None = None, columns: tuple[str, ...] | None = None
+    path: str | None,
+    separator: str | None = None,
+    columns: tuple[str, ...] | None = None,
+    field: str = "data.path",
 ) -> FileSource:
     """Finds text files.
 
@@ -177,6 +180,7 @@ def open_files(
       path: a file, a folder or a glob pattern; None for the Python standard library.
       separator: what stands between the documents of a text file; None where each is one document.
       columns: what is read of Parquet files; None for all.
+      field: the config field that names the path, for messages.
 
     Raises:
       DataError: nothing there, or nothing that is text.
@@ -190,7 +194,7 @@ def open_files(
                 f"data.source=stdlib: {root} holds no Python source; name your text with data.path"
             )
         return FileSource("stdlib", "data.source=stdlib", root, paths, None)
-    origin = f"data.path={shown(path)}"
+    origin = f"{field}={shown(path)}"
     target = Path(os.path.expanduser(path))
     root, paths = _find_files(target, origin)
     return FileSource(plain_name(target), origin, root, paths, separator, columns)

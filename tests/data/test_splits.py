@@ -118,7 +118,7 @@ def divided(tmp_path, texts, **changes):
     path.write_text("\n".join(lines), encoding="utf-8")
     config = DataConfig(**({"path": str(path), "tokenizer": "byte"} | changes))
     (prepared,) = pipeline.prepare(config, tmp_path / "outputs")
-    return pipeline.divide(prepared, config)
+    return pipeline.divide([prepared], config)[0]
 
 
 def texts_of(part) -> list[str]:

@@ -364,7 +364,7 @@ def test_a_bad_id_is_found_in_its_document(tmp_path):
 def test_validation_reads_all_sources_once(tmp_path, layout, batch_size):
     _tokens, config = prepared_cache(tmp_path, LENGTHS, layout=layout, seq_len=10)
     (prepared,) = pipeline.prepare(config, tmp_path / "outputs")
-    part = pipeline.divide(prepared, config)["train"]
+    part = pipeline.divide([prepared], config)[0]["train"]
     rows = [pipeline.make_rows(part, config, "val", None) for _ in range(3)]
     data = ValidationRows(rows, seq_len=10, batch_size=batch_size)
     assert len(data) == -(-3 * rows[0].count // batch_size)
