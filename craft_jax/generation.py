@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from craft_jax.errors import UsageError
-from craft_jax.models import base
+from craft_jax.models import base, layers
 from craft_jax.models.base import Cache, EncoderDecoderModel, LanguageModel, ModelDef, Params
 
 CHUNK = 16
 """Tokens decoded on the device between two looks at them on the host."""
+
+TURNED_FROM = 32
+"""New tokens from which on `layers.turned` pays."""
 
 MAX_BEAMS = 1000
 """Each beam takes the memory of a row."""
@@ -191,6 +194,7 @@ class Generator:
         self._model_def, self._max_len = model_def, max_len
         self._vocab_size, self._end_id = vocab_size, end_id
         self._has_source = isinstance(model_def.merge(model_def.shapes), EncoderDecoderModel)
+        self._turn = jax.jit(self._turn_on_device, static_argnames="num_rows")
         self._prefill = jax.jit(self._prefill_on_device, static_argnames=("cache_len", "config"))
         self._decode = jax.jit(
             self._decode_on_device, static_argnames="config", donate_argnames="rows"
@@ -255,6 +259,8 @@ class Generator:
         everyone = np.ones(len(texts), bool)
         rows = self._fill(params, None, texts, source, everyone, keys_B, cache_len, config)
         new = [[int(token)] for token in np.asarray(rows.token_B)]
+        # Making them takes about the time that they save on so many tokens.
+        turned = {} if max_new_tokens < TURNED_FROM else None
         while True:
             for text, tokens in zip(texts, new, strict=True):
                 text.extend(tokens)
@@ -273,8 +279,11 @@ class Generator:
                 new = [[int(t)] if full else [] for t, full in zip(token_B, full_B, strict=True)]
                 continue
             steps = min(CHUNK, int((self._max_len - length_B)[active_B].min()))
+            if turned is None:
+                turned = self._turn(params, num_rows=len(texts))
             rows, tokens_NB, made_NB = self._decode(
                 params=params,
+                turned=turned,
                 rows=rows,
                 keys_B=keys_B,
                 steps=steps,
@@ -386,6 +395,9 @@ class Generator:
 
     # On the device.
 
+    def _turn_on_device(self, params: Params, *, num_rows: int) -> dict[str, jax.Array]:
+        return layers.turned(self._model_def.merge(params), num_rows)
+
     def _read(
         self, params: Params, prompt: _Padded, source: _Padded | None, cache_len: int
     ) -> tuple[Cache, jax.Array]:
@@ -433,6 +445,7 @@ class Generator:
     def _decode_on_device(
         self,
         params: Params,
+        turned: dict[str, jax.Array],
         rows: _Rows,
         keys_B: jax.Array,
         steps: jax.Array,
@@ -441,6 +454,7 @@ class Generator:
     ) -> tuple[_Rows, jax.Array, jax.Array]:
         """Makes up to `steps` tokens per row; returns them, and which of them count, (N, B)."""
         model = self._model_def.merge(params)
+        layers.use_turned(model, turned)
         B = keys_B.shape[0]
 
         def is_active(rows: _Rows) -> jax.Array:

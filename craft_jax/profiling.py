@@ -50,15 +50,21 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
     Of an unknown device, such as a CPU, it is what a product of two matrices of 2048 by 2048 in
     float32 does, measured here.
     """
-    kind = device.device_kind
-    for name, peak in _PEAKS.items():
-        if name.lower() in kind.lower():
-            return peak, f"{name}, dense bfloat16, stated by its maker"
+    if stated := stated_peak(device.device_kind):
+        return stated
     size = _MEASURED_SIZE
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     product = jax.jit(jnp.matmul)
     seconds = median_seconds(lambda: product(matrix, matrix))
     return 2 * size**3 / seconds, f"a float32 product of {size} x {size}, measured"
+
+
+def stated_peak(kind: str) -> tuple[float, str] | None:
+    """Returns the FLOP/s that a chip's maker states, and its name; None of an unknown chip."""
+    for name, peak in _PEAKS.items():
+        if name.lower() in kind.lower():
+            return peak, f"{name}, dense bfloat16, stated by its maker"
+    return None
 
 
 def median_seconds(work: Callable[[], object], rounds: int = _ROUNDS) -> float:

@@ -11,20 +11,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from craft_jax.models.layers import ACTIVATIONS, Linear, attention, causal_attention, dropout
+from craft_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    attention,
+    cached_attention,
+    causal_attention,
+    dropout,
+    heads_first,
+)
 
 INIT_STD = 0.02
 
 Cached = tuple[jax.Array, jax.Array, jax.Array]
-"""k_BSHK and v_BSHK of one layer, and length_B: how many of the S slots are written."""
+"""k_BHSK and v_BHSK of one layer, and length_B: how many of the S slots are written."""
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far.
+    """Keys and values of the tokens so far. Heads stand before time, since each reads its own.
 
     Attributes:
-      keys: k_BSHK of each layer, zeros where nothing was written yet.
-      values: v_BSHK of each layer.
+      keys: k_BHSK of each layer, zeros where nothing was written yet.
+      values: v_BHSK of each layer.
       length_B: tokens in each row, int32; the next token stands at this position.
     """
 
@@ -33,10 +41,10 @@ class KVCache(NamedTuple):
     length_B: jax.Array
 
     @classmethod
-    def empty(cls, num_layers: int, shape_BSHK: tuple[int, ...], dtype: object) -> "KVCache":
+    def empty(cls, num_layers: int, shape_BHSK: tuple[int, ...], dtype: object) -> "KVCache":
         """Returns a cache without tokens."""
-        layers = tuple(jnp.zeros(shape_BSHK, dtype) for _ in range(num_layers))
-        return cls(layers, layers, jnp.zeros(shape_BSHK[:1], jnp.int32))
+        layers = tuple(jnp.zeros(shape_BHSK, dtype) for _ in range(num_layers))
+        return cls(layers, layers, jnp.zeros(shape_BHSK[:1], jnp.int32))
 
     def with_length(self, length_B: jax.Array) -> "KVCache":
         """Returns a cache whose rows hold so many tokens; what follows them is overwritten."""
@@ -99,15 +107,16 @@ class Attention(nnx.Module):
             self.heads(dense(x_BTD)) for dense in (self.query, self.key, self.value)
         )
         if cached is not None:
-            old_k_BSHK, old_v_BSHK, length_B = cached
-            kv = _write(old_k_BSHK, k_BTHK, length_B), _write(old_v_BSHK, v_BTHK, length_B)
-            y_BTHK = causal_attention(q_BTHK, *kv, offset_B=length_B, segments_BT=segments_BT)
+            old_k_BHSK, old_v_BHSK, length_B = cached
+            kv = _write(old_k_BHSK, k_BTHK, length_B), _write(old_v_BHSK, v_BTHK, length_B)
+            y_BTHK = cached_attention(q_BTHK, *kv, length_B)
             return self.out(y_BTHK.reshape(x_BTD.shape)), kv
         drop = {"dropout_rate": self.dropout, "key": key}
         if visible_BTS is None:
             y_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT=segments_BT, **drop)
         else:
-            y_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, visible_BTS, **drop)
+            kv = heads_first(k_BTHK), heads_first(v_BTHK)
+            y_BTHK = attention(q_BTHK, *kv, visible_BTS, **drop)
         return self.out(y_BTHK.reshape(x_BTD.shape)), None
 
 
@@ -115,8 +124,9 @@ class CrossAttention(Attention):
     """Multi-head attention to a memory."""
 
     def keys_and_values(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns k_BSHK and v_BSHK of a memory, which may have length 0."""
-        return self.heads(self.key(memory_BSD)), self.heads(self.value(memory_BSD))
+        """Returns k_BHSK and v_BHSK of a memory, which may have length 0."""
+        k_BSHK, v_BSHK = self.heads(self.key(memory_BSD)), self.heads(self.value(memory_BSD))
+        return heads_first(k_BSHK), heads_first(v_BSHK)
 
     def __call__(
         self,
@@ -178,13 +188,17 @@ def check_packing(
         )
 
 
-def _write(cache_BSHK: jax.Array, new_BTHK: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Puts T new positions into each row of a cache, from `start_B` on."""
+def _write(cache_BHSK: jax.Array, new_BTHK: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Puts T new positions into each row of a cache, from `start_B` on, in place where it can.
 
-    def write_row(cache_SHK, new_THK, start):
-        first = jnp.zeros_like(start)
-        return jax.lax.dynamic_update_slice(
-            cache_SHK, new_THK.astype(cache_SHK.dtype), (start, first, first)
-        )
+    Rows and heads are one axis meanwhile: of a leading axis of one, XLA:CPU makes an update that it
+    then duplicates, with copies of the whole cache.
+    """
+    B, H, S, K = cache_BHSK.shape
+    new_RTK = heads_first(new_BTHK).astype(cache_BHSK.dtype).reshape(B * H, -1, K)
 
-    return jax.vmap(write_row)(cache_BSHK, new_BTHK, start_B)
+    def write_head(cache_SK, new_TK, start):
+        return jax.lax.dynamic_update_slice(cache_SK, new_TK, (start, jnp.zeros_like(start)))
+
+    cache_RSK = cache_BHSK.reshape(B * H, S, K)
+    return jax.vmap(write_head)(cache_RSK, new_RTK, jnp.repeat(start_B, H)).reshape(B, H, S, K)

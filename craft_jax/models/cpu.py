@@ -1,11 +1,12 @@
-"""Causal attention in the shape that XLA:CPU runs fastest; `layers.causal_attention` chooses it.
+"""Attention and products in the shape that XLA:CPU runs fastest; `layers` chooses them.
 
-Same mathematics as `layers.reference_attention`, against which tests compare values and gradients.
-Four things make it two to three times as fast there: heads stand before time, so that every product
-is a plain batched matrix product; queries are taken in blocks, each against the keys up to its own
-end, so that most of the masked half is never computed; only the probabilities are kept for the
-backward pass; and the softmax gradient needs sum_s(p * dp), which equals sum_k(dy * y) and costs a
-pass over (T, K) instead of (T, S) (Dao et al. 2022, arXiv:2205.14135, appendix B).
+Causal attention is the same mathematics as `layers.reference_attention`, against which tests
+compare values and gradients. Four things make it two to three times as fast there: heads stand
+before time, so that every product is a plain batched matrix product; queries are taken in blocks,
+each against the keys up to its own end, so that most of the masked half is never computed; only the
+probabilities are kept for the backward pass; and the softmax gradient needs sum_s(p * dp), which
+equals sum_k(dy * y) and costs a pass over (T, K) instead of (T, S) (Dao et al. 2022,
+arXiv:2205.14135, appendix B).
 
 Packed documents cost a comparison of segments in the block at hand; no mask of all T x T is made.
 
@@ -25,6 +26,31 @@ Array = jax.Array
 # at most 8 blocks, since each is unrolled into the program.
 BLOCK_SIZE = 128
 MAX_BLOCKS = 8
+
+
+@jax.custom_vjp
+def bfloat16_product(a_MD: Array, b_DF: Array) -> Array:
+    """Product of two bfloat16 matrices: (M, F) in bfloat16, summed in float32 and rounded once.
+
+    XLA:CPU has a fast product of bfloat16 with a float32 result only; with a bfloat16 result it
+    widens both operands in memory first, which takes twice the time. That holds for the gradient of
+    a; for that of b there is no difference.
+    """
+    return _bfloat16_product(a_MD, b_DF, 1, 0)
+
+
+def _bfloat16_product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    wide = jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return wide.astype(jnp.bfloat16)
+
+
+def _bfloat16_product_backward(operands: tuple[Array, Array], ct_MF: Array) -> tuple[Array, Array]:
+    a_MD, b_DF = operands
+    return _bfloat16_product(ct_MF, b_DF, 1, 1), a_MD.T @ ct_MF
+
+
+bfloat16_product.defvjp(lambda a, b: (bfloat16_product(a, b), (a, b)), _bfloat16_product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -144,7 +144,7 @@ class GPT(LanguageModel):
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> KVCache:
         heads = self.config.num_heads
-        shape = (batch_size, max_len, heads, self.config.d_model // heads)
+        shape = (batch_size, heads, max_len, self.config.d_model // heads)
         return KVCache.empty(self.config.num_layers, shape, dtype)
 
     def hidden(

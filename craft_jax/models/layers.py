@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from craft_jax.models.cpu import blocked_attention
+from craft_jax.models.cpu import bfloat16_product, blocked_attention
 
 Array = jax.Array
 
@@ -69,24 +69,65 @@ class Linear(nnx.Module):
     ):
         self.kernel = nnx.Param(init_std * jax.random.normal(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros((d_out,))) if use_bias else None
+        self.turned_FD: Array | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         """Maps (..., d_in) to (..., d_out), in the dtype to which input and kernel promote."""
-        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+        bias_F = None if self.bias is None else self.bias[...]
+        return linear(x, self.kernel[...], bias_F, self.turned_FD)
 
 
-def linear(x: Array, kernel_DF: Array, bias_F: Array | None) -> Array:
+def linear(
+    x: Array, kernel_DF: Array, bias_F: Array | None, turned_FD: Array | None = None
+) -> Array:
     """`x @ kernel + bias` over the last axis of x (..., D); the function behind `Linear`.
 
     The leading axes become one before the product: with two, XLA:CPU contracts the weight gradient
-    over two dimensions, which takes about twice as long.
+    over two dimensions, which takes about twice as long. `turned_FD` is the kernel, see `turned`.
     """
     dtype = jnp.promote_types(x.dtype, kernel_DF.dtype)
     x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
-    y_MF = x_MD @ kernel_DF.astype(dtype)
+    if turned_FD is not None:
+        y_MF = jnp.einsum("md,fd->mf", x_MD.astype(turned_FD.dtype), turned_FD).astype(dtype)
+    elif dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        y_MF = bfloat16_product(x_MD, kernel_DF.astype(dtype))
+    else:
+        y_MF = x_MD @ kernel_DF.astype(dtype)
     if bias_F is not None:
         y_MF = y_MF + bias_F.astype(dtype)[None, :]
     return y_MF.reshape(*x.shape[:-1], kernel_DF.shape[-1])
+
+
+def turned(model: nnx.Module, num_rows: int) -> dict[str, Array]:
+    """Returns the kernels of a model's dense layers as (F, D), by path, where that is faster.
+
+    That is where XLA:CPU multiplies a single vector: a product with (F, D) is one pass over memory
+    in all cores, at 26 GB/s where reading takes 30; with (D, F) it is 20. They are in at least
+    float32, for it knows no such product of bfloat16. They cost as much memory again, so models
+    above `MAX_TURNED_BYTES` have none.
+    """
+    layers = {
+        ".".join(map(str, path)): module.kernel[...]
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
+    size = sum(4 * kernel_DF.size for kernel_DF in layers.values())
+    if num_rows > 1 or jax.default_backend() != "cpu" or size > MAX_TURNED_BYTES:
+        return {}
+    return {
+        path: kernel_DF.T.astype(_at_least_float32(kernel_DF.dtype))
+        for path, kernel_DF in layers.items()
+    }
+
+
+MAX_TURNED_BYTES = 4 << 30
+
+
+def use_turned(model: nnx.Module, kernels: dict[str, Array]) -> None:
+    """Makes dense layers multiply by what `turned` returned."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.turned_FD = kernels.get(".".join(map(str, path)))
 
 
 class Embedding(nnx.Module):
@@ -284,28 +325,24 @@ def dropout_mask(shape: tuple[int, ...], rate: float, key: Array | None) -> Arra
 
 def causal_attention(
     q_BTHK: Array,
-    k_BSNK: Array,
-    v_BSNK: Array,
+    k_BTNK: Array,
+    v_BTNK: Array,
     *,
-    offset_B: Array | None = None,
     segments_BT: Array | None = None,
     dropout_rate: float = 0.0,
     key: Array | None = None,
 ) -> Array:
     """Causal multi-head attention (arXiv:1706.03762); grouped-query if N < H (arXiv:2305.13245).
 
-    Without `offset_B` (training, prefill) S == T and query t attends to keys s <= t. With it
-    (decoding against a cache of S slots) query t of row b stands at position offset_B[b] + t and
-    attends to keys s <= that. With `segments_BT` (packed documents) it attends to those of its own
+    Query t attends to keys s <= t; with `segments_BT` (packed documents) to those of its own
     segment only. Products are in the dtype of the operands, scores and softmax in at least float32,
-    and the scale is 1/sqrt(K).
+    and the scale is 1/sqrt(K). Where keys come from a cache, see `cached_attention`.
 
     Args:
         q_BTHK: queries.
-        k_BSNK: keys, in the dtype of the queries; head h reads key head h // (H / N).
-        v_BSNK: values, likewise.
-        offset_B: int32 (B,), at least 0; or None.
-        segments_BT: int32, the segment of each token; or None. Without offset_B only.
+        k_BTNK: keys, in the dtype of the queries; head h reads key head h // (H / N).
+        v_BTNK: values, likewise.
+        segments_BT: int32, the segment of each token; or None.
         dropout_rate: rate of dropout on the probabilities, in [0, 1).
         key: randomness for it; None: no dropout.
 
@@ -313,60 +350,75 @@ def causal_attention(
         y_BTHK in the dtype of q.
 
     Raises:
-        ValueError: N does not divide H, S != T without offset_B, segments_BT with it, or a rate
-            outside [0, 1).
+        ValueError: N does not divide H, as many keys as queries are not there, or a rate outside
+            [0, 1).
     """
-    (B, T, H, _), (S, N) = q_BTHK.shape, k_BSNK.shape[1:3]
-    if H % N:
-        raise ValueError(f"num_kv_heads={N} does not divide num_heads={H}")
-    if offset_B is None and T != S:
-        raise ValueError(
-            f"{T} queries but {S} keys: pass offset_B, the position of the first query of each row"
-        )
-    if offset_B is not None and segments_BT is not None:
-        raise ValueError("keys of a cache have no segments: pass segments_BT or offset_B, not both")
+    (B, T, H, _), (S, N) = q_BTHK.shape, k_BTNK.shape[1:3]
+    _check_heads(H, N)
+    if T != S:
+        raise ValueError(f"{T} queries but {S} keys; for those of a cache use cached_attention")
     backend = jax.default_backend()
-    if offset_B is None and backend == "cpu":
-        keep_BHTS = dropout_mask((B, H, T, S), dropout_rate, key)
-        return blocked_attention(q_BTHK, k_BSNK, v_BSNK, keep_BHTS, segments_BT, dropout_rate)
+    if backend == "cpu":
+        keep_BHTT = dropout_mask((B, H, T, T), dropout_rate, key)
+        return blocked_attention(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate)
     # Not tested on a GPU or TPU by this project's CI. XLA picks the implementation, so that head
     # widths that cuDNN does not know still run; float32 stays with the reference, since the library
     # function may not multiply in float32 there.
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     no_dropout = key is None or dropout_rate == 0.0
-    if offset_B is None and backend != "cpu" and half and no_dropout:
+    if half and no_dropout:
         # With segments its cost was not measured: XLA may or may not write the mask to memory.
-        mask_BHTS = None if segments_BT is None else same_segment(segments_BT)[:, None]
-        return jax.nn.dot_product_attention(q_BTHK, k_BSNK, v_BSNK, mask=mask_BHTS, is_causal=True)
-    return reference_attention(
-        q_BTHK,
-        k_BSNK,
-        v_BSNK,
-        offset_B=offset_B,
-        segments_BT=segments_BT,
-        dropout_rate=dropout_rate,
-        key=key,
-    )
+        mask_BHTT = None if segments_BT is None else same_segment(segments_BT)[:, None]
+        return jax.nn.dot_product_attention(q_BTHK, k_BTNK, v_BTNK, mask=mask_BHTT, is_causal=True)
+    options = {"segments_BT": segments_BT, "dropout_rate": dropout_rate, "key": key}
+    return reference_attention(q_BTHK, k_BTNK, v_BTNK, **options)
 
 
 def reference_attention(
     q_BTHK: Array,
-    k_BSNK: Array,
-    v_BSNK: Array,
+    k_BTNK: Array,
+    v_BTNK: Array,
     *,
-    offset_B: Array | None = None,
     segments_BT: Array | None = None,
     dropout_rate: float = 0.0,
     key: Array | None = None,
 ) -> Array:
     """`causal_attention` written plainly: the definition that the fast paths are tested against."""
-    query_BT = jnp.arange(q_BTHK.shape[1])[None, :]
-    if offset_B is not None:
-        query_BT = query_BT + offset_B[:, None]
-    visible_BTS = jnp.arange(k_BSNK.shape[1])[None, None, :] <= query_BT[:, :, None]
+    T = q_BTHK.shape[1]
+    visible_BTT = jnp.tri(T, dtype=bool)[None]
     if segments_BT is not None:
-        visible_BTS = visible_BTS & same_segment(segments_BT)
-    return attention(q_BTHK, k_BSNK, v_BSNK, visible_BTS, dropout_rate=dropout_rate, key=key)
+        visible_BTT = visible_BTT & same_segment(segments_BT)
+    k_BNTK, v_BNTK = heads_first(k_BTNK), heads_first(v_BTNK)
+    return attention(q_BTHK, k_BNTK, v_BNTK, visible_BTT, dropout_rate=dropout_rate, key=key)
+
+
+def cached_attention(q_BTHK: Array, k_BNSK: Array, v_BNSK: Array, offset_B: Array) -> Array:
+    """Causal attention of new tokens to the S slots of a cache, otherwise as `causal_attention`.
+
+    Query t of row b stands at position offset_B[b] + t and attends to keys s <= that.
+
+    Args:
+        q_BTHK: queries.
+        k_BNSK, v_BNSK: keys and values, heads before time, as a `KVCache` holds them.
+        offset_B: int32, at least 0.
+
+    Raises:
+        ValueError: N does not divide H.
+    """
+    _check_heads(q_BTHK.shape[2], k_BNSK.shape[1])
+    query_BT = jnp.arange(q_BTHK.shape[1])[None, :] + offset_B[:, None]
+    visible_BTS = jnp.arange(k_BNSK.shape[2])[None, None, :] <= query_BT[:, :, None]
+    return attention(q_BTHK, k_BNSK, v_BNSK, visible_BTS)
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+
+
+def heads_first(x_BSNK: Array) -> Array:
+    """Keys or values with heads before time, so that each head's are one piece: x_BNSK."""
+    return x_BSNK.transpose(0, 2, 1, 3)
 
 
 def same_segment(segments_BT: Array) -> Array:
@@ -376,8 +428,8 @@ def same_segment(segments_BT: Array) -> Array:
 
 def attention(
     q_BTHK: Array,
-    k_BSNK: Array,
-    v_BSNK: Array,
+    k_BNSK: Array,
+    v_BNSK: Array,
     visible_BTS: Array | None = None,
     *,
     dropout_rate: float = 0.0,
@@ -386,7 +438,7 @@ def attention(
     """Multi-head attention to any set of keys; grouped-query if N < H. See `causal_attention`.
 
     Args:
-        q_BTHK, k_BSNK, v_BSNK: queries, keys and values. Without a key, S = 0, the result is 0.
+        q_BTHK, k_BNSK, v_BNSK: queries, keys and values. Without a key, S = 0, the result is 0.
         visible_BTS: bool, what each query attends to, B and T of which may be 1; None: everything.
             A query that sees nothing gets the mean of all values.
         dropout_rate, key: as for `causal_attention`.
@@ -395,16 +447,18 @@ def attention(
         y_BTHK in the dtype of q.
     """
     B, T, H, K = q_BTHK.shape
-    S, N = k_BSNK.shape[1:3]
+    N, S = k_BNSK.shape[1:3]
     dtype = q_BTHK.dtype
     if S == 0:
         return jnp.zeros_like(q_BTHK)
-    q_BTNGK = q_BTHK.reshape(B, T, N, H // N, K)
-    scores_BNGTS = _wide_einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK)
-    scores_BHTS = scores_BNGTS.reshape(B, H, T, S) / math.sqrt(K)
+    # All queries that read one key head are the rows R of one product.
+    q_BNRK = heads_first(q_BTHK).reshape(B, N, H // N * T, K)
+    scores_BNRS = _wide_einsum("BNRK,BNSK->BNRS", q_BNRK, k_BNSK)
+    scores_BHTS = scores_BNRS.reshape(B, H, T, S) / math.sqrt(K)
     if visible_BTS is not None:
         lowest = jnp.finfo(_at_least_float32(dtype)).min
         scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, lowest)
     probs_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1), dropout_rate, key)
-    probs_BNGTS = probs_BHTS.astype(dtype).reshape(B, N, H // N, T, S)
-    return jnp.einsum("BNGTS,BSNK->BTNGK", probs_BNGTS, v_BSNK).reshape(B, T, H, K)
+    probs_BNRS = probs_BHTS.astype(dtype).reshape(B, N, H // N * T, S)
+    y_BNRK = jnp.einsum("BNRS,BNSK->BNRK", probs_BNRS, v_BNSK)
+    return y_BNRK.reshape(B, H, T, K).transpose(0, 2, 1, 3)

@@ -44,7 +44,7 @@ class PairCache(NamedTuple):
 
     Attributes:
       target: of the decoder's self-attention.
-      source_keys, source_values: k_BSHK and v_BSHK of each layer's cross-attention.
+      source_keys, source_values: k_BHSK and v_BHSK of each layer's cross-attention.
       source_mask_BS: bool, which of them are text.
     """
 
@@ -122,7 +122,7 @@ class Transformer(EncoderDecoderModel):
         kvs = [block.cross.keys_and_values(memory_BSD) for block in self.decoder]
         keys, values = zip(*kvs, strict=True)
         heads = self.config.num_heads
-        shape = (source_BS.shape[0], max_len, heads, self.config.d_model // heads)
+        shape = (source_BS.shape[0], heads, max_len, self.config.d_model // heads)
         target = KVCache.empty(len(kvs), shape, dtype)
         return PairCache(target, keys, values, _all_text(source_BS, source_mask_BS))
 

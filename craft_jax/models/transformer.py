@@ -139,7 +139,7 @@ class Memory(NamedTuple):
     """What the cross-attention of one layer reads.
 
     Attributes:
-      kv: k_BSHK and v_BSHK.
+      kv: k_BHSK and v_BHSK.
       visible_BTS: bool, T of which may be 1; None for everything.
     """
 
@@ -271,7 +271,7 @@ class TransformerLM(LanguageModel):
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> KVCache:
         heads = self.config.num_heads
-        shape = (batch_size, max_len, heads, self.config.d_model // heads)
+        shape = (batch_size, heads, max_len, self.config.d_model // heads)
         return KVCache.empty(self.config.num_layers, shape, dtype)
 
     def hidden(

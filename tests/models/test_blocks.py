@@ -9,7 +9,7 @@ OPTIONS = {"use_bias": True, "dropout": 0.0}
 
 
 def test_a_cache_grows_and_can_be_cut_back():
-    cache = blocks.KVCache.empty(2, (3, 8, 2, 4), jnp.bfloat16)
+    cache = blocks.KVCache.empty(2, (3, 2, 8, 4), jnp.bfloat16)
     assert len(cache.keys) == 2 and cache.keys[0].dtype == jnp.bfloat16
     assert cache.length_B.tolist() == [0, 0, 0] and cache.length_B.dtype == jnp.int32
     cut = cache.with_length(jnp.array([1, 2, 3]))

@@ -254,7 +254,7 @@ def test_offsets_continue_a_sequence(num_kv_heads, dtype):
     position = jnp.arange(12)[None, :, None, None]
     beyond = position > (offset + 3)[:, None, None, None]
     k, v = (jnp.where(beyond, jnp.asarray(1e4, dtype), x) for x in (k, v))
-    y = layers.causal_attention(part, k, v, offset_B=offset)
+    y = layers.cached_attention(part, *map(layers.heads_first, (k, v)), offset)
     assert_close([y], [expected], TOLERANCE[dtype])
 
 
@@ -276,8 +276,11 @@ def test_attention_rejects_what_it_cannot_mean():
     with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=4"):
         layers.causal_attention(q, k, v)
     q, k, v = qkv(T=3, S=5)
-    with pytest.raises(ValueError, match="pass offset_B"):
+    with pytest.raises(ValueError, match="3 queries but 5 keys; for those of a cache use cached_"):
         layers.causal_attention(q, k, v)
+    q, k, v = qkv(H=4, N=3)
+    with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=4"):
+        layers.cached_attention(q, *map(layers.heads_first, (k, v)), jnp.zeros(2, jnp.int32))
 
 
 # --- under transformations ---------------------------------------------------------------------
@@ -355,23 +358,24 @@ def test_attention_to_any_keys_is_the_causal_one_where_they_are_those(rng):
     q, k, v = (jnp.asarray(rng.standard_normal((2, 7, n, 4)), jnp.float32) for n in (6, 2, 2))
     visible = jnp.tril(jnp.ones((7, 7), bool))[None]
     np.testing.assert_allclose(
-        layers.attention(q, k, v, visible), layers.reference_attention(q, k, v), atol=1e-6
+        layers.attention(q, *map(layers.heads_first, (k, v)), visible),
+        layers.reference_attention(q, k, v),
+        atol=1e-6,
     )
 
 
 def test_attention_sees_what_it_may(rng):
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 5, 3, 4)), jnp.float32) for _ in range(3))
+    q = jnp.asarray(rng.standard_normal((2, 5, 3, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 3, 5, 4)), jnp.float32) for _ in range(2))
     mask_BS = jnp.array([[True, False, True, True, False], [True] * 5])
     y = layers.attention(q, k, v, mask_BS[:, None, :])
-    kept = layers.attention(q[:1], k[:1, [0, 2, 3]], v[:1, [0, 2, 3]])
+    kept = layers.attention(q[:1], k[:1, :, [0, 2, 3]], v[:1, :, [0, 2, 3]])
     np.testing.assert_allclose(y[:1], kept, atol=1e-6)
     np.testing.assert_allclose(y[1:], layers.attention(q[1:], k[1:], v[1:]), atol=1e-6)
-    nothing = layers.attention(q, k[:, :0], v[:, :0])
+    nothing = layers.attention(q, k[:, :, :0], v[:, :, :0])
     assert nothing.shape == q.shape and not nothing.any()
     blind = layers.attention(q, k, v, jnp.zeros((1, 1, 5), bool))
-    np.testing.assert_allclose(
-        blind, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6
-    )
+    np.testing.assert_allclose(blind, jnp.broadcast_to(v.mean(2)[:, None], q.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

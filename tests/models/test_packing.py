@@ -387,10 +387,3 @@ def equations(jaxpr):
                 sub = getattr(sub, "jaxpr", sub)
                 if hasattr(sub, "eqns"):
                     yield from equations(sub)
-
-
-def test_segments_go_without_a_cache():
-    q, k, v = qkv(T=3)
-    options = {"segments_BT": random_segments(2, 3), "offset_B": jnp.zeros(2, jnp.int32)}
-    with pytest.raises(ValueError, match="keys of a cache have no segments"):
-        layers.causal_attention(q, k, v, **options)
