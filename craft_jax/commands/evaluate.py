@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         last=args.weights == "last",
     )
     runtime.setup_logging()
+    runtime.keep_compiled()
     split = Path(args.text).name if args.text else args.split
     data = _data(opened, args, workdir)
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from craft_jax import outputs, runs
+from craft_jax import outputs, runs, runtime
 from craft_jax.data.tokenizers import TextStream
 from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.generation import SamplingConfig
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         )
     given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
     runs.check_beams(args.num_beams, args.length_penalty, given)
+    runtime.keep_compiled()
     opened = runs.open(
         args.run or "latest",
         workdir=workdir,

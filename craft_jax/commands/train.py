@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
     runtime.setup_logging()
+    runtime.keep_compiled()
     if args.coordinator is None and (args.num_processes, args.process_id) != (None, None):
         raise UsageError("--num_processes and --process_id need --coordinator=HOST:PORT")
     if args.replay_step is not None:

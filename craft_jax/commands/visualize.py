@@ -1,11 +1,9 @@
 """visualize: loss, learning-rate and throughput curves of one or several runs, as a PNG."""
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from craft_jax import outputs, runs
 from craft_jax.errors import OK, DataError
@@ -32,8 +30,9 @@ def draw_runs(paths: Sequence[RunPaths]) -> Path:
         logged[run_paths.name] = read_json_lines(run_paths.metrics)
         if not logged[run_paths.name]:
             raise DataError(f"run {run_paths.name} has logged no step yet: {run_paths.metrics}")
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    # Not with the imports: training draws at its end, and should not begin later for it.
+    figure = importlib.import_module("matplotlib.figure").Figure((11, 6.5), layout="constrained")
+    importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["loss", "rate"], ["loss", "speed"]], width_ratios=[2, 1])
     for number, (name, lines) in enumerate(logged.items()):
         color = f"C{number % 10}"

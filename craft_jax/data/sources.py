@@ -56,7 +56,7 @@ _TEXT_SUFFIXES = {
     ".java", ".kt", ".go", ".rs", ".js", ".ts", ".jsx", ".tsx", ".css", ".rb", ".php", ".swift",
     ".scala", ".hs", ".ml", ".lua", ".r", ".jl", ".sh", ".sql",
 }  # fmt: skip
-_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 class Span(NamedTuple):
@@ -187,8 +187,8 @@ def open_files(
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib")).resolve()
-        found = [p for p in root.rglob("*.py") if not _NOT_STDLIB & {*p.relative_to(root).parts}]
-        paths = sorted(p for p in found if p.is_file())
+        found = _walk(root, leave_out=_NOT_STDLIB)
+        paths = sorted(p for p in found if p.suffix == ".py" and p.is_file())
         if not paths:
             raise DataError(
                 f"data.source=stdlib: {root} holds no Python source; name your text with data.path"
@@ -238,10 +238,11 @@ def _matches(pattern: str) -> Iterator[str]:
             yield path
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Yields every file below a folder that stands in no hidden folder."""
+def _walk(root: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yields every file below a folder that stands in no hidden folder, nor in one left out."""
+    leave_out |= {"__pycache__"}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "__pycache__"]
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in leave_out]
         yield from (Path(folder) / name for name in names)
 
 

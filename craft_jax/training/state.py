@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from craft_jax import sharding
@@ -82,12 +83,14 @@ def init_state(
 ) -> TrainState:
     """Draws fresh parameters, each on the devices where it belongs from the start."""
 
-    def init(key: jax.Array) -> TrainState:
+    # The key is made inside: outside, each of its small programs would be compiled at every start.
+    def init(seed: jax.Array) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(seed), 0)
         return from_params(base.init_params(cls, config, key), optimizer, policy)
 
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
-    return jax.jit(init, out_shardings=shardings)(key)
+    number = np.uint32(seed)
+    shardings = sharding.tree_shardings(jax.eval_shape(init, number), mesh)
+    return jax.jit(init, out_shardings=shardings)(number)
 
 
 def begin(params: Params, optimizer: Optimizer, mesh: Mesh, policy: Policy = FLOAT32) -> TrainState:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from craft_jax import faults, sharding
+from craft_jax import faults, runtime, sharding
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.loading import WHOLE, load_batches
 from craft_jax.errors import DivergedError, StoppedError
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BAD_STEPS_FACTOR = 0.5
+_STEPS_WITHOUT_CLEANING = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,6 +338,7 @@ class Trainer:
     def _run_from(self, first: int) -> StepRecord:
         """Trains from a step to the end, a stop or a roll-back; returns the last record."""
         num_steps = self.config.num_steps
+        is_cpu = jax.default_backend() == "cpu"
         pending: _Pending | None = None
         record = self._record(first, {})
         self._start_window()
@@ -355,8 +357,13 @@ class Trainer:
             faults.point("compile" if step == first + 1 else "step")
             is_wide = self._wide_after is not None and step > self._wide_after
             train_step = self._wide_train_step if is_wide else self._train_step
+            if pending and is_cpu:
+                # Handed over before, it would take its scratch memory now: twice as much.
+                jax.block_until_ready(pending.numbers)
             self.state, numbers = train_step(self.state, self._with_wishes(batch))
             self._signal.defer()
+            if is_cpu and step % _STEPS_WITHOUT_CLEANING == 0:
+                runtime.return_freed_memory()
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
             self._scale_learning_rate(step)
