@@ -10,7 +10,7 @@ import pytest
 from craft_jax import generation
 from craft_jax.errors import UsageError
 from craft_jax.generation import Generator, SamplingConfig, choose
-from craft_jax.models import base
+from craft_jax.models import base, layers
 from craft_jax.models.base import LanguageModel
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.models.layers import Embedding
@@ -473,3 +473,21 @@ def test_repetition_penalty_on_both_signs():
 def test_impossible_values(options, message):
     with pytest.raises(UsageError, match=message):
         SamplingConfig(**options).check(10)
+
+
+def test_turned_kernels_change_no_token(params, monkeypatch):
+    def generated():
+        generator = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=V, end_id=None)
+        sizes = []
+        turn = generator._turn
+        monkeypatch.setattr(
+            generator, "_turn", lambda *a, **k: sizes.append(turn(*a, **k)) or sizes[-1]
+        )
+        tokens = generator.generate(params, [[1, 2, 3]], max_new_tokens=40, config=GREEDY)
+        return tokens, [len(kernels) for kernels in sizes]
+
+    fast, counts = generated()
+    assert counts == [12]
+    monkeypatch.setattr(layers, "MAX_TURNED_BYTES", 0)
+    plain, counts = generated()
+    assert counts == [0] and plain == fast
