@@ -333,8 +333,8 @@ def _words(spread: dict[str, float]) -> str:
 
 def compare_training(setting: str, args: argparse.Namespace) -> dict:
     """Returns milliseconds of each program's step, and the ratios of the peers' to ours."""
-    names = ["nanogpt", "craft_jax"]
-    if args.device == "cpu":
+    names = ["craft_jax"] if args.alone else ["nanogpt", "craft_jax"]
+    if args.device == "cpu" and not args.alone:
         names.insert(1, "nanogpt+malloc")
         if args.dtype == "float32":
             names.insert(2, "plain_nnx")
@@ -412,7 +412,8 @@ def main() -> int:
     from craft_jax import outputs
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
+    parser.add_argument("--alone", action="store_true", help="our train steps without nanoGPT's")
     parser.add_argument("--hf", action="store_true", help="decode beside transformers, too")
     parser.add_argument("--require", type=float, help="the least ratio of a step to nanoGPT's")
     parser.add_argument("--shape", choices=SHAPES, nargs="*", default=["0.8m", "10.7m"])
@@ -429,9 +430,11 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    if not (Path(args.nanogpt) / "model.py").is_file():
+    if args.nanogpt is None and not args.alone:
+        parser.error("--nanogpt=PATH, a checkout of nanoGPT, is needed; or --alone")
+    if not args.alone and not (Path(args.nanogpt) / "model.py").is_file():
         parser.error(f"--nanogpt={args.nanogpt}: there is no model.py; name a checkout of nanoGPT")
-    for package in ["torch"] + ["transformers"] * args.hf:
+    for package in ["torch"] * (args.hf or not args.alone) + ["transformers"] * args.hf:
         if importlib.util.find_spec(package) is None:
             parser.error(f"{package} is not installed; the peer needs it")
     settings = [f"{s}x{b}" if b else s for s in args.shape for b in args.batches or [None]]
@@ -439,7 +442,8 @@ def main() -> int:
     result["train"] = {setting: compare_training(setting, args) for setting in settings}
     if args.hf:
         result["decode"] = {f"{rows} rows": compare_decoding(rows, args) for rows in args.rows}
-    least = min((f["nanogpt"]["ratio"]["median"] for f in result["train"].values()), default=None)
+    ratios = [f["nanogpt"]["ratio"]["median"] for f in result["train"].values() if "nanogpt" in f]
+    least = min(ratios, default=None)
     file = outputs.benchmark_file(Path(args.workdir), "peers", args.device)
     outputs.write_json(file, result)
     print(f"written to {file}")

@@ -10,6 +10,7 @@ Shape letters: B batch, T query time, S key time, D model width, V vocabulary.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,9 @@ from flax import nnx
 
 from craft_jax import losses
 from craft_jax.losses import PLAIN, LossConfig, LossSums
+
+MAX_LOGITS = 1 << 27
+"""Half a gigabyte of them in float32."""
 
 Params = dict[str, jax.Array]
 Cache = Any
@@ -131,11 +135,41 @@ class LanguageModel(GenerativeModel):
         """Returns the summed cross-entropy of `targets` (B, T) given `tokens` (B, T).
 
         Where a batch has `segments` and `positions` (B, T), its documents are packed: see `hidden`.
+        Logits of more than `MAX_LOGITS` numbers never exist at once.
         """
         packing = {f"{name}_BT": batch[name] for name in ("segments", "positions") if name in batch}
         x_BTD, _ = self.hidden(batch["tokens"], key=key, remat=remat, **packing)
-        logits_BTV = self.logits(x_BTD)
-        return losses.cross_entropy(logits_BTV, batch["targets"], batch.get("weights"), config)
+        targets_BT, weights_BT = batch["targets"], batch.get("weights")
+        num_parts = self._num_parts(x_BTD)
+        if num_parts == 1:
+            return losses.cross_entropy(self.logits(x_BTD), targets_BT, weights_BT, config)
+        missing = -x_BTD.shape[1] % num_parts
+        if missing and weights_BT is None:
+            weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
+
+        def split(array: jax.Array | None) -> jax.Array | None:
+            """Cuts the time, since rows may be on different devices; what is missing weighs 0."""
+            if array is None:
+                return None
+            room = [(0, missing if axis == 1 else 0) for axis in range(array.ndim)]
+            B, T, *rest = (array := jnp.pad(array, room)).shape
+            return jnp.moveaxis(array.reshape(B, num_parts, T // num_parts, *rest), 1, 0)
+
+        def part(_: None, arrays: tuple) -> tuple[None, LossSums]:
+            x_BtD, targets_Bt, weights_Bt = arrays
+            sums = losses.cross_entropy(self.logits(x_BtD), targets_Bt, weights_Bt, config)
+            return None, jax.tree.map(jnp.asarray, sums)
+
+        # The backward pass makes the logits of a part again, instead of keeping those of all.
+        _, sums = jax.lax.scan(
+            jax.checkpoint(part), None, (split(x_BTD), split(targets_BT), split(weights_BT))
+        )
+        return jax.tree.map(lambda of_parts: of_parts.sum(axis=0), sums)
+
+    def _num_parts(self, x_BTD: jax.Array) -> int:
+        """Returns into how many parts of time the logits are cut."""
+        shape_BTV = jax.eval_shape(self.logits, x_BTD).shape
+        return min(math.ceil(math.prod(shape_BTV) / MAX_LOGITS), shape_BTV[1])
 
 
 class EncoderDecoderModel(LanguageModel):

@@ -10,6 +10,7 @@ output width), V vocabulary, M all leading axes as one.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 
@@ -156,9 +157,21 @@ def attend(x: Array, table_VD: Array) -> Array:
     The operands keep their promoted dtype (bfloat16 stays bfloat16); only the sum is wide.
     """
     dtype = jnp.promote_types(x.dtype, table_VD.dtype)
+    V = table_VD.shape[0]
     x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
-    logits_MV = _wide_einsum("md,vd->mv", x_MD, table_VD.astype(dtype))
-    return logits_MV.reshape(*x.shape[:-1], table_VD.shape[0])
+    if _likes_whole_tiles(x_MD.shape[0]):
+        table_VD = jnp.pad(table_VD, ((0, -V % TILE), (0, 0)))
+    logits_MV = _wide_einsum("md,vd->mv", x_MD, table_VD.astype(dtype))[:, :V]
+    return logits_MV.reshape(*x.shape[:-1], V)
+
+
+TILE = 128
+"""What the rows of a table are made a multiple of; other widths keep a GPU from fast products."""
+
+
+def _likes_whole_tiles(num_rows: int) -> bool:
+    """Whether padding a table costs less than it gains: not for the few rows of decoding."""
+    return jax.default_backend() != "cpu" and num_rows >= TILE
 
 
 class Head(nnx.Module):
@@ -361,17 +374,41 @@ def causal_attention(
     if backend == "cpu":
         keep_BHTT = dropout_mask((B, H, T, T), dropout_rate, key)
         return blocked_attention(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate)
-    # Not tested on a GPU or TPU by this project's CI. XLA picks the implementation, so that head
-    # widths that cuDNN does not know still run; float32 stays with the reference, since the library
-    # function may not multiply in float32 there.
+    # Not tested by this project's CI, but by `scripts/gpu_bench.sh`. float32 stays with the
+    # reference, since the library function may not multiply in float32 there.
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     no_dropout = key is None or dropout_rate == 0.0
     if half and no_dropout:
         # With segments its cost was not measured: XLA may or may not write the mask to memory.
         mask_BHTT = None if segments_BT is None else same_segment(segments_BT)[:, None]
-        return jax.nn.dot_product_attention(q_BTHK, k_BTNK, v_BTNK, mask=mask_BHTT, is_causal=True)
+        return jax.nn.dot_product_attention(
+            q_BTHK,
+            k_BTNK,
+            v_BTNK,
+            mask=mask_BHTT,
+            is_causal=True,
+            implementation=_implementation(backend, q_BTHK.shape[-1]),
+        )
     options = {"segments_BT": segments_BT, "dropout_rate": dropout_rate, "key": key}
     return reference_attention(q_BTHK, k_BTNK, v_BTNK, **options)
+
+
+def _implementation(backend: str, head_width: int) -> str | None:
+    """Returns what `jax.nn.dot_product_attention` is to use: cuDNN's flash attention, or XLA."""
+    if backend not in ("gpu", "cuda"):
+        return None
+    if head_width % 8 == 0 and head_width <= _CUDNN_WIDTH:
+        return "cudnn"
+    logging.getLogger(__name__).warning(
+        "attention without cuDNN, which takes more time and memory: heads are %d wide, and it "
+        "knows multiples of 8 up to %d",
+        head_width,
+        _CUDNN_WIDTH,
+    )
+    return "xla"
+
+
+_CUDNN_WIDTH = 128
 
 
 def reference_attention(

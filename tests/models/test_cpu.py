@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from craft_jax.losses import LossConfig
 from craft_jax.models import base, cpu, layers
 from craft_jax.models.gpt import GPT, GPTConfig
 
@@ -120,3 +121,46 @@ def test_kernels_are_turned_for_one_row_of_a_model_that_fits(monkeypatch):
     assert layers.turned(model, 1) and not layers.turned(model, 2)
     monkeypatch.setattr(layers, "MAX_TURNED_BYTES", 4 * 4 * 4 * 12 - 1)
     assert not layers.turned(model, 1)
+
+
+@pytest.mark.parametrize("max_logits", [1, 84, 200, 231])
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_the_loss_in_parts_is_the_loss(max_logits, has_weights, monkeypatch):
+    config = GPTConfig(vocab_size=7, num_layers=1, num_heads=1, d_model=8, max_seq_len=11)
+    model_def = base.define(GPT, config)
+    with jax.enable_x64(True):
+        params = jax.jit(lambda key: base.init_params(GPT, config, key))(jax.random.key(0))
+        params = {path: value.astype(jnp.float64) for path, value in params.items()}
+        rng = np.random.default_rng(0)
+        ids = rng.integers(7, size=(2, 3, 11)).astype(np.int32)
+        batch = {"tokens": ids[0], "targets": ids[1]}
+        if has_weights:
+            batch["weights"] = rng.integers(2, size=(3, 11)).astype(np.float64)
+
+        def objective(params):
+            sums = model_def.merge(params).loss(batch, config=LossConfig(label_smoothing=0.1))
+            return sums.loss + sums.penalty, sums
+
+        def results():
+            return jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+
+        whole = results()
+        monkeypatch.setattr(base, "MAX_LOGITS", max_logits)
+        parts = model_def.merge(params)._num_parts(jnp.zeros((3, 11, 8)))
+        assert parts == {1: 11, 84: 3, 200: 2, 231: 1}[max_logits]
+        for got, wanted in zip(*map(jax.tree.leaves, (results(), whole)), strict=True):
+            assert got.dtype == wanted.dtype
+            np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_a_padded_table_gives_the_same_logits_and_gradients(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, table = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in ((2, 3, 5), (7, 5)))
+    plain, pullback = jax.vjp(layers.attend, x, table)
+    monkeypatch.setattr(layers, "_likes_whole_tiles", lambda num_rows: True)
+    padded, padded_pullback = jax.vjp(layers.attend, x, table)
+    assert padded.shape == (2, 3, 7)
+    for got, wanted in zip(
+        (padded, *padded_pullback(plain)), (plain, *pullback(plain)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
