@@ -270,6 +270,8 @@ def _run_as_program() -> NoReturn:
 
 
 def _end_early(number: int, frame: object) -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     os._exit(PREEMPTED if number == signal.SIGUSR1 or _is_training() else KILLED)
 
 
