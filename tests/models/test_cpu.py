@@ -164,3 +164,11 @@ def test_a_padded_table_gives_the_same_logits_and_gradients(monkeypatch):
         (padded, *padded_pullback(plain)), (plain, *pullback(plain)), strict=True
     ):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_cudnn_is_taken_where_it_knows_the_heads(caplog):
+    assert layers._implementation("tpu", 64) is None
+    assert [layers._implementation("gpu", width) for width in (8, 64, 128)] == ["cudnn"] * 3
+    assert not caplog.text
+    assert layers._implementation("gpu", 20) == "xla" and "heads are 20 wide" in caplog.text
+    assert layers._implementation("gpu", 256) == "xla"

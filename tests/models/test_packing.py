@@ -350,7 +350,7 @@ def test_reference_attention_is_that_of_each_segment_alone(x64):
             np.testing.assert_allclose(y[row, place], expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
 def test_half_precision_attention(monkeypatch, backend):
     """What an accelerator would be given too, although it runs on the CPU here."""
     half, wide = qkv("bfloat16", T=139, N=2), qkv("float32", T=139, N=2)
