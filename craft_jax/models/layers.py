@@ -393,9 +393,10 @@ def causal_attention(
     return reference_attention(q_BTHK, k_BTNK, v_BTNK, **options)
 
 
+@functools.cache  # One warning, not one for each layer.
 def _implementation(backend: str, head_width: int) -> str | None:
     """Returns what `jax.nn.dot_product_attention` is to use: cuDNN's flash attention, or XLA."""
-    if backend not in ("gpu", "cuda"):
+    if backend != "gpu":
         return None
     if head_width % 8 == 0 and head_width <= _CUDNN_WIDTH:
         return "cudnn"
