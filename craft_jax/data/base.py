@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from craft_jax.data.image_format import ImageFormat
 from craft_jax.data.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -31,6 +32,17 @@ def vocab_size_of(dataset: "Dataset") -> int | None:
     return getattr(dataset, "vocab_size", None)
 
 
+def sizes_of(data: "Dataset") -> dict[str, int]:
+    """Returns the sizes of data that a model takes over; see `sizes_from`."""
+    return sizes_from(vocab_size_of(data), data.image_format)
+
+
+def sizes_from(vocab_size: int | None, images: ImageFormat | None) -> dict[str, int]:
+    """Returns sizes by the names that they have in the config of a model."""
+    found = {} if images is None else images.sizes
+    return found if vocab_size is None else found | {"vocab_size": vocab_size}
+
+
 class Dataset(abc.ABC):
     """The batches of one split.
 
@@ -42,6 +54,7 @@ class Dataset(abc.ABC):
       vocab_size: one more than the largest token id, for models of tokens; others have none.
       tokenizer: turns ids into text, or None if there is no text.
       num_bytes: UTF-8 bytes of the text behind one pass, for bits per byte; None if unknown.
+      image_format: what the images are; None if there are none.
       fingerprint: identifies the content; a run only resumes on data with the same one.
       name: a word for file names.
       recipe: how worker processes build it; None where it is sent to them as it is.
@@ -50,6 +63,7 @@ class Dataset(abc.ABC):
     vocab_size: int
     tokenizer: Tokenizer | None = None
     num_bytes: int | None = None
+    image_format: ImageFormat | None = None
     fingerprint: str = ""
     name: str = "data"
     recipe: Recipe | None = None
@@ -101,12 +115,13 @@ class BaseDataset(abc.ABC):
     like the lines of a `.jsonl` file, and take the whole way of text: tokenizer, cache, splits.
 
     Attributes:
-      vocab_size, tokenizer, num_bytes, fingerprint, name: see `Dataset`.
+      vocab_size, tokenizer, num_bytes, image_format, fingerprint, name: see `Dataset`.
     """
 
     vocab_size: int
     tokenizer: Tokenizer | None = None
     num_bytes: int | None = None
+    image_format: ImageFormat | None = None
     fingerprint: str = ""
     name: str = "data"
 

@@ -87,7 +87,7 @@ class ExampleBatches(Dataset):
         if not len(examples):
             raise DataError(f"{type(examples).__name__} has no example; it needs one at least")
         self._examples, self.batch_size, self._seed = examples, batch_size, seed
-        for name in ("vocab_size", "tokenizer", "num_bytes", "name"):
+        for name in ("vocab_size", "tokenizer", "num_bytes", "image_format", "name"):
             if hasattr(examples, name):
                 setattr(self, name, getattr(examples, name))
         self.fingerprint = examples.fingerprint or _fingerprint(examples)

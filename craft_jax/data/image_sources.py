@@ -13,13 +13,12 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from craft_jax.data.documents import plain_name, shown
 from craft_jax.data.pixels import decode
-from craft_jax.errors import ConfigError, DataError
+from craft_jax.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -96,36 +95,14 @@ def digits() -> ArrayImages:
     """Returns the 1797 digits of scikit-learn, 8 x 8 pixels of gray, in 10 classes.
 
     Their values 0, ..., 16 become 0, ..., 255.
-
-    Raises:
-      ConfigError: scikit-learn is not installed.
     """
-    found = optional_module("sklearn.datasets", "scikit-learn", "digits").load_digits()
+    found = importlib.import_module("sklearn.datasets").load_digits()  # It takes a second.
     return ArrayImages(
         name="digits",
         images_NHWC=np.rint(found.images * 255 / 16).astype(np.uint8)[..., None],
         labels_N=found.target.astype(np.int32),
         label_names=tuple(str(name) for name in found.target_names),
     )
-
-
-def optional_module(module: str, package: str, extra: str) -> Any:
-    """Returns a module of a package that only some data needs.
-
-    Args:
-      module: its full name.
-      package: what the package is called.
-      extra: of `craft_jax`, with that package.
-
-    Raises:
-      ConfigError: it is not installed, or does not import.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f'{extra} needs the package {package} ({error}); pip install "craft_jax[{extra}]"'
-        ) from error
 
 
 # Folders of files.

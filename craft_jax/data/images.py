@@ -1,7 +1,8 @@
 """Images as training, validation and test batches.
 
 In go an `ImageSource` and an `ImageProcessor`; out come `Dataset`s whose batches are images in
-[-1, 1]. Shapes: B images of a batch, H height, W width, C channels.
+[-1, 1], or their pixels as tokens. Shapes: B images of a batch, H height, W width, C channels, T
+pixels.
 """
 
 import concurrent.futures
@@ -19,8 +20,10 @@ import numpy as np
 
 from craft_jax.data import sampling, splits
 from craft_jax.data.base import Batch, Dataset
+from craft_jax.data.image_arrays import to_uint8
+from craft_jax.data.image_format import ImageFormat
 from craft_jax.data.image_sources import ImageSource
-from craft_jax.data.pixels import ImageProcessor
+from craft_jax.data.pixels import ImageProcessor, fit_palette
 from craft_jax.data.splits import Fractions
 from craft_jax.errors import ConfigError, DataError
 
@@ -66,23 +69,37 @@ class _Images(Dataset):
         """(H, W, C) of every image of a batch."""
         return self.processor.shape(self.source.image(int(self.indices[0])))
 
+    @functools.cached_property
+    def image_format(self) -> ImageFormat:
+        """What these images are."""
+        height, width, channels = self.image_shape
+        return ImageFormat(
+            height=height, width=width, channels=channels, label_names=tuple(self.label_names)
+        )
+
     def _batch(
-        self, indices: Sequence[int], generators: Sequence[np.random.Generator | None]
+        self,
+        indices: Sequence[int],
+        generators: Sequence[np.random.Generator | None],
+        seeds: np.ndarray,
     ) -> Batch:
         """Returns a batch of images of the source; rows that do not count fill it up.
 
         Returns:
           `images` float32 (B, H, W, C) in [-1, 1]; `labels` int32 (B,), if there are any; `weights`
-          float32 (B,): 1, and 0 on the rows that fill it up, whose images and labels are 0.
+          float32 (B,): 1, and 0 on the rows that fill it up, whose images and labels are 0; `seeds`
+          uint32 (B,), for what a model leaves to chance with each image.
         """
         images_BHWC = np.zeros((self.batch_size, *self.image_shape), np.float32)
         weights_B = np.zeros(self.batch_size, np.float32)
+        seeds_B = np.zeros(self.batch_size, np.uint32)
+        seeds_B[: len(indices)] = seeds >> np.uint64(32)
         for row, (i, rng) in enumerate(zip(indices, generators, strict=True)):
             image = self.source.image(i)
             _check_shape(self.source, i, self.processor.shape(image), self.image_shape)
             images_BHWC[row] = self.processor(image, rng)
             weights_B[row] = 1
-        batch = {"images": images_BHWC, "weights": weights_B}
+        batch = {"images": images_BHWC, "weights": weights_B, "seeds": seeds_B}
         if self.label_names:
             labels_B = np.zeros(self.batch_size, np.int32)
             labels_B[: len(indices)] = [self.source.label(i) for i in indices]
@@ -94,7 +111,8 @@ class TrainingImages(_Images):
     """Shuffled images, epoch after epoch, without end; batch s is a pure function of (seed, s).
 
     Every epoch visits each image once, in an order of its own; a batch may hold the end of one and
-    the beginning of the next. Crop and flip of an example are drawn from (seed, its number).
+    the beginning of the next. Crop, flip and `seeds` of an example are functions of (seed, its
+    number).
 
     Args:
       source: all images.
@@ -130,7 +148,8 @@ class TrainingImages(_Images):
         generators = [
             np.random.default_rng([self._seed, n]) if is_random else None for n in numbers
         ]
-        return self._batch(self.indices[places].tolist(), generators)
+        seeds = sampling.mix(self._seed, np.array(numbers))
+        return self._batch(self.indices[places].tolist(), generators, seeds)
 
     def one_pass(self) -> "ValidationImages":
         data = ValidationImages(
@@ -142,6 +161,8 @@ class TrainingImages(_Images):
 
 class ValidationImages(_Images):
     """All images once, in order, cropped centrally; rows of weight 0 fill up the last batch.
+
+    The `seeds` of an image are those of its number, the same in every run.
 
     Args:
       source: all images.
@@ -159,7 +180,46 @@ class ValidationImages(_Images):
     def batch(self, step: int) -> Batch:
         first = step * self.batch_size
         indices = self.indices[first : first + self.batch_size].tolist()
-        return self._batch(indices, [None] * len(indices))
+        return self._batch(indices, [None] * len(indices), sampling.mix(np.array(indices)))
+
+
+class PixelTokens(Dataset):
+    """Images as tokens, for language models: of each its class, then its pixels.
+
+    Args:
+      images: the batches of images.
+      palette: the colours that pixels become.
+
+    Attributes:
+      image_format: what turns tokens into pixels again.
+    """
+
+    def __init__(
+        self, images: TrainingImages | ValidationImages, palette: tuple[tuple[int, ...], ...]
+    ):
+        self.images = images
+        self.image_format = dataclasses.replace(images.image_format, palette=palette)
+        self.vocab_size, self.batch_size = self.image_format.vocab_size, images.batch_size
+        self.name = images.name
+        content = f"{images.fingerprint} {palette}"
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def one_pass(self) -> "PixelTokens":
+        return PixelTokens(self.images.one_pass(), self.image_format.palette)
+
+    def batch(self, step: int) -> Batch:
+        """Returns `tokens` and `targets`, int32 (B, T), and `weights`, float32 (B, T)."""
+        batch = self.images.batch(step)
+        targets_BT = self.image_format.tokens(to_uint8(batch["images"]))
+        first_B = self.image_format.first_tokens(batch.get("labels", np.zeros(len(targets_BT))))
+        return {
+            "tokens": np.concatenate([first_B[:, None], targets_BT[:, :-1]], axis=1),
+            "targets": targets_BT,
+            "weights": np.repeat(batch["weights"][:, None], targets_BT.shape[1], axis=1),
+        }
 
 
 # From a source to datasets.
@@ -197,7 +257,8 @@ def open_images(
     batch_size: int,
     seed: int,
     processor: ImageProcessor,
-) -> dict[str, TrainingImages | ValidationImages]:
+    num_colors: int | None = None,
+) -> dict[str, Dataset]:
     """Returns the batches of each split that has a fraction: `train`, and perhaps `val`, `test`.
 
     Every image is decoded once before: see `split`.
@@ -210,6 +271,8 @@ def open_images(
       batch_size: B.
       seed: of the order, of crops and of flips.
       processor: makes them what a model reads.
+      num_colors: the most colours of a palette that is fitted to what trains, for images as tokens;
+        None for images in numbers.
 
     Raises:
       ConfigError, DataError: see `split`; also images of several sizes that stay as they are.
@@ -253,7 +316,14 @@ def open_images(
             )
     for data in found_splits.values():
         data.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    return found_splits
+    if num_colors is None:
+        return dict(found_splits)
+    palette = fit_palette(
+        lambda n: processor.pixels(source.image(int(train.indices[n]))),
+        len(train.indices),
+        num_colors,
+    )
+    return {name: PixelTokens(data, palette) for name, data in found_splits.items()}
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:

@@ -528,6 +528,7 @@ def _open_images(config: DataConfig, seed: int) -> Datasets:
             batch_size=config.batch_size,
             seed=seed,
             processor=processor,
+            num_colors=config.image_colors,
         )
     )
 

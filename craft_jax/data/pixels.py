@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from craft_jax import durable
 from craft_jax.data.documents import one_line
+from craft_jax.data.image_arrays import normalize
 from craft_jax.errors import ConfigError, DataError
 
 MAX_PIXELS = 1 << 26
@@ -25,6 +27,10 @@ MAX_PIXELS = 1 << 26
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _NO_IMAGE = "is no PNG, JPEG, WebP, BMP or GIF image"
 _WHITE = 255
+_FITTED_PIXELS = 1 << 18
+_FEWEST_FITTED = 64
+_ROUNDS = 10
+"""Of k-means, after the median cut."""
 
 
 # A file to pixels.
@@ -85,20 +91,6 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 # Pixels to what a model reads.
-
-
-def normalize(pixels: np.ndarray) -> np.ndarray:
-    """Returns uint8 values 0, ..., 255 as float32 in [-1, 1]; `to_uint8` is the exact inverse."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Returns values in [-1, 1], of any float dtype, as the nearest of 0, ..., 255, uint8.
-
-    What lies outside is clipped; what is no number becomes 0.
-    """
-    scaled = (np.asarray(values).astype(np.float32) + np.float32(1)) * np.float32(127.5)
-    return np.rint(np.nan_to_num(scaled, nan=0).clip(0, 255)).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,30 +185,42 @@ def _on_white(image: np.ndarray) -> np.ndarray:
     return ((color * alpha + _WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-# Samples to a file.
+# Pixels to colours of a palette.
 
 
-def grid(images_BHWC: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
-    """Returns images side by side, row after row, on white.
+def fit_palette(
+    image: Callable[[int], np.ndarray], num_images: int, num_colors: int
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the colours that stand for the pixels of images best.
+
+    Where there are no more than `num_colors` of them, they are the palette, and nothing is lost.
+    Else they are those that Pillow's median cut finds, made better by k-means.
 
     Args:
-      images_BHWC: uint8, or any float dtype in [-1, 1].
-      columns: images in a row.
-      gap: pixels between two of them.
+      image: image i of `num_images`, uint8 (H, W, C), C 1 or 3; of many, some evenly spread are
+        looked at.
+      num_images: how many there are, at least one.
+      num_colors: the most colours, 2 to 256.
 
     Returns:
-      uint8 (H', W', C).
+      Colours of C numbers, sorted.
     """
-    if images_BHWC.dtype != np.uint8:
-        images_BHWC = to_uint8(images_BHWC)
-    count, height, width, channels = images_BHWC.shape
-    rows, columns = -(-count // columns), min(columns, count)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
-    picture = np.full(shape, _WHITE, np.uint8)
-    for n, image in enumerate(images_BHWC):
-        top, left = n // columns * (height + gap), n % columns * (width + gap)
-        picture[top : top + height, left : left + width] = image
-    return picture
+    height, width = image(0).shape[:2]
+    most = max(_FEWEST_FITTED, _FITTED_PIXELS // (height * width))
+    some = (image(i) for i in range(0, num_images, -(-num_images // most)))
+    pixels_NC = np.concatenate([one.reshape(-1, one.shape[-1]) for one in some])
+    colors_PC = np.unique(pixels_NC, axis=0)
+    if len(colors_PC) > num_colors:
+        rgb_NC = np.broadcast_to(pixels_NC, (len(pixels_NC), 3))
+        picture = Image.fromarray(np.ascontiguousarray(rgb_NC)[None])
+        quantized = picture.quantize(num_colors, Image.Quantize.MEDIANCUT, kmeans=_ROUNDS)
+        used = int(np.asarray(quantized).max()) + 1
+        flat = np.array(quantized.getpalette()).reshape(-1, 3)[:used]
+        colors_PC = np.unique(flat[:, : pixels_NC.shape[1]], axis=0)
+    return tuple(tuple(map(int, color)) for color in colors_PC)
+
+
+# Pixels to a file.
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from craft_jax import plugins
 from craft_jax.data.formats import CHATML, Format
+from craft_jax.data.image_format import MAX_COLORS
 from craft_jax.data.sampling import Share
 from craft_jax.data.splits import Fractions
 from craft_jax.schema import MAX_POSITIONS, MAX_VOCAB, Contradiction, setting
@@ -115,10 +116,17 @@ class DataConfig:
         "center", "which square of an image trains: center, or random"
     )
     image_flip: bool = setting(False, "whether images that train are mirrored at random")
+    image_colors: int | None = setting(
+        None,
+        "the most colours of a palette, for images as tokens that a gpt reads; none for images in "
+        "numbers",
+        minimum=2,
+        maximum=MAX_COLORS,
+    )
     seq_len: int = setting(
         128,
         "tokens in a training row; of pairs, the most in a source and in a target, end token "
-        "included",
+        "included; images have their own",
         minimum=1,
         maximum=MAX_POSITIONS,
     )

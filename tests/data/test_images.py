@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from craft_jax.data import image_sources, images, loading, pixels, splits, tfds_images
+from craft_jax.data import (
+    image_arrays,
+    image_sources,
+    images,
+    loading,
+    pixels,
+    splits,
+    tfds_images,
+)
 from craft_jax.data.image_sources import ArrayImages
 from craft_jax.data.images import TrainingImages, ValidationImages
 from craft_jax.data.pixels import ImageProcessor
@@ -168,15 +176,15 @@ def test_a_flipped_bit_of_a_png_is_found():
 
 def test_the_inverse_is_exact():
     values = np.arange(256, dtype=np.uint8)
-    found = pixels.normalize(values)
+    found = image_arrays.normalize(values)
     assert found.dtype == np.float32 and found[0] == -1 and found[-1] == 1
-    assert np.array_equal(pixels.to_uint8(found), values)
-    assert np.array_equal(pixels.to_uint8(found.astype(np.float64)), values)
-    assert np.array_equal(pixels.to_uint8(found + np.float32(0.0039)), values)
+    assert np.array_equal(image_arrays.to_uint8(found), values)
+    assert np.array_equal(image_arrays.to_uint8(found.astype(np.float64)), values)
+    assert np.array_equal(image_arrays.to_uint8(found + np.float32(0.0039)), values)
 
 
 def test_what_lies_outside_is_clipped():
-    found = pixels.to_uint8(np.array([-7, 7, np.inf, -np.inf, np.nan], np.float32))
+    found = image_arrays.to_uint8(np.array([-7, 7, np.inf, -np.inf, np.nan], np.float32))
     assert found.tolist() == [0, 255, 255, 0, 0]
 
 
@@ -256,12 +264,6 @@ def test_digits():
     assert [found.label(i) for i in range(12)] == [*range(10), 0, 1]
 
 
-def test_scikit_learn_is_asked_for(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ConfigError, match=r'scikit-learn.*pip install "craft_jax\[digits\]"'):
-        image_sources.digits()
-
-
 # Folders.
 
 
@@ -296,7 +298,7 @@ def test_a_flat_folder(tmp_path):
     assert found.files == ("a.png", "b.png") and found.label_names == ()
     assert found.label(0) is None
     data = TrainingImages(found, np.arange(2), processor=GRAY, batch_size=2, seed=0)
-    assert set(data.batch(0)) == {"images", "weights"}
+    assert set(data.batch(0)) == {"images", "weights", "seeds"}
 
 
 def test_folders_that_do_not_serve(tmp_path):
@@ -509,6 +511,7 @@ def test_a_batch():
         "images": ("float32", (8, 4, 4, 1)),
         "labels": ("int32", (8,)),
         "weights": ("float32", (8,)),
+        "seeds": ("uint32", (8,)),
     }
     of = {GRAY(data.source.image(i)).tobytes(): data.source.label(i) for i in range(50)}
     assert [of[image.tobytes()] for image in batch["images"]] == batch["labels"].tolist()
@@ -536,7 +539,7 @@ def test_validation_fills_up_the_last_batch():
     weights = np.concatenate([batch["weights"] for batch in batches])
     assert weights.tolist() == [1.0] * 10 + [0.0] * 2
     rows = np.concatenate([batch["images"] for batch in batches])
-    assert np.array_equal(rows[:10], pixels.normalize(data.source.images_NHWC))
+    assert np.array_equal(rows[:10], image_arrays.normalize(data.source.images_NHWC))
     assert (rows[10:] == 0).all()
     labels = np.concatenate([batch["labels"] for batch in batches])
     assert labels.tolist() == [i % 3 for i in range(10)] + [0, 0]
@@ -546,7 +549,7 @@ def test_nothing_of_validation_is_left_to_chance():
     processor = ImageProcessor(size=4, channels=1, crop="random", flip=True)
     data = training(array_source(9, 4, 9, 1), processor=processor).one_pass()
     for image, row in zip(data.source.images_NHWC, data.batch(0)["images"], strict=False):
-        assert np.array_equal(row, pixels.normalize(image[:, 2:6]))
+        assert np.array_equal(row, image_arrays.normalize(image[:, 2:6]))
 
 
 def test_an_example_is_changed_anew_in_each_epoch():
@@ -701,12 +704,12 @@ def test_images_of_several_sizes_need_one(tmp_path):
 
 def test_a_grid(tmp_path):
     many = noise(5, 3, 4, 3)
-    found = pixels.grid(many, 2)
+    found = image_arrays.grid(many, 2)
     assert found.shape == (3 * 4 - 1, 2 * 5 - 1, 3)
     assert np.array_equal(found[4:7, 5:9], many[3])
     assert (found[8:, 5:] == 255).all() and (found[3] == 255).all()
-    assert np.array_equal(pixels.grid(pixels.normalize(many), 2), found)
-    assert pixels.grid(many[:1], 8, gap=0).shape == (3, 4, 3)
+    assert np.array_equal(image_arrays.grid(image_arrays.normalize(many), 2), found)
+    assert image_arrays.grid(many[:1], 8, gap=0).shape == (3, 4, 3)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 1), (3, 4, 3), (3, 4, 4)])
