@@ -29,6 +29,7 @@ from craft_jax.data.tokenizers import KINDS
 from craft_jax.errors import ConfigError, UsageError
 from craft_jax.losses import LossConfig
 from craft_jax.models.base import EncoderDecoderModel, Model
+from craft_jax.models.flow import Flow
 from craft_jax.models.gpt import GPT
 from craft_jax.models.seq2seq import Transformer
 from craft_jax.models.transformer import TransformerLM
@@ -38,10 +39,15 @@ from craft_jax.sharding import ParallelConfig
 from craft_jax.training.loggers import LogConfig
 from craft_jax.training.profiling import ProfileConfig
 from craft_jax.training.reactions import EarlyStoppingConfig, PlateauConfig
-from craft_jax.training.trainer import TrainingConfig
+from craft_jax.training.settings import TrainingConfig
 from craft_jax.values import coerce, cut, parse, shown, types_of
 
-MODELS: dict[str, type[Model]] = {"gpt": GPT, "transformer": TransformerLM, "seq2seq": Transformer}
+MODELS: dict[str, type[Model]] = {
+    "gpt": GPT,
+    "transformer": TransformerLM,
+    "seq2seq": Transformer,
+    "flow": Flow,
+}
 
 # What users of other frameworks type, for "did you mean".
 _ALIASES = {
@@ -102,7 +108,7 @@ class ExperimentConfig:
         """Yields what is wrong between sections."""
         data, optim, training = self.data, self.optim, self.training
         longest = getattr(self.model, "max_seq_len", None)
-        if longest is not None and data.seq_len > longest:
+        if longest is not None and data.seq_len > longest and data.image_colors is None:
             yield Contradiction(
                 ("data.seq_len", "model.max_seq_len"),
                 f"data.seq_len={data.seq_len} is longer than model.max_seq_len={longest}; "

@@ -66,6 +66,23 @@ class PairSums(NamedTuple):
     penalty: jax.Array | float = 0.0
 
 
+class MeanSums(NamedTuple):
+    """Sums over the examples of a batch that each have one loss; scalars, at least float32.
+
+    Attributes:
+      loss: sum of the weighted losses.
+      weight: sum of the weights; the mean loss is `loss / weight`.
+      penalty: sum of what training adds, weighted.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    penalty: jax.Array | float = 0.0
+
+
+Sums = LossSums | PairSums | MeanSums
+"""What the loss of a model returns: named sums, `loss`, `weight` and `penalty` among them."""
+
 PLAIN = LossConfig()
 
 

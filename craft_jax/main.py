@@ -39,7 +39,7 @@ class _Command(NamedTuple):
 COMMANDS = {
     "train": _Command("train", "train a new run, or continue one (the default)"),
     "evaluate": _Command("evaluate", "loss, perplexity, bits per byte, accuracy of a run"),
-    "generate": _Command("generate", "text from a run"),
+    "generate": _Command("generate", "text or images from a run"),
     "prepare": _Command("prepare", "tokenize the text of a config ahead of training"),
     "tokenizer": _Command("tokenizer", "make the tokenizer of a config, and say how it does"),
     "data": _Command("data", "show what a model will see: sources, splits, real batches"),
@@ -59,6 +59,7 @@ examples:
   python -m craft_jax.main evaluate --run=latest
   python -m craft_jax.main generate --run=latest --prompt="def " --max_new_tokens=200
   python -m craft_jax.main generate --run=latest --prompt="def " --num_beams=4
+  python -m craft_jax.main generate --run=latest --label=3 --num_samples=16
   python -m craft_jax.main visualize --run=one --run=another
   python -m craft_jax.main prepare --config=configs/gpt.py
   python -m craft_jax.main tokenizer --config=configs/gpt.py --out=tokenizer.json
@@ -242,16 +243,34 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", action="append", help="text to continue, or a source; repeat it for several")
     add("--prompt_file", help="a file with a prompt in each line; - for standard input")
-    add("--max_new_tokens", type=int, default=200, help="tokens per sample (default: 200)")
-    add("--num_samples", type=int, default=1, help="samples of each prompt (default: 1)")
-    add("--temperature", type=float, help="0 takes the likeliest (default: 0.8; 0 for pairs)")
+    add("--max_new_tokens", type=int, help="tokens per sample (default: 200)")
+    add(
+        "--num_samples",
+        type=int,
+        help="samples of each prompt, label or image (default: 1; of images, 4 to 16)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest (default: 0.8; 0 for pairs, 1 for images)",
+    )
     add("--top_k", type=int, help="only the k likeliest tokens")
-    add("--top_p", type=float, default=1.0, help="only the likeliest with this probability")
-    add("--min_p", type=float, default=0.0, help="none below this part of the likeliest's")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition")
+    add("--top_p", type=float, help="only the likeliest with this probability (default: 1)")
+    add("--min_p", type=float, help="none below this part of the likeliest's (default: 0)")
+    add("--repetition_penalty", type=float, help="above 1 avoids repetition (default: 1)")
     add("--seed", type=int, default=0, help="of the randomness (default: 0)")
     add("--num_beams", type=int, default=1, help="above 1: search instead of sampling (default: 1)")
     add("--length_penalty", type=float, default=0.0, help="above 0 prefers longer texts of beams")
+    add("--label", action="append", help="of images: a class, by name; repeat it for several")
+    add(
+        "--image",
+        action="append",
+        help="of images: complete the upper half of this file, of those of this folder, or of the "
+        "first of a split (val); repeat it for several",
+    )
+    add("--num_steps", type=int, help="of a flow: steps from noise to image (default: 50)")
+    add("--solver", help="of a flow: euler or heun (default: heun)")
+    add("--guidance", type=float, help="of a flow: above 1 keeps closer to the label (default: 1)")
 
 
 def _run_as_program() -> NoReturn:

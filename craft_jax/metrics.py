@@ -22,8 +22,7 @@ def from_sums(*, loss: float, weight: float, correct: float, num_bytes: int | No
     Raises:
       DataError: no token is predicted.
     """
-    if not weight:
-        raise DataError("nothing in this split is learned: its weights are all 0; give it others")
+    _check_learned(weight)
     mean = loss / weight
     return {
         "loss": mean,
@@ -52,3 +51,38 @@ def from_pair_sums(
     del metrics["bits_per_byte"]
     tokens = metrics.pop("tokens")
     return {**metrics, "exact_match": exact / rows, "tokens": tokens, "pairs": int(rows)}
+
+
+def from_pixel_sums(*, loss: float, weight: float, correct: float, channels: int) -> dict:
+    """Returns the metrics of one pass over images that are tokens, one for each pixel.
+
+    Args:
+      loss, weight, correct: as for `from_sums`, over the pixels.
+      channels: numbers in a pixel.
+
+    Returns:
+      `loss` (nats per pixel), `bits_per_dim` (bits for each number of an image, as its palette has
+      it), `accuracy`, `pixels`.
+    """
+    found = from_sums(loss=loss, weight=weight, correct=correct, num_bytes=None)
+    return {
+        "loss": found["loss"],
+        "bits_per_dim": found["loss"] / math.log(2) / channels,
+        "accuracy": found["accuracy"],
+        "pixels": found["tokens"],
+    }
+
+
+def from_mean(*, loss: float, weight: float) -> dict:
+    """Returns the metrics of one pass over examples that have one loss each: `loss`, `examples`.
+
+    Raises:
+      DataError: no example counts.
+    """
+    _check_learned(weight)
+    return {"loss": loss / weight, "examples": int(weight)}
+
+
+def _check_learned(weight: float) -> None:
+    if not weight:
+        raise DataError("nothing in this split is learned: its weights are all 0; give it others")

@@ -4,7 +4,7 @@
                                                                  config.json, checkpoints/
     {workdir}/logs/train_{model}_{date}_{time}.log, .jsonl, /    log, metrics, TensorBoard events
     {workdir}/logs/eval_{model}_{date}_{time}.log
-    {workdir}/samples/sample_{date}_{time}.txt
+    {workdir}/samples/sample_{date}_{time}.txt .png
     {workdir}/evaluation/eval_{model}_{dataset}_{date}_{time}.json
     {workdir}/visualizations/{type}_{model}_{date}_{time}.png
     {workdir}/benchmarks/benchmark_{test}_{hardware}_{date}_{time}.json
@@ -339,9 +339,9 @@ def eval_log(workdir: Path, model: str) -> Path:
     return _reserve(workdir, lambda stamp: f"logs/eval_{model}_{stamp}.log")
 
 
-def sample_file(workdir: Path) -> Path:
-    """Reserves `samples/sample_{date}_{time}.txt`."""
-    return _reserve(workdir, lambda stamp: f"samples/sample_{stamp}.txt")
+def sample_file(workdir: Path, ending: str = "txt") -> Path:
+    """Reserves `samples/sample_{date}_{time}.txt`, or with another ending."""
+    return _reserve(workdir, lambda stamp: f"samples/sample_{stamp}.{ending}")
 
 
 def evaluation_file(workdir: Path, model: str, dataset: str) -> Path:

@@ -10,21 +10,26 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from craft_jax import config as configs
-from craft_jax import outputs
+from craft_jax import outputs, schema
 from craft_jax.checkpointing import CheckpointStore, Pin
 from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import tokenizers
+from craft_jax.data.base import sizes_from
+from craft_jax.data.image_format import ImageFormat
 from craft_jax.data.pipeline import NO_TOKENIZER
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, StorageError, UsageError
 from craft_jax.generation import Generator, SamplingConfig
+from craft_jax.image_generation import ImageGenerator
 from craft_jax.models import base
-from craft_jax.models.base import GenerativeModel, ModelDef, Params
+from craft_jax.models.base import LanguageModel, ModelDef, Params
 from craft_jax.outputs import RunPaths
 from craft_jax.precision import Policy
 
@@ -78,10 +83,16 @@ class Run:
         return self.store.meta(self.step)
 
     @functools.cached_property
+    def image_format(self) -> ImageFormat | None:
+        """What the images are that the model was trained on; None if there were none."""
+        found = self.meta.get("images")
+        return None if found is None else ImageFormat.from_json(found)
+
+    @functools.cached_property
     def model_def(self) -> ModelDef:
         """The model without its parameters."""
-        model = with_vocab_size(self.config.model, self.meta["vocab_size"])
-        return base.define(self.config.model_class, model)
+        sizes = sizes_from(self.meta["vocab_size"], self.image_format)
+        return base.define(self.config.model_class, with_sizes(self.config.model, sizes))
 
     @functools.cached_property
     def params(self) -> Params:
@@ -98,7 +109,7 @@ class Run:
         """What continues prompts; its compiled functions stay between calls.
 
         Raises:
-          UsageError: the model is not generative.
+          UsageError: the model is no language model.
         """
         return make_generator(self.config, self.model_def, self.tokenizer)
 
@@ -133,6 +144,8 @@ class Run:
         Raises:
           UsageError: an impossible value, or a prompt that the model cannot take.
         """
+        if self.image_format is not None:
+            raise UsageError(f"run {self.paths.name} makes images: use `generate_images`")
         tokenizer = self.need_tokenizer()
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         is_pair = self.config.reads_pairs
@@ -157,6 +170,34 @@ class Run:
         texts = [text + tokenizer.decode(new) for text, new in zip(before, made, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
+    @functools.cached_property
+    def image_generator(self) -> ImageGenerator:
+        """What makes images; its compiled functions stay between calls.
+
+        Raises:
+          UsageError: the run is not one of images.
+        """
+        if self.image_format is None:
+            raise UsageError(f"run {self.paths.name} is not one of images")
+        return ImageGenerator(self.config.model_class, self.model_def, self.image_format)
+
+    def generate_images(
+        self, labels: Sequence[int | str], *, seed: int = 0, **options: Any
+    ) -> np.ndarray:
+        """Returns an image for each label, uint8 (N, H, W, C).
+
+        Args:
+          labels: numbers, or names, of classes; 0 for images without.
+          seed: of the randomness.
+          **options: see `ImageGenerator.generate`.
+
+        Raises:
+          UsageError: an impossible value, or a run that is not one of images.
+        """
+        make = self.image_generator
+        numbers = [make.images.label(x) if isinstance(x, str) else x for x in labels]
+        return make.generate(self.compute_params, numbers, seed=seed, **options)
+
 
 def make_generator(
     config: ExperimentConfig,
@@ -173,10 +214,10 @@ def make_generator(
       stop_at_end: whether a sample ends with its document, or goes on with the next one.
 
     Raises:
-      UsageError: the model is not generative.
+      UsageError: the model is no language model.
     """
-    if not issubclass(config.model_class, GenerativeModel):
-        raise UsageError(f"model.name={config.model.name} is not a model that generates")
+    if not issubclass(config.model_class, LanguageModel):
+        raise UsageError(f"model.name={config.model.name} is not a model that generates text")
     model = model_def.config
     return Generator(
         model_def,
@@ -252,32 +293,51 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, is_pair: bool)
     return PromptRows([[tokenizer.end_id] for _ in texts], sources)
 
 
-def with_vocab_size(model: Any, vocab_size: int | None) -> Any:
-    """Returns a model config whose vocabulary is at least that of the data.
+def with_sizes(model: Any, sizes: Mapping[str, int]) -> Any:
+    """Returns a model config that fits data.
 
     Args:
-      model: the config; one without the field `vocab_size` stays as it is.
-      vocab_size: tokens of the data; None where it has none.
+      model: the config; fields that are None become those of the data.
+      sizes: see `data.base.sizes_of`.
 
     Raises:
-      ConfigError: it is set, and smaller, or the data has no tokens.
+      ConfigError: it says something else than the data, or the data is of another kind.
     """
-    if not hasattr(model, "vocab_size"):
-        return model
-    if vocab_size is None:
-        raise ConfigError(
-            f"model.name={model.name} reads tokens, and the data holds none; name text with "
-            "data.path, or use a model of images"
+    name, is_of_images = model.name, "height" in sizes
+    if hasattr(model, "vocab_size") and "vocab_size" not in sizes:
+        remedy = (
+            "make its images tokens with --config.data.image_colors=16, or use model.name=flow"
+            if is_of_images
+            else "name text with data.path, or use a model of images"
         )
-    wanted = model.vocab_size
-    if wanted is None:
-        return dataclasses.replace(model, vocab_size=vocab_size)
-    if wanted < vocab_size:
+        raise ConfigError(f"model.name={name} reads tokens, and the data holds none; {remedy}")
+    if getattr(model, "height", 0) is None and not is_of_images:
         raise ConfigError(
-            f"model.vocab_size={wanted} is less than the {vocab_size} tokens of the data; leave it "
-            "out, or make it at least as large"
+            f"model.name={name} reads images, and the data holds none; use data.source=digits, or "
+            "images with data.path, and leave data.image_colors out"
         )
-    return model
+    problems = []
+    for field, size in sizes.items():
+        wanted = getattr(model, field, None)
+        if wanted is None or wanted == size or (field in _AT_LEAST and wanted > size):
+            continue
+        problems.append(
+            f"model.{field}={wanted} is less than the {_AT_LEAST[field].format(size)} of the data; "
+            "leave it out, or make it at least as large"
+            if field in _AT_LEAST
+            else f"model.{field}={wanted} is not {size}, which the data has; leave it out"
+        )
+    if problems:
+        raise ConfigError(problems)
+    open_fields = [field for field in sizes if getattr(model, field, 0) is None]
+    fitted = dataclasses.replace(model, **{field: sizes[field] for field in open_fields})
+    if wrong := schema.contradictions(fitted):
+        raise ConfigError(wrong)
+    return fitted
+
+
+_AT_LEAST = {"vocab_size": "{} tokens", "max_seq_len": "{} pixels of an image"}
+"""Sizes of which a model may have more than the data."""
 
 
 # Finding.
@@ -403,7 +463,7 @@ def weights(init_from: str, workdir: Path) -> tuple[Run, Weights]:
                 f"`python -m interop import {init_from} {workdir / 'models' / 'NAME'}`"
             ) from None
         raise DataError(str(error).replace("--run=", "init_from=")) from None
-    model = with_vocab_size(run.config.model, run.meta["vocab_size"])
+    model = run.model_def.config
     file = run.store.tokenizer_file(run.step)
     model_section = dataclasses.asdict(model)
     return run, Weights(init_from, model_section, str(file) if file else None)

@@ -29,9 +29,12 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 # The first pattern found in a path decides; what none matches is replicated.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec("fsdp", None)),
-    (r"(query|key|value|up)\.kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"(out|down)\.kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(query|key|value|up)\.bias$", PartitionSpec("tensor")),
+    (
+        r"(query|key|value|up|modulation|patch_embedding)\.kernel$",
+        PartitionSpec("fsdp", "tensor"),
+    ),
+    (r"(out|down|head)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(query|key|value|up|modulation|patch_embedding)\.bias$", PartitionSpec("tensor")),
 )
 
 

@@ -46,7 +46,9 @@ def main() -> None:
     args = parser.parse_args()
     overrides = [Override("data.batch_size", str(args.batch_size))]
     config = configs.load(str(ROOT / "configs" / "gpt.py:small"), overrides)
-    model_def = base.define(config.model_class, runs.with_vocab_size(config.model, VOCAB))
+    model_def = base.define(
+        config.model_class, runs.with_sizes(config.model, {"vocab_size": VOCAB})
+    )
     optimizer = optim.make_optimizer(config.optim)
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     train_step = jax.jit(

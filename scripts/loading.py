@@ -79,7 +79,7 @@ def beside(
     config: configs.ExperimentConfig, data: Dataset, args: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """Returns the seconds of steps on loaded batches, and on one that stays, turn about."""
-    model_config = runs.with_vocab_size(config.model, data.vocab_size)
+    model_config = runs.with_sizes(config.model, {"vocab_size": data.vocab_size})
     model_def = base.define(config.model_class, model_config)
     optimizer = optim.make_optimizer(config.optim)
     mesh = sharding.make_mesh(config.parallel, jax.devices())

@@ -52,7 +52,8 @@ class Alternate(Callback):
     def on_train_begin(self, record: StepRecord) -> None:
         config = self._config
         model_def = base.define(
-            config.model_class, runs.with_vocab_size(config.model, config.data.vocab_size)
+            config.model_class,
+            runs.with_sizes(config.model, {"vocab_size": config.data.vocab_size}),
         )
         optimizer = optim.make_optimizer(config.optim)
         mesh = sharding.make_mesh(config.parallel, jax.devices())

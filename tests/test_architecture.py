@@ -24,6 +24,7 @@ LAYERS = [
         "watchdog",
         "memory",
         "generation",
+        "image_generation",
         "profiling",
         "rendezvous",
         "processes",

@@ -6,6 +6,8 @@ from craft_jax import config as configs
 from craft_jax import main as cli
 from craft_jax import runs
 from craft_jax.config import Override
+from craft_jax.data import pipeline
+from craft_jax.data.base import sizes_of
 from craft_jax.models import base
 from craft_jax.training.loggers import read_json_lines
 from tests.conftest import ROOT, overrides
@@ -33,6 +35,8 @@ SIZES = {
     "shakespeare_char.py": 10_745_088,
     "shakespeare_char.py:gpu": 10_745_088,
     "shakespeare_char.py:cpu": 804_096,
+    "image_gpt.py": 606_720,
+    "flow.py": 1_274_372,
 }
 
 # Of presets that differ in sizes alone, which are shrunk, one is enough.
@@ -51,6 +55,10 @@ SHORT = {
     "training.accumulate": 1,
     "training.sample_every": 0,
 }
+# Images have pixels enough.
+SHORT_IMAGES = {k: v for k, v in SHORT.items() if k not in ("data.seq_len", "data.tokenizer")} | {
+    "training.sample_every": 1
+}
 # Pairs are made, and must fit.
 SHORT_PAIRS = {k: v for k, v in SHORT.items() if k != "data.seq_len"} | {"data.num_pairs": 50}
 
@@ -64,23 +72,34 @@ def is_of_pairs(name):
     return name.startswith("seq2seq")
 
 
+def is_of_images(name):
+    return name in ("image_gpt.py", "flow.py")
+
+
 def test_every_config_is_here():
     assert {p.name for p in (ROOT / "configs").glob("*.py")} == {n.split(":")[0] for n in SIZES}
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_size(name):
-    config = load(name, **({} if is_of_pairs(name) else {"data.path": "text.txt"}))
+    own_data = is_of_pairs(name) or is_of_images(name)
+    config = load(name, **({} if own_data else {"data.path": "text.txt"}))
     vocab_size = 65 if "shakespeare" in name else config.data.vocab_size
     if is_of_pairs(name):
         vocab_size = 45 if config.data.pairs == "dates" else 27
-    model = runs.with_vocab_size(config.model, vocab_size)
+    sizes = {"vocab_size": vocab_size}
+    if is_of_images(name):
+        opened = pipeline.open_datasets(config.data, workdir=ROOT / "outputs", seed=0)
+        sizes = sizes_of(opened.train)
+    model = runs.with_sizes(config.model, sizes)
     assert base.define(config.model_class, model).num_params == SIZES[name]
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_trains(name, text_file, workdir):
-    short = SHORT_PAIRS if is_of_pairs(name) else SHORT | {"data.path": text_file}
+    short = SHORT | {"data.path": text_file}
+    if is_of_pairs(name) or is_of_images(name):
+        short = SHORT_PAIRS if is_of_pairs(name) else SHORT_IMAGES
     words = [f"--config={ROOT / 'configs' / name}", *overrides(short)]
     assert cli.main([*words, f"--workdir={workdir}"]) == 0
     (metrics,) = (workdir / "logs").glob("*.jsonl")

@@ -1,4 +1,4 @@
-"""docs/extending.md is run as it stands: its files written down, its commands executed."""
+"""What docs/extending.md and docs/generative.md tell to write is written down, and run."""
 
 import re
 import shlex
@@ -60,3 +60,26 @@ def test_a_command_of_the_page(command, tmp_path, monkeypatch, text_file, capsys
         run = f"--run={tmp_path / 'outputs/models/mine'}"
         assert cli.main(["generate", run, "--max_new_tokens=5", "--prompt=the"]) == 0
         assert cli.main(["evaluate", run]) == 0
+
+
+def test_a_vae_in_one_file(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/generative.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"```python\n# (vae\w*\.py)\n(.*?)```", page, re.S))
+    assert set(files) == {"vae.py", "vae_config.py"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    short = {"training.num_steps": 60, "training.eval_every": 20, "training.sample_every": 30}
+    assert "    python -m craft_jax.main --config=vae_config.py\n" in page
+    assert cli.main(["--config=vae_config.py", "--run=mine", *overrides(short)]) == 0
+    (metrics,) = Path("outputs/logs").glob("*.jsonl")
+    losses = [line["val_loss"] for line in read_json_lines(metrics) if "val_loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    assert len(list(Path("outputs/samples").glob("*.png"))) == 2
+    run = f"--run={tmp_path / 'outputs/models/mine'}"
+    assert cli.main(["evaluate", run]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", run, "--label=3", "--label=5", "--num_samples=4"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert cli.main(["generate", run, "--guidance=2"]) == 2
+    assert "--guidance is nothing that model.name=" in capsys.readouterr().err

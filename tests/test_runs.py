@@ -58,10 +58,10 @@ def test_overrides_that_a_trained_model_can_take(workdir):
 
 
 def test_a_vocabulary_must_hold_the_data():
-    assert runs.with_vocab_size(GPTConfig(), 65).vocab_size == 65
-    assert runs.with_vocab_size(GPTConfig(vocab_size=128), 65).vocab_size == 128
+    assert runs.with_sizes(GPTConfig(), {"vocab_size": 65}).vocab_size == 65
+    assert runs.with_sizes(GPTConfig(vocab_size=128), {"vocab_size": 65}).vocab_size == 128
     with pytest.raises(ConfigError, match=r"model\.vocab_size=64 is less than the 65 tokens"):
-        runs.with_vocab_size(GPTConfig(vocab_size=64), 65)
+        runs.with_sizes(GPTConfig(vocab_size=64), {"vocab_size": 65})
 
 
 def test_the_empty_prompt():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,22 @@ from jax.sharding import PartitionSpec
 from craft_jax import optim, schema, sharding
 from craft_jax.errors import ConfigError
 from craft_jax.models import base
-from craft_jax.models.gpt import GPT, GPTConfig
+from craft_jax.models.gpt import GPT
 from craft_jax.optim import OptimConfig
 from craft_jax.precision import Policy
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training import state as states
 from craft_jax.training.step import make_train_step
+from tests.kinds import KINDS
 
-CONFIG = GPTConfig(vocab_size=16, num_layers=2, num_heads=2, d_model=16, max_seq_len=8)
 
-
-def train(parallel: ParallelConfig, num_devices: int, steps: int = 40):
+def train(parallel: ParallelConfig, num_devices: int, steps: int = 40, kind: str = "gpt"):
+    cls, config = KINDS[kind].cls, KINDS[kind].config
     mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
     optimizer = optim.make_optimizer(OptimConfig(ema_decay=0.9))
-    state = states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh)
+    state = states.init_state(cls, config, optimizer, seed=0, mesh=mesh)
     train_step = make_train_step(
-        base.define(GPT, CONFIG),
+        base.define(cls, config),
         optimizer,
         optim.make_schedule(OptimConfig(), 100),
         Policy.named("float32"),
@@ -34,36 +35,40 @@ def train(parallel: ParallelConfig, num_devices: int, steps: int = 40):
     step = sharding.compile_step(train_step, mesh, parallel.mode)
     losses = []
     for i in range(steps):
-        tokens = np.random.default_rng(i).integers(0, 16, (8, 9)).astype(np.int32)
-        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        batch = KINDS[kind].batch(i, 8)
         state, metrics = step(state, sharding.put_batch(batch, mesh, parallel.mode))
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
-@pytest.fixture(scope="module")
-def alone():
+@functools.cache
+def alone(kind):
     """The losses of one device."""
-    return train(ParallelConfig(), 1)[1]
+    return train(ParallelConfig(), 1, kind=kind)[1]
+
+
+SHAPES = [
+    (8, ParallelConfig()),
+    (8, ParallelConfig(data=1, fsdp=-1)),
+    (8, ParallelConfig(data=2, fsdp=2, tensor=2)),
+    (8, ParallelConfig(mode="pmap")),
+]
+MORE_SHAPES = [
+    (2, ParallelConfig()),
+    (2, ParallelConfig(data=1, fsdp=2)),
+    (2, ParallelConfig(data=1, tensor=2)),
+    (4, ParallelConfig(fsdp=2)),
+]
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "parallel"),
-    [
-        (2, ParallelConfig()),
-        (8, ParallelConfig()),
-        (2, ParallelConfig(data=1, fsdp=2)),
-        (8, ParallelConfig(data=1, fsdp=-1)),
-        (2, ParallelConfig(data=1, tensor=2)),
-        (4, ParallelConfig(fsdp=2)),
-        (8, ParallelConfig(data=2, fsdp=2, tensor=2)),
-        (8, ParallelConfig(mode="pmap")),
-    ],
+    ("num_devices", "parallel", "kind"),
+    [(*shape, kind) for kind in KINDS for shape in SHAPES + (MORE_SHAPES if kind == "gpt" else [])],
     ids=str,
 )
-def test_many_devices_give_the_losses_of_one(num_devices, parallel, alone):
-    state, losses = train(parallel, num_devices)
-    np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+def test_many_devices_give_the_losses_of_one(num_devices, parallel, kind):
+    state, losses = train(parallel, num_devices, kind=kind)
+    np.testing.assert_allclose(losses, alone(kind), rtol=0, atol=1e-5)
     mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     moments = next(s.mu for s in state.opt_state if hasattr(s, "mu"))
@@ -82,7 +87,7 @@ def bytes_of_first_device(array):
 
 def test_rules():
     mesh = sharding.make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2), jax.devices())
-    shapes = base.define(GPT, CONFIG).shapes
+    shapes = base.define(GPT, KINDS["gpt"].config).shapes
     specs = {path: s.spec for path, s in sharding.param_shardings(shapes, mesh).items()}
     assert specs["token_embedding.embedding"] == PartitionSpec("fsdp", None)
     assert specs["blocks.0.attn.query.kernel"] == PartitionSpec("fsdp", "tensor")

@@ -19,7 +19,7 @@ from craft_jax import optim, outputs, profiling, runs, runtime, sharding
 from craft_jax.commands import report
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
-from craft_jax.data.base import Batch, Dataset, vocab_size_of
+from craft_jax.data.base import Batch, Dataset, sizes_of
 from craft_jax.errors import OK, UsageError
 from craft_jax.generation import SamplingConfig
 from craft_jax.models import base
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     start = {"imports": profiling.seconds_since_start()}
     data = pipeline.open_datasets(config.data, workdir=workdir, seed=config.training.seed).train
     start["data"] = profiling.seconds_since_start()
-    model_config = runs.with_vocab_size(config.model, vocab_size_of(data))
+    model_config = runs.with_sizes(config.model, sizes_of(data))
     model_def = base.define(config.model_class, model_config)
     measured = _training(config, model_def, data, mesh, args.steps, start)
     measured["loader"] = _loader(config, data)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from craft_jax.errors import ConfigError, DataError, UsageError
 from craft_jax.outputs import RunPaths
 from craft_jax.processes import ProcessGroup
 from craft_jax.training.callbacks import Callback
+
+logger = logging.getLogger(__name__)
 
 
 def existing(name: str | None, workdir: Path) -> RunPaths | None:
@@ -132,6 +135,17 @@ def tokenizer(
     elif origin and origin.given.tokenizer and config.data.tokenizer == origin.given.tokenizer:
         tokenizer = Tokenizer.load(origin.given.tokenizer)
     return tokenizer
+
+
+def compare_palettes(origin: Origin, data: Dataset) -> None:
+    """Warns where weights were trained on pixels of another palette than that of the data."""
+    known, found = origin.run.image_format, data.image_format
+    if known and found and known.palette != found.palette:
+        logger.warning(
+            "%s was trained on images of %d other colours: what it knows of each begins anew",
+            origin.given.origin,
+            known.num_colors,
+        )
 
 
 def own_callbacks(config: ExperimentConfig) -> list[type[Callback]]:

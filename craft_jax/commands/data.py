@@ -12,6 +12,7 @@ from craft_jax.commands import preparing
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Batch, Dataset
+from craft_jax.data.image_arrays import shown
 from craft_jax.data.pipeline import Datasets, Prepared
 from craft_jax.data.text import TextBatches
 from craft_jax.data.tokenizers import Tokenizer
@@ -41,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--step={args.step}: the {args.split} split has {len(split)} batches")
     batch = loading.read_batch(split, args.step)
     _describe_batch(batch, args.split, args.step)
+    if split.image_format is not None and split.image_format.palette and "targets" in batch:
+        images = split.image_format
+        batch = {"images": images.pixels(batch["targets"])}
+        if images.num_classes:
+            batch["labels"] = split.batch(args.step)["tokens"][:, 0] - images.num_colors
     if "images" in batch:
         _draw(batch, workdir, split.name)
     elif "tokens" in batch and split.tokenizer is not None:
@@ -175,7 +181,7 @@ def _indented(text: str) -> str:
 def _draw(batch: Batch, workdir: Path, name: str) -> None:
     pixels = importlib.import_module("craft_jax.data.pixels")
     file = outputs.picture_file(workdir, "data", name)
-    pixels.save_png(file, pixels.grid(batch["images"][:_MAX_IMAGES], _GRID_COLUMNS))
+    pixels.save_png(file, shown(batch["images"][:_MAX_IMAGES], _GRID_COLUMNS))
     print(f"picture    {file}")
     if "labels" in batch:
         print(f"labels     {' '.join(map(str, batch['labels'][:_MAX_IMAGES].tolist()))}")

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
     data = opened.config.data
+    if args.text and opened.image_format is not None:
+        raise UsageError(f"--text: run {opened.paths.name} is one of images; give a --split")
     if args.text and opened.config.reads_pairs:
         return _file_of_pairs(opened, args.text)
     if args.text:

@@ -1,9 +1,11 @@
-"""generate: text from a run, streamed as it is made: what follows prompts, or targets."""
+"""generate: text from a run, streamed as it is made; of images, see `generate_images`."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from craft_jax import outputs, runs, runtime
 from craft_jax.data.tokenizers import TextStream
@@ -11,6 +13,7 @@ from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.generation import SamplingConfig
 
 _TEMPERATURE = 0.8
+_NEW_TOKENS = 200
 _MAX_SAMPLES = 100_000
 _ROWS = 256
 """Texts that are made at the same time; more would only take more memory."""
@@ -18,24 +21,29 @@ _ROWS = 256
 _UNSET = {
     "temperature": (None, 0.0),  # 0 asks for the likeliest text too.
     "top_k": (None,),
-    "top_p": (1.0,),
-    "min_p": (0.0,),
-    "repetition_penalty": (1.0,),
+    "top_p": (None, 1.0),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
     "seed": (0,),
-    "num_samples": (1,),
+    "num_samples": (None, 1),
 }
 """Flags of sampling, and the values that a search does not contradict."""
+
+_OF_TEXT = {"prompt": None, "prompt_file": None, "max_new_tokens": None, "num_beams": 1,
+            "length_penalty": 0.0}  # fmt: skip
+_OF_IMAGES = ("label", "image", "num_steps", "solver", "guidance")
 
 
 def run(args: argparse.Namespace) -> int:
     """Continues one or several prompts, or writes the targets of sources, `--num_samples` times.
 
-    The text goes to standard output and to a file, everything else to standard error.
+    The text goes to standard output and to a file, everything else to standard error. Of a run of
+    images, see `generate_images`.
     """
     workdir = Path(args.workdir).expanduser().absolute()
-    if args.max_new_tokens < 1:
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens={args.max_new_tokens} must be at least 1")
-    if not 1 <= args.num_samples <= _MAX_SAMPLES:
+    if args.num_samples is not None and not 1 <= args.num_samples <= _MAX_SAMPLES:
         raise UsageError(
             f"--num_samples={args.num_samples} must be at least 1 and at most {_MAX_SAMPLES}"
         )
@@ -49,7 +57,14 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         last=args.weights == "last",
     )
+    if opened.image_format is not None:
+        _refuse(args, _OF_TEXT, "makes images")
+        command = importlib.import_module("craft_jax.commands.generate_images")
+        return command.run(args, opened, workdir)
     tokenizer = opened.need_tokenizer()
+    _refuse(args, dict.fromkeys(_OF_IMAGES), "makes text")
+    args.num_samples = args.num_samples or 1
+    args.max_new_tokens = args.max_new_tokens or _NEW_TOKENS
     is_pair = opened.config.reads_pairs
     prompts = _prompts(args)
     if not prompts:
@@ -61,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingConfig(
         temperature=_temperature(args, is_pair),
         top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
+        **{
+            name: value
+            for name in ("top_p", "min_p", "repetition_penalty")
+            if (value := getattr(args, name)) is not None
+        },
     )
     sampling.check(tokenizer.vocab_size)
     rows, notes = _fit(rows, prompts, context, may_cut=args.num_beams == 1)
@@ -87,6 +104,17 @@ def run(args: argparse.Namespace) -> int:
     outputs.write_text(file, writer.everything())
     _say(f"written to {file}")
     return OK
+
+
+def _refuse(args: argparse.Namespace, unset: dict[str, Any], what: str) -> None:
+    """Checks that no flag is given that means nothing to a run.
+
+    Raises:
+      UsageError: one is.
+    """
+    given = [f"--{name}" for name, value in unset.items() if getattr(args, name) != value]
+    if given:
+        raise UsageError(f"the model of this run {what}; leave {', '.join(given)} out")
 
 
 def _fit(

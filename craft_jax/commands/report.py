@@ -1,6 +1,7 @@
 """What the commands say: header and ending of a training run, tables, names, versions."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -14,10 +15,11 @@ import jax
 
 from craft_jax import runtime
 from craft_jax.config import SECTIONS, ExperimentConfig
-from craft_jax.data.base import vocab_size_of
+from craft_jax.data.base import Dataset, vocab_size_of
 from craft_jax.data.pipeline import Datasets
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
+from craft_jax.training.callbacks import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +88,20 @@ def header(
     for row in parameter_table(model_def):
         say("  %s", row)
     say("memory     parameters and optimizer %.1f MB on each device", state_bytes / 1e6)
-    has_tokens = vocab_size_of(datasets.train) is not None
-    batch = _batch(config) if has_tokens else f"{config.data.batch_size:,} examples"
+    batch = _batch(config, datasets.train)
     say("batch      %s; an epoch is %s steps", batch, f"{len(datasets.train):,}")
     say("run        %s", paths.folder)
     say("log        %s", paths.log)
 
 
-def _batch(config: ExperimentConfig) -> str:
-    rows, length = config.data.batch_size, config.data.seq_len
+def _batch(config: ExperimentConfig, data: Dataset) -> str:
+    rows, length, images = config.data.batch_size, config.data.seq_len, data.image_format
+    if images is not None:
+        what = f"{images.height} x {images.width} pixels, {images.num_classes} classes"
+        colors = f", in {images.num_colors} colours as tokens" if images.palette else ""
+        return f"{rows:,} images of {what}{colors}"
+    if vocab_size_of(data) is None:
+        return f"{rows:,} examples"
     if config.reads_pairs:
         return f"{rows:,} pairs, up to {length:,} tokens in a source and in a target"
     return f"{rows:,} sequences of {length:,} tokens: {rows * length:,} tokens per step"
@@ -117,11 +124,19 @@ def parameter_table(model_def: ModelDef) -> list[str]:
     ]
 
 
-def sample(step: int, text: str, file: Path) -> None:
-    """Shows a sample and adds it to the run's file of samples."""
-    logger.info("sample at step %d\n%s", step, _indented(text))
+def sample(step: int, made: Sample, file: Path) -> None:
+    """Shows a sample and adds it to the run's file of samples; a picture goes beside that."""
+    words = made.words
+    if made.picture is not None:
+        picture = file.with_name(f"{file.stem}_step{step:06}.png")
+        # It takes a while to import, and only images need it.
+        importlib.import_module("craft_jax.data.pixels").save_png(picture, made.picture)
+        words = f"{picture.name}: {words}"
+        logger.info("sample at step %d: %s", step, picture)
+    else:
+        logger.info("sample at step %d\n%s", step, _indented(words))
     with file.open("a", encoding="utf-8", newline="") as out:
-        out.write(f"=== step {step} ===\n{text}\n\n")
+        out.write(f"=== step {step} ===\n{words}\n\n")
 
 
 def ending(
@@ -135,6 +150,7 @@ def ending(
     """Says how it went, what was written, and what to do next; `source` is one to try, of pairs."""
     shown = [("training loss", metrics["loss"]), ("validation loss", metrics.get("val_loss"))]
     shown.append(("bits per byte", metrics.get("val_bits_per_byte")))
+    shown.append(("bits per dimension", metrics.get("val_bits_per_dim")))
     shown.append(("exact match", metrics.get("val_exact_match")))
     words = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
     logger.info("finished: %s", words)

@@ -4,19 +4,24 @@ from itertools import groupby
 
 from craft_jax import runs, sharding
 from craft_jax.config import ExperimentConfig
+from craft_jax.data.image_arrays import shown
+from craft_jax.data.image_format import ImageFormat
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.generation import SamplingConfig
-from craft_jax.models.base import GenerativeModel, ModelDef, Params
+from craft_jax.image_generation import ImageGenerator
+from craft_jax.models.base import GenerativeModel, LanguageModel, ModelDef, Params
 from craft_jax.precision import Policy
+from craft_jax.training.callbacks import Sample
 from craft_jax.training.state import TrainState
 
 _LAST_SAMPLE_FACTOR = 4
 _SAMPLED_PAIRS = 5
+_COLUMNS, _ROWS = 10, 4
 _SAMPLING = SamplingConfig(temperature=0.8)
 
 
-class Sampler:
+class TextSampler:
     """Text from a state that is being trained."""
 
     source: str | None = None
@@ -26,7 +31,7 @@ class Sampler:
         self._policy = Policy.named(config.training.precision)
         self._num_tokens, self._tokenizer = config.training.sample_tokens, tokenizer
 
-    def __call__(self, state: TrainState, is_last: bool = False) -> str:
+    def __call__(self, state: TrainState, is_last: bool = False) -> Sample:
         new = self._generator.generate(
             _sampling_params(state, self._policy),
             [runs.prompt_ids(self._tokenizer, "")],
@@ -38,7 +43,7 @@ class Sampler:
         documents = [
             list(part) for is_end, part in groupby(new[0], lambda t: t == end) if not is_end
         ]
-        return "\n".join(map(self._tokenizer.decode, documents))
+        return Sample(words="\n".join(map(self._tokenizer.decode, documents)))
 
 
 class PairSampler:
@@ -69,7 +74,7 @@ class PairSampler:
         ]
         self.source = self._source_texts[0]
 
-    def __call__(self, state: TrainState, is_last: bool = False) -> str:
+    def __call__(self, state: TrainState, is_last: bool = False) -> Sample:
         del is_last  # The same pairs every time, so that they can be compared.
         made = self._generator.generate(
             _sampling_params(state, self._policy),
@@ -82,19 +87,44 @@ class PairSampler:
         for source, new, right in zip(self._source_texts, made, self._targets, strict=True):
             text = self._tokenizer.decode(new)
             lines.append(f"{source} -> {text}" + ("" if text == right else f"  (right: {right})"))
-        return "\n".join(lines)
+        return Sample(words="\n".join(lines))
 
 
-def make(
-    config: ExperimentConfig, model_def: ModelDef, datasets: Datasets
-) -> Sampler | PairSampler | None:
-    """Returns a sampler, or None where there is no text or the model does not generate."""
-    tokenizer = datasets.train.tokenizer
-    if tokenizer is None or not issubclass(config.model_class, GenerativeModel):
+class ImageSampler:
+    """Images from a state that is being trained, a column for each of some classes."""
+
+    source: str | None = None
+
+    def __init__(self, config: ExperimentConfig, model_def: ModelDef, images: ImageFormat):
+        self._generator = ImageGenerator(config.model_class, model_def, images)
+        self._policy = Policy.named(config.training.precision)
+        self._num_columns = min(images.num_classes or _COLUMNS, _COLUMNS)
+        self._labels = list(range(self._num_columns)) if images.num_classes else [0] * _COLUMNS
+        self._names = ", ".join(images.label_names[: self._num_columns])
+
+    def __call__(self, state: TrainState, is_last: bool = False) -> Sample:
+        labels = self._labels * (_ROWS * (2 if is_last else 1))
+        params = _sampling_params(state, self._policy)
+        made = self._generator.generate(params, labels, seed=int(state.step))
+        words = f"{len(labels)} images" + (f", in columns {self._names}" if self._names else "")
+        return Sample(words=words, picture=shown(made, self._num_columns))
+
+
+Sampler = TextSampler | PairSampler | ImageSampler
+
+
+def make(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> Sampler | None:
+    """Returns a sampler, or None where nothing can be shown, or the model does not generate."""
+    if not issubclass(config.model_class, GenerativeModel):
+        return None
+    images, tokenizer = datasets.train.image_format, datasets.train.tokenizer
+    if images is not None:
+        return ImageSampler(config, model_def, images)
+    if tokenizer is None or not issubclass(config.model_class, LanguageModel):
         return None
     if config.reads_pairs:
         return PairSampler(config, model_def, datasets, tokenizer)
-    return Sampler(config, model_def, tokenizer)
+    return TextSampler(config, model_def, tokenizer)
 
 
 def _sampling_params(state: TrainState, policy: Policy) -> Params:
@@ -102,7 +132,7 @@ def _sampling_params(state: TrainState, policy: Policy) -> Params:
     return policy.cast(sharding.on_one_device(dict(state.best_params)))
 
 
-def look_on(state: TrainState) -> str:
+def look_on(state: TrainState) -> Sample:
     """Takes part in a sample that the first of several processes makes."""
     sharding.on_one_device(dict(state.best_params))
-    return ""
+    return Sample(words="")

@@ -30,10 +30,10 @@ from craft_jax import (
 )
 from craft_jax.checkpointing import CheckpointStore
 from craft_jax.commands import choosing, replay, report, resuming, samplers, visualize
-from craft_jax.commands.samplers import PairSampler, Sampler
+from craft_jax.commands.samplers import Sampler
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import pipeline
-from craft_jax.data.base import Dataset, vocab_size_of
+from craft_jax.data.base import Dataset, sizes_of, vocab_size_of
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import (
@@ -58,6 +58,7 @@ from craft_jax.training.callbacks import (
     Callback,
     CheckpointCallback,
     EvaluationCallback,
+    Sample,
     SampleCallback,
 )
 from craft_jax.training.loggers import (
@@ -121,9 +122,11 @@ def _run(
             )
         )
         choosing.check_same_data(datasets.train, group)
-        model_config = runs.with_vocab_size(config.model, vocab_size_of(datasets.train))
+        if begun.origin:
+            choosing.compare_palettes(begun.origin, datasets.train)
+        model_config = runs.with_sizes(config.model, sizes_of(datasets.train))
         model_def = base.define(config.model_class, model_config)
-        _check_possible(config, model_def, mesh)
+        _check_possible(config, model_def, datasets.train, mesh)
         _check_metrics(config, model_def, datasets)
         status = begun.status
 
@@ -283,7 +286,7 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
         seed=config.training.seed,
         tokenizer=choosing.tokenizer(config, found, newest, origin),
     )
-    model_config = runs.with_vocab_size(config.model, vocab_size_of(datasets.train))
+    model_config = runs.with_sizes(config.model, sizes_of(datasets.train))
     model_def = base.define(config.model_class, model_config)
     if before is None and origin is None and config.init_from:
         origin = choosing.Origin(*runs.weights(config.init_from, workdir))
@@ -308,7 +311,9 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
     return code
 
 
-def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sharding.Mesh) -> None:
+def _check_possible(
+    config: ExperimentConfig, model_def: ModelDef, data: Dataset, mesh: jax.sharding.Mesh
+) -> None:
     asked = [field for field, value in dataclasses.asdict(config.loss).items() if value]
     if asked and "config" not in inspect.signature(config.model_class.loss).parameters:
         raise ConfigError(
@@ -320,11 +325,19 @@ def _check_possible(config: ExperimentConfig, model_def: ModelDef, mesh: jax.sha
         states.abstract_state(model_def, optim.make_optimizer(config.optim), mesh, policy),
         model_def.config,
         batch_size=config.data.batch_size,
-        seq_len=config.data.seq_len,
+        seq_len=_row_length(config, model_def, data),
         accumulate=config.training.accumulate,
         mesh=mesh,
     )
     memory.check(need, mesh)
+
+
+def _row_length(config: ExperimentConfig, model_def: ModelDef, data: Dataset) -> int:
+    """Returns over how many places a model computes in each row; 0 where that is not known."""
+    images = data.image_format
+    if images is None:
+        return config.data.seq_len
+    return images.num_pixels if images.palette else getattr(model_def.config, "num_patches", 0)
 
 
 def _check_metrics(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> None:
@@ -403,9 +416,12 @@ def _assemble(
     tokenizer = datasets.train.tokenizer
     store = CheckpointStore(paths.checkpoints, config.training.keep_checkpoints, config.checkpoint)
 
+    images = datasets.train.image_format
+
     def complete(meta: dict) -> dict[str, Any]:
         meta |= {
             "vocab_size": vocab_size_of(datasets.train),
+            "images": images.to_json() if images else None,
             "data_fingerprint": datasets.train.fingerprint,
             "environment": report.environment(),
         }
@@ -478,7 +494,7 @@ def _assemble(
 
 def _callbacks(
     config: ExperimentConfig,
-    sampler: Sampler | PairSampler | None,
+    sampler: Sampler | None,
     paths: RunPaths,
     data: Dataset,
     group: ProcessGroup,
@@ -495,13 +511,13 @@ def _callbacks(
         callbacks.append(EarlyStopping(config.early_stopping))
     if sampler and training.sample_every:
 
-        def show(step: int, text: str) -> None:
-            report.sample(step, text, paths.samples)
+        def show(step: int, made: Sample) -> None:
+            report.sample(step, made, paths.samples)
 
         callbacks.append(
             SampleCallback(training.sample_every, sampler, show)
             if group.is_first
-            else SampleCallback(training.sample_every, samplers.look_on, lambda step, text: None)
+            else SampleCallback(training.sample_every, samplers.look_on, lambda step, made: None)
         )
     callbacks.append(
         CheckpointCallback(
@@ -532,7 +548,7 @@ def _callbacks(
 def _finish(
     config: ExperimentConfig,
     trainer: Trainer,
-    sampler: Sampler | PairSampler | None,
+    sampler: Sampler | None,
     paths: RunPaths,
     metrics: Mapping[str, Any],
     group: ProcessGroup,
@@ -543,8 +559,8 @@ def _finish(
             samplers.look_on(trainer.state)
         return
     if sampler:
-        text = sampler(trainer.state, is_last=True)
-        report.sample(int(trainer.state.step), text, paths.samples)
+        made = sampler(trainer.state, is_last=True)
+        report.sample(int(trainer.state.step), made, paths.samples)
     picture = visualize.draw_runs([paths])
     source = sampler.source if sampler else None
     report.ending(metrics, config.training.num_steps, paths, picture, _command, source)

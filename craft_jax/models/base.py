@@ -5,7 +5,8 @@ returned. Everything outside `models/` handles parameters as one flat dict of ar
 attribute paths (`blocks.0.attn.query.kernel`). Classes with subclasses here are abstract; the
 models themselves are final.
 
-Shape letters: B batch, T query time, S key time, D model width, V vocabulary.
+Shape letters: B batch, T query time, S key time, D model width, V vocabulary, N new tokens, H
+height, W width, C channels.
 """
 
 import abc
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from craft_jax import losses
-from craft_jax.losses import PLAIN, LossConfig, LossSums
+from craft_jax.losses import PLAIN, LossConfig, LossSums, Sums
 
 MAX_LOGITS = 1 << 27
 """Half a gigabyte of them in float32."""
@@ -50,8 +51,8 @@ class Model(nnx.Module):
         key: jax.Array | None = None,
         remat: bool = False,
         config: LossConfig = PLAIN,
-    ) -> LossSums:
-        """Returns the summed loss of a batch.
+    ) -> Sums:
+        """Returns the summed loss of a batch, and the sum of its weights.
 
         Args:
           batch: arrays with the batch as their first axis.
@@ -63,17 +64,38 @@ class Model(nnx.Module):
 
 
 class GenerativeModel(Model):
-    """A model that continues a sequence step by step with a cache."""
+    """A model that makes examples like those that it was trained on."""
 
     @abc.abstractmethod
-    def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
-        """Returns an empty cache for `batch_size` rows of up to `max_len` positions."""
+    def generate(self, given: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns new examples, one for each that is given; a pure function, to be jitted.
+
+        Args:
+          given: what each begins with, or is about: a prompt, a label.
+          key: the randomness; None is deterministic, where a model can be.
+        """
+
+
+class ImageModel(GenerativeModel):
+    """A model of images, float32 (B, H, W, C) in [-1, 1].
+
+    It trains on the batches of `data.source=digits`, `images` and `tfds`: `images`, `weights` (B,),
+    `seeds` (B,), which are random numbers that belong to the images, uint32, and `labels` (B,) if
+    there are any. Fields of its config called `height`, `width`, `channels` and `num_classes` (0
+    without labels) are those of the data where they are None.
+    """
 
     @abc.abstractmethod
-    def __call__(
-        self, tokens_BT: jax.Array, cache: Cache | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Returns predictions for each position, and the cache with these positions added."""
+    def generate(self, given: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns images (B, H, W, C), about in [-1, 1]: one for each label.
+
+        Keywords that it has beside these, such as `num_steps`, `solver` and `guidance`, have
+        defaults; the `generate` command sets those three.
+
+        Args:
+          given: labels_B, int32; 0 where there are none.
+          key: the randomness.
+        """
 
 
 class LanguageModel(GenerativeModel):
@@ -81,6 +103,10 @@ class LanguageModel(GenerativeModel):
 
     The two are apart because a prompt needs the logits of its last position only.
     """
+
+    @abc.abstractmethod
+    def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
+        """Returns an empty cache for `batch_size` rows of up to `max_len` positions."""
 
     @abc.abstractmethod
     def hidden(
@@ -123,6 +149,50 @@ class LanguageModel(GenerativeModel):
         """Returns logits_BTV, in at least float32, and the cache with these tokens added."""
         x_BTD, cache = self.hidden(tokens_BT, cache, key=key)
         return self.logits(x_BTD), cache
+
+    def generate(
+        self,
+        given: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        **source: jax.Array,
+    ) -> jax.Array:
+        """Returns the new tokens of prompts of one length, int32 (B, N): the plain algorithm.
+
+        `generation.Generator` is what commands use: prompts of any lengths, ends, filters, beams.
+
+        Args:
+          given: tokens_BT; at least one, and with the new ones at most the context.
+          key: the randomness; None takes the likeliest token.
+          max_new_tokens: N.
+          temperature: divides the logits.
+          **source: of an encoder-decoder: `source_BS`, `source_mask_BS`.
+        """
+        B, T = given.shape
+        dtype = jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
+        cache = self._begin(B, T + max_new_tokens, dtype, **source)
+
+        def choose(logits_BV: jax.Array, number: jax.Array | int) -> jax.Array:
+            if key is None:
+                return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+            drawn = jax.random.categorical(jax.random.fold_in(key, number), logits_BV / temperature)
+            return drawn.astype(jnp.int32)
+
+        def step(carry: tuple, number: jax.Array) -> tuple[tuple, jax.Array]:
+            token_B, cache = carry
+            logits_B1V, cache = self(token_B[:, None], cache)
+            chosen_B = choose(logits_B1V[:, 0], number)
+            return (chosen_B, cache), chosen_B
+
+        logits_BTV, cache = self(given, cache)
+        first_B = choose(logits_BTV[:, -1], 0)
+        _, rest_NB = jax.lax.scan(step, (first_B, cache), jnp.arange(1, max_new_tokens))
+        return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)
+
+    def _begin(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
+        return self.init_cache(batch_size, max_len, dtype)
 
     def loss(
         self,
@@ -199,6 +269,18 @@ class EncoderDecoderModel(LanguageModel):
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
         return self.init_cache_from(jnp.zeros((batch_size, 0), jnp.int32), None, max_len, dtype)
+
+    def _begin(
+        self,
+        batch_size: int,
+        max_len: int,
+        dtype: Any,
+        *,
+        source_BS: jax.Array,
+        source_mask_BS: jax.Array | None = None,
+    ) -> Cache:
+        del batch_size  # That of the source.
+        return self.init_cache_from(source_BS, source_mask_BS, max_len, dtype)
 
     def __call__(
         self,

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from craft_jax.errors import ConfigError
 from craft_jax.training.state import TrainState
 
@@ -236,20 +238,33 @@ def metric(record: StepRecord, name: str, field: str) -> float:
     return float(value)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Something that a model made.
+
+    Attributes:
+      words: text, or what there is to see.
+      picture: uint8 (H, W, C), for a PNG file; None for text alone.
+    """
+
+    words: str
+    picture: np.ndarray | None = None
+
+
 class SampleCallback(Every):
     """Shows what the model produces, every `every` steps.
 
     Args:
       every: steps between samples; 0 for none.
-      sample: makes a sample from a state and the number of its step.
+      sample: makes a sample from a state.
       show: receives the step and the sample.
     """
 
     def __init__(
         self,
         every: int,
-        sample: Callable[[TrainState], str],
-        show: Callable[[int, str], None],
+        sample: Callable[[TrainState], Sample],
+        show: Callable[[int, Sample], None],
     ):
         super().__init__(every)
         self._sample, self._show = sample, show

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from craft_jax import sharding
 from craft_jax.data.base import Dataset
 from craft_jax.data.loading import prefetch, read_batch
-from craft_jax.losses import LossSums, PairSums
+from craft_jax.losses import Sums
 from craft_jax.models.base import ModelDef, Params
 from craft_jax.precision import Policy
 from craft_jax.training.step import make_eval_step
@@ -39,13 +39,13 @@ class Evaluator:
         """
         total: dict[str, float] = {}
 
-        def add(sums: LossSums | PairSums) -> None:
+        def add(sums: Sums) -> None:
             for name, value in sums._asdict().items():
                 if name == "penalty":  # Only training adds one.
                     continue
                 total[name] = total.get(name, 0.0) + float(value)
 
-        waiting: LossSums | PairSums | None = None
+        waiting: Sums | None = None
         for batch in prefetch(
             lambda i: sharding.put_batch(read_batch(data, i), self._mesh), 0, len(data)
         ):

@@ -12,7 +12,7 @@ from craft_jax.training.trainer import Trainer
 
 
 class LanguageModelTrainer(Trainer):
-    """A trainer that counts tokens, and knows perplexity and bits per byte."""
+    """A trainer that counts tokens, and knows perplexity and bits per byte, or per dimension."""
 
     unit = "tokens"
 
@@ -21,6 +21,8 @@ class LanguageModelTrainer(Trainer):
 
     @staticmethod
     def evaluation_metrics(sums: Mapping[str, float], data: Dataset) -> dict[str, Any]:
+        if data.image_format is not None:
+            return metrics.from_pixel_sums(**sums, channels=data.image_format.channels)
         return metrics.from_sums(**sums, num_bytes=data.num_bytes)
 
 

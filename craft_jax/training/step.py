@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from craft_jax import faults
-from craft_jax.losses import PLAIN, LossConfig, LossSums, PairSums
+from craft_jax.losses import PLAIN, LossConfig, Sums
 from craft_jax.models.base import ModelDef, Params
 from craft_jax.optim import Optimizer, Schedule
 from craft_jax.precision import Policy
@@ -21,7 +21,7 @@ from craft_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Sums = tuple[jax.Array, jax.Array, Params]
+Gradients = tuple[jax.Array, jax.Array, Params]
 
 
 def step_key(seed: int) -> jax.Array:
@@ -53,7 +53,7 @@ def make_train_step(
     """
     shaping = {} if loss_config.is_plain else {"config": loss_config}
 
-    def gradients(state: TrainState, batch: Batch, key: jax.Array) -> Sums:
+    def gradients(state: TrainState, batch: Batch, key: jax.Array) -> Gradients:
         """Returns the sums of losses and weights, and the gradient of the sum of losses."""
 
         def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -66,10 +66,10 @@ def make_train_step(
         grads, (loss, weight, unit) = jax.grad(objective, has_aux=True)(state.params)
         return loss, weight, jax.tree.map(lambda g: g * unit, grads) if policy.scales else grads
 
-    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> Sums:
+    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> Gradients:
         """Returns what `gradients` does, computed in parts and added up in float32."""
 
-        def add(sums: Sums, part: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
+        def add(sums: Gradients, part: tuple[jax.Array, Batch]) -> tuple[Gradients, None]:
             index, micro_batch = part
             more = gradients(state, micro_batch, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, sums, more), None
@@ -133,12 +133,10 @@ def _norms(is_due: jax.Array, grads: Params, before: Params, after: Params) -> M
     return jax.lax.cond(is_due, measure, lambda: {path: jnp.zeros(3) for path in after})
 
 
-def make_eval_step(
-    model_def: ModelDef, policy: Policy
-) -> Callable[[Params, Batch], LossSums | PairSums]:
+def make_eval_step(model_def: ModelDef, policy: Policy) -> Callable[[Params, Batch], Sums]:
     """Returns `eval_step(params, batch) -> sums`, pure and deterministic, to be jitted."""
 
-    def eval_step(params: Params, batch: Batch) -> LossSums | PairSums:
+    def eval_step(params: Params, batch: Batch) -> Sums:
         return model_def.merge(policy.cast(params)).loss(batch)
 
     return eval_step

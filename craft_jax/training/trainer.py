@@ -5,21 +5,20 @@ callbacks, and carries out what they ask for.
 """
 
 import collections
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from craft_jax import faults, runtime, sharding
+from craft_jax import faults, metrics, runtime, sharding
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.loading import WHOLE, load_batches
 from craft_jax.errors import DivergedError, StoppedError
@@ -29,7 +28,6 @@ from craft_jax.optim import Optimizer, Schedule
 from craft_jax.precision import FLOAT32, Policy
 from craft_jax.processes import SharedStop
 from craft_jax.runtime import StopSignal
-from craft_jax.schema import Contradiction, setting
 from craft_jax.training import step as steps
 from craft_jax.training.callbacks import (
     Callback,
@@ -43,6 +41,7 @@ from craft_jax.training.callbacks import (
 )
 from craft_jax.training.evaluation import Evaluator
 from craft_jax.training.saving import Saver
+from craft_jax.training.settings import TrainingConfig
 from craft_jax.training.state import TrainState
 from craft_jax.watchdog import Watchdog
 
@@ -52,62 +51,6 @@ T = TypeVar("T")
 
 _BAD_STEPS_FACTOR = 0.5
 _STEPS_WITHOUT_CLEANING = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long to train, what to do on the way, and in which numbers."""
-
-    num_steps: int = setting(1000, "optimizer steps", minimum=1)
-    eval_every: int = setting(250, "steps between evaluations; 0 for only the last", minimum=0)
-    checkpoint_every: int = setting(
-        250, "steps between checkpoints; 0 for only the last and the best", minimum=0
-    )
-    keep_checkpoints: int = setting(
-        2, "newest checkpoints that stay, beside the best; a single one could be damaged", minimum=2
-    )
-    log_every: int = setting(10, "steps between logged lines", minimum=1)
-    sample_every: int = setting(250, "steps between samples; 0 for none", minimum=0)
-    sample_tokens: int = setting(
-        100, "tokens in a sample; the last one is longer", minimum=1, maximum=100_000
-    )
-    accumulate: int = setting(1, "micro-batches that a batch is computed in", minimum=1)
-    precision: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "the dtype of products and activations; parameters stay float32"
-    )
-    max_overflows: int = setting(
-        20, "overflows of float16 in a row after which a run goes on in float32", minimum=1
-    )
-    remat: bool = setting(False, "recompute activations in the backward pass to save memory")
-    seed: int = setting(0, "of parameters, dropout and data order", minimum=0, maximum=2**32 - 1)
-    reduce_after: int = setting(
-        5,
-        "skipped updates in a row after which the learning rate is halved; 0: never",
-        minimum=0,
-    )
-    roll_back_after: int = setting(
-        10,
-        "skipped updates in a row after which the run goes back to the checkpoint before them and "
-        "skips their batches; 0: never",
-        minimum=0,
-    )
-    max_roll_backs: int = setting(3, "how often a run may go back so", minimum=0)
-    max_bad_steps: int = setting(20, "skipped updates in a row that end the run", minimum=1)
-    stall_seconds: float | None = setting(
-        None,
-        "seconds without progress that end the run with its stacks shown (exit 76); none for 20 "
-        "usual steps, at least 60 s; 0 for never. What compiles may take half an hour",
-        minimum=0,
-    )
-    callbacks: tuple[str, ...] = setting((), "callback classes of your own, path/file.py:Class")
-
-    def contradictions(self) -> Iterator[Contradiction]:
-        if 0 < (self.stall_seconds or 0) < 1:
-            yield Contradiction(
-                ("training.stall_seconds",),
-                f"training.stall_seconds={self.stall_seconds} is shorter than a step may be; use 1 "
-                "or more, or 0 for never",
-            )
 
 
 class _InterruptedError(Exception):
@@ -246,7 +189,7 @@ class Trainer:
     @staticmethod
     def evaluation_metrics(sums: Mapping[str, float], data: Dataset) -> dict[str, Any]:
         """Returns the metrics that follow from the sums over a split."""
-        return {"loss": sums["loss"] / sums["weight"]}
+        return metrics.from_mean(loss=sums["loss"], weight=sums["weight"])
 
     # Public methods.
 
@@ -378,14 +321,14 @@ class Trainer:
             record = self._sync(self._announce(pending) if pending else record, [])
         return record
 
-    def _until_stopped(self, batches: Iterator[T]) -> Iterator[T]:
+    def _until_stopped(self, batches: Generator[T, None, None]) -> Iterator[T]:
         """Yields batches; ends when a signal comes while it waits for one, and there are steps.
 
         Raises:
           StoppedError: no step was made in this process, so nothing has to be saved.
         """
         has_steps = False
-        with contextlib.closing(batches):
+        try:
             while not self._signal.is_set:
                 try:
                     with self._signal.waiting():
@@ -398,6 +341,8 @@ class Trainer:
                     return
                 yield batch
                 has_steps = True
+        finally:
+            batches.close()
 
     def _with_wishes(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         """Returns a batch, with what this one of several processes wishes."""

@@ -14,6 +14,7 @@ from craft_jax.sharding import ParallelConfig
 from craft_jax.training import state as states
 from craft_jax.training.loggers import read_json_lines
 from tests.conftest import command, environment, micro, words
+from tests.kinds import KINDS, command_words
 
 
 def train(*words: object) -> int:
@@ -107,11 +108,13 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_resume_is_exact(text_file, workdir, stop_at, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "stop_at"), [("gpt", 1), ("gpt", 4), ("gpt", 7), ("image_gpt", 4), ("flow", 4)]
+)
+def test_resume_is_exact(text_file, workdir, kind, stop_at, tmp_path):
     """With dropout, accumulation and more than one epoch: every later bit is the same."""
     text_file.write_text(words(600), encoding="utf-8")
-    config = micro(text_file, **HARD)
+    config = command_words(kind, text_file, **HARD)
     assert train(*config, f"--workdir={workdir}", "--run=whole") == 0
     (tmp_path / "stop.py").write_text(
         "from craft_jax.training.callbacks import Callback, Stop\n"
@@ -130,11 +133,49 @@ def test_resume_is_exact(text_file, workdir, stop_at, tmp_path):
     assert len(list((workdir / "logs").glob("*.log"))) == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_kill_9_and_resume(kind, precision, text_file, workdir, tmp_path, craft, monkeypatch):
+    """Killed in the middle of writing a checkpoint: the run ends as if nothing had happened."""
+    changes = {
+        "training__precision": precision,
+        "training__accumulate": 2,
+        "training__sample_every": 0,
+        "training__checkpoint_every": 2,
+        "optim__ema_decay": 0.9,
+        "model__dropout": 0.2,
+    }
+    config = command_words(kind, text_file, **changes)
+    assert craft(*config, "--run=whole").returncode == 0
+    monkeypatch.setenv("CRAFT_FAULT", "ckpt.before_commit:2:kill9")
+    assert craft(*config, "--run=parts").returncode == -signal.SIGKILL
+    monkeypatch.delenv("CRAFT_FAULT")
+    done = craft(*config, "--run=parts")
+    assert done.returncode == 0 and "resuming from step 2" in done.stdout, done.stdout
+    whole, parts = run_paths(workdir, "whole"), run_paths(workdir, "parts")
+    assert losses(parts) == losses(whole)
+    digests = {
+        (last, name): checkpointing.digest(runs.open(paths.folder, last=last).params)
+        for last in (True, False)
+        for name, paths in (("whole", whole), ("parts", parts))
+    }
+    assert digests[True, "whole"] == digests[True, "parts"]
+    assert digests[False, "whole"] == digests[False, "parts"] != digests[True, "parts"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "code"),
+    [
+        ("gpt", signal.SIGINT, 130),
+        ("gpt", signal.SIGTERM, 75),
+        ("image_gpt", signal.SIGTERM, 75),
+        ("flow", signal.SIGINT, 130),
+    ],
+)
 def test_a_signal_saves_and_the_printed_command_continues(
-    text_file, workdir, tmp_path, number, code
+    text_file, workdir, tmp_path, kind, number, code
 ):
-    config = micro(text_file, training__num_steps=4000, training__eval_every=0)
+    config = command_words(kind, text_file, training__num_steps=4000, training__eval_every=0)
     config += ["--config.training.checkpoint_every=0", "--config.training.sample_every=0"]
     said = tmp_path / "said.txt"
     with said.open("w", encoding="utf-8") as file:

@@ -15,18 +15,28 @@ from craft_jax.optim import OptimConfig
 from craft_jax.precision import LossScale, Policy
 from craft_jax.training import state as states
 from craft_jax.training.step import make_eval_step, make_train_step
+from tests.kinds import KINDS
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @functools.cache
-def setup(dropout=0.0, accumulate=1, remat=False, precision="float32", seed=0, optim_config=None):
-    config = GPTConfig(
-        vocab_size=16, num_layers=2, num_heads=2, d_model=16, max_seq_len=8, dropout=dropout
-    )
+def setup(
+    kind="gpt",
+    dropout=0.0,
+    accumulate=1,
+    remat=False,
+    precision="float32",
+    seed=0,
+    optim_config=None,
+):
+    cls = KINDS[kind].cls
+    config = dataclasses.replace(KINDS[kind].config, dropout=dropout)
     optim_config = optim_config or OptimConfig(weight_decay=0.1)
     optimizer = optim.make_optimizer(optim_config)
     policy = Policy.named(precision)
     step = make_train_step(
-        base.define(GPT, config),
+        base.define(cls, config),
         optimizer,
         optim.make_schedule(dataclasses.replace(optim_config, warmup_steps=0), 100),
         policy,
@@ -34,13 +44,12 @@ def setup(dropout=0.0, accumulate=1, remat=False, precision="float32", seed=0, o
         accumulate=accumulate,
         remat=remat,
     )
-    params = jax.jit(lambda k: base.init_params(GPT, config, k))(jax.random.key(0))
+    params = jax.jit(lambda k: base.init_params(cls, config, k))(jax.random.key(0))
     return jax.jit(step), states.from_params(params, optimizer, policy)
 
 
-def batch(seed=0, rows=12, weights=None):
-    tokens = np.random.default_rng(seed).integers(0, 16, (rows, 9)).astype(np.int32)
-    made = {"tokens": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:])}
+def batch(seed=0, rows=12, weights=None, kind="gpt"):
+    made = {name: jnp.asarray(array) for name, array in KINDS[kind].batch(seed, rows).items()}
     return made if weights is None else made | {"weights": jnp.asarray(weights)}
 
 
@@ -51,33 +60,38 @@ def assert_equal_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 
 
-def test_it_learns():
-    step, state = setup()
-    losses = []
+@every_kind
+def test_it_learns(kind):
+    step, state = setup(kind)
+    losses, same = [], batch(kind=kind)
     for _ in range(100):
-        state, metrics = step(state, batch())
+        state, metrics = step(state, same)
         losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(np.log(16), abs=0.1)
+    assert losses[0] == pytest.approx(KINDS[kind].first_loss, rel=0.1)
     assert losses[-1] < 0.8 * losses[0]
     assert state.step == 100
 
 
+@every_kind
 @pytest.mark.parametrize("weights", [None, "uneven"])
-def test_accumulation_equals_the_big_batch(weights, rng):
+def test_accumulation_equals_the_big_batch(weights, rng, kind):
     if weights:
-        weights = (rng.random((12, 8)) < np.linspace(0.1, 1, 12)[:, None]).astype(np.float32)
-    (big, state), (small, _) = setup(), setup(accumulate=4)
-    one, metrics_one = big(state, batch(weights=weights))
-    four, metrics_four = small(state, batch(weights=weights))
+        shape = (*KINDS[kind].weights_shape, 12)
+        weights = (rng.random(shape) < np.linspace(0.1, 1, 12)).astype(np.float32).T
+    (big, state), (small, _) = setup(kind), setup(kind, accumulate=4)
+    one, metrics_one = big(state, batch(weights=weights, kind=kind))
+    four, metrics_four = small(state, batch(weights=weights, kind=kind))
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics_one[name], metrics_four[name], rtol=1e-5)
     for path in one.params:
         np.testing.assert_allclose(one.params[path], four.params[path], atol=1e-5, err_msg=path)
 
 
-def test_remat_is_the_same_step():
-    (plain, state), (remat, _) = setup(dropout=0.2), setup(dropout=0.2, remat=True)
-    one, two = plain(state, batch())[1], remat(state, batch())[1]
+@every_kind
+def test_remat_is_the_same_step(kind):
+    (plain, state), (remat, _) = setup(kind, dropout=0.2), setup(kind, dropout=0.2, remat=True)
+    same = batch(kind=kind)
+    one, two = plain(state, same)[1], remat(state, same)[1]
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-6)
     np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=1e-5)
 
@@ -115,18 +129,19 @@ def test_accumulation_with_other_optimizers(name):
         )
 
 
+@every_kind
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_bad_step_changes_nothing_but_the_counter(bad, accumulate):
-    step, state = setup(accumulate=accumulate, optim_config=OptimConfig(ema_decay=0.9))
-    state, _ = step(state, batch())
-    weights = np.ones((12, 8), np.float32)
-    weights[7, 3] = bad
-    after, metrics = step(state, batch(weights=weights))
+def test_a_bad_step_changes_nothing_but_the_counter(bad, accumulate, kind):
+    step, state = setup(kind, accumulate=accumulate, optim_config=OptimConfig(ema_decay=0.9))
+    state, _ = step(state, batch(kind=kind))
+    weights = np.ones((12, *KINDS[kind].weights_shape), np.float32)
+    weights[7] = bad
+    after, metrics = step(state, batch(weights=weights, kind=kind))
     assert metrics["skipped"] == 1
     assert_equal_bits(after.replace(step=state.step), state)
     assert after.step == state.step + 1
-    healed, metrics = step(after, batch())
+    healed, metrics = step(after, batch(kind=kind))
     assert metrics["skipped"] == 0
     assert np.isfinite(metrics["loss"])
     assert healed.step == 3
@@ -139,31 +154,36 @@ def test_the_learning_rate_is_scaled_by_the_state():
     np.testing.assert_allclose(half["learning_rate"], full["learning_rate"] / 2, rtol=1e-6)
 
 
-def test_bfloat16_is_close_to_float32():
-    (wide, state), (narrow, _) = setup(), setup(precision="bfloat16")
-    one, two = wide(state, batch())[1], narrow(state, batch())[1]
+@every_kind
+def test_bfloat16_is_close_to_float32(kind):
+    (wide, state), (narrow, _) = setup(kind), setup(kind, precision="bfloat16")
+    same = batch(kind=kind)
+    one, two = wide(state, same)[1], narrow(state, same)[1]
     assert two["loss"].dtype == jnp.float32
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-2)
-    new_state, _ = narrow(state, batch())
+    new_state, _ = narrow(state, same)
     assert {v.dtype.name for v in new_state.params.values()} == {"float32"}
 
 
-def test_evaluation_is_deterministic_and_weighted():
-    config = GPTConfig(vocab_size=16, num_layers=1, num_heads=2, d_model=16, dropout=0.5)
-    params = base.init_params(GPT, config, jax.random.key(0))
-    evaluate = jax.jit(make_eval_step(base.define(GPT, config), Policy.named("float32")))
-    first, second = evaluate(params, batch()), evaluate(params, batch())
+@every_kind
+def test_evaluation_is_deterministic_and_weighted(kind):
+    cls, config = KINDS[kind].cls, dataclasses.replace(KINDS[kind].config, dropout=0.5)
+    params = base.init_params(cls, config, jax.random.key(0))
+    evaluate = jax.jit(make_eval_step(base.define(cls, config), Policy.named("float32")))
+    first, second = evaluate(params, batch(kind=kind)), evaluate(params, batch(kind=kind))
     assert float(first.loss) == float(second.loss)
-    weights = np.zeros((12, 8), np.float32)
+    weights = np.zeros((12, *KINDS[kind].weights_shape), np.float32)
     weights[0] = 1
-    assert evaluate(params, batch(weights=weights)).weight == 8
+    assert evaluate(params, batch(weights=weights, kind=kind)).weight == weights.sum()
 
 
+@every_kind
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_float16_takes_the_step_of_float32(accumulate):
-    (wide, state), (narrow, scaled) = setup(), setup(precision="float16", accumulate=accumulate)
-    one, expected = wide(state, batch())
-    two, found = narrow(scaled, batch())
+def test_float16_takes_the_step_of_float32(accumulate, kind):
+    wide, state = setup(kind)
+    narrow, scaled = setup(kind, precision="float16", accumulate=accumulate)
+    one, expected = wide(state, batch(kind=kind))
+    two, found = narrow(scaled, batch(kind=kind))
     assert found["loss_scale"] == 2**16
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(found[name], expected[name], rtol=5e-3)
@@ -171,16 +191,18 @@ def test_float16_takes_the_step_of_float32(accumulate):
         np.testing.assert_allclose(one.params[path], two.params[path], atol=2e-3, err_msg=path)
 
 
-def test_an_overflow_halves_the_scale_and_changes_nothing_else():
-    step, state = setup(precision="float16")
-    state, _ = step(state, batch())
+@every_kind
+def test_an_overflow_halves_the_scale_and_changes_nothing_else(kind):
+    step, state = setup(kind, precision="float16")
+    same = batch(kind=kind)
+    state, _ = step(state, same)
     state = state.replace(loss_scale=LossScale(jnp.float32(2.0**60), jnp.int32(7)))
-    after, metrics = step(state, batch())
+    after, metrics = step(state, same)
     assert metrics["skipped"] == 1
     assert after.loss_scale == LossScale(2.0**59, 0)
     assert_equal_bits(after.replace(step=state.step, loss_scale=state.loss_scale), state)
     for _ in range(60):
-        after, metrics = step(after, batch())
+        after, metrics = step(after, same)
     assert metrics["skipped"] == 0
     assert np.isfinite(metrics["loss"])
 

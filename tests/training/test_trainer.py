@@ -23,7 +23,8 @@ from craft_jax.training.callbacks import (
     Stop,
 )
 from craft_jax.training.language import LanguageModelTrainer, trainer_for
-from craft_jax.training.trainer import Trainer, TrainingConfig
+from craft_jax.training.settings import TrainingConfig
+from craft_jax.training.trainer import Trainer
 
 CONFIG = GPTConfig(vocab_size=16, num_layers=1, num_heads=2, d_model=16, max_seq_len=8)
 TOKENS = np.tile(np.arange(16, dtype=np.uint16), 50)

@@ -1,0 +1,63 @@
+"""What the models of images make, measured: likelihoods beside a histogram, labels, no copies.
+
+With `CRAFT_TESTS_FULL` set the configs train as they are; else for as many steps as a test may
+take, and what is asked of the likelihood is less.
+"""
+
+import os
+
+import pytest
+
+from craft_jax import main as cli
+from craft_jax import runs
+from scripts import generative
+
+IS_FULL = bool(os.environ.get("CRAFT_TESTS_FULL"))
+STEPS = {"flow": 600, "image_gpt": 250}
+BITS_RATIO = 0.7 if IS_FULL else 0.8
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("outputs")
+    said = {
+        name: generative.train_and_evaluate(
+            name,
+            workdir,
+            "--config.training.sample_every=0",
+            "--config.training.checkpoint_every=0",
+            *([] if IS_FULL else [f"--config.training.num_steps={steps}"]),
+        )
+        for name, steps in STEPS.items()
+    }
+    opened = [runs.open(name, workdir=workdir) for name in ("image_gpt", "flow")]
+    return generative.measure(*opened, said["image_gpt"]["bits_per_dim"]), workdir
+
+
+@pytest.mark.slow
+def test_the_samples_of_a_flow_are_what_was_asked_for_and_no_copies(figures):
+    found, _ = figures
+    assert found["classifier_on_held_out"] > 0.97
+    assert found["flow_accuracy"] >= 0.9
+    least, low, median, _ = found["flow_distance"]
+    real_least, real_low, real_median, _ = found["held_out_distance"]
+    assert least > 0.5 * real_least
+    assert low > 0.7 * real_low
+    assert median > 0.8 * real_median
+
+
+@pytest.mark.slow
+def test_a_gpt_of_pixels_knows_more_than_a_histogram(figures):
+    found, _ = figures
+    assert 2.3 < found["histogram_bits_per_dim"] < 2.6
+    assert found["bits_ratio"] <= BITS_RATIO
+
+
+@pytest.mark.slow
+def test_completions_of_held_out_digits(figures, capsys):
+    _, workdir = figures
+    words = ["generate", "--run=image_gpt", f"--workdir={workdir}", "--image=val"]
+    assert cli.main([*words, "--num_samples=3"]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip().endswith(".png")
+    assert "8 images, their upper halves, and 3 completions of each" in said.err
