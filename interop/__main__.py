@@ -260,7 +260,7 @@ def _export_lines(done: Any) -> list[str]:
         script = shlex.quote(str(done.out / "verify.py"))
         lines.append(f"probe      python {script} proves it wherever it is loaded")
     folder = shlex.quote(str(done.out.parent))
-    model_class = "CraftForSeq2Seq" if plan.spec.num_decoder_layers else "CraftForCausalLM"
+    model_class = (plan.target.write_config(plan.spec).get("architectures") or ["a model"])[0]
     usage = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{done.out}")',
         "craft-torch": f'{model_class}.from_pretrained("{done.out}"), in modeling_craft.py',
@@ -317,8 +317,10 @@ def _import(args: argparse.Namespace) -> int:
     if done.probe:
         lines.append(f"probe      {done.probe} float64 logits agree with those that were recorded")
     run = shlex.quote(f"--run={done.out}")
-    tokenizer = "" if done.source.tokenizer else " --tokenizer=PATH"
+    tokenizer = "" if done.source.tokenizer or done.source.images else " --tokenizer=PATH"
     data = "pairs=FILE" if done.source.spec.num_decoder_layers else "path=TEXT"
+    if done.source.images:
+        data = "path=FOLDER"
     lines += [
         f"generate   python -m craft_jax.main generate {run}{tokenizer}",
         f"train on   python -m craft_jax.main {run} --config.data.{data}{tokenizer}",

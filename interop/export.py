@@ -25,7 +25,7 @@ from interop.files.torch_writer import Placeholder, TorchFileWriter
 from interop.files.weights import INDEX, index_json, parse_size, plan_shards
 from interop.mapping import Mapping as Rules
 from interop.source import MANIFEST, Options, Source
-from interop.spec import ModelSpec
+from interop.spec import Spec
 from interop.targets import Target, choose
 from interop.targets.base import FILES, Allowed, Facts
 from interop.tensors import Abstract
@@ -62,7 +62,7 @@ class Plan:
 
     source: Source
     target: Target
-    spec: ModelSpec
+    spec: Spec
     rules: Rules
     tensors: dict[str, Abstract]
     approximations: Mapping[str, str]
@@ -306,7 +306,12 @@ def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _remarks(made: Plan) -> list[str]:
     found = [f"{name}: {reason}" for name, reason in made.approximations.items()]
-    if made.tokenizer is None:
+    if made.source.images is not None:
+        if made.source.images.palette and made.target.container != "craft-torch":
+            found.append(
+                f"images: a {made.target.name} model knows no palette; it is in {MANIFEST}"
+            )
+    elif made.tokenizer is None:
         found.append("tokenizer: the run has none, so none is written")
     elif made.target.container in FILES and not _facts(made).vocabulary:
         found.append(
@@ -351,6 +356,7 @@ class _Record:
             "source": {"run": made.source.run, "step": made.source.step},
             "target": made.target.name,
             "spec": dataclasses.asdict(made.spec),
+            "images": made.source.images.to_json() if made.source.images else None,
             "exact": made.is_exact,
             "approximations": dict(made.approximations),
             "dtype": made.dtype,
@@ -410,7 +416,11 @@ def _write_configs(made: Plan, place: Path) -> None:
     architecture = made.target.write_config(made.spec)
     config = hf_files.config(architecture, made.tensors, made.tokenizer)
     if made.target.container == "craft-torch":
+        images = made.source.images
         config["tokenizer_vocab_size"] = made.tokenizer.vocab_size if made.tokenizer else None
+        if images is not None:
+            config["images"] = images.to_json()
+            config["tokenizer_vocab_size"] = images.num_colors or None
         for name in ("bos_token_id", "pad_token_id"):
             del config[name]
         (place / _MODELING.name).write_bytes(_MODELING.read_bytes())

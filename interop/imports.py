@@ -115,7 +115,7 @@ def import_checkpoint(
         *(f"{name}: {reason}" for name, reason in opened.approximations.items()),
         *cast.nonfinite_notes(survey.nonfinite, strict_finite),
     ]
-    if opened.tokenizer is None:
+    if opened.tokenizer is None and opened.images is None:
         notes.append("tokenizer: the source has none; commands that read text need --tokenizer")
     num_bytes = sum(leaf.nbytes for leaf in opened.leaves.values())
     with atomic.output(out, overwrite=overwrite, num_bytes=num_bytes) as place:
@@ -145,17 +145,23 @@ def write_run(opened: Source, out: Path, place: Path, spill: bool) -> None:
     store = CheckpointStore(place / "checkpoints")
     tokenizer = opened.tokenizer
     copy = Checkpoints(paths.checkpoints).folder / "0" / "tokenizer.json"
-    settings = live.settings_of(
-        opened.spec.model_config(),
-        {
-            "source": "files",
-            "tokenizer": str(copy) if tokenizer else None,
-            "seq_len": opened.spec.max_seq_len,
-        },
-    )
+    if images := opened.images:
+        data = {
+            "source": "images",
+            "tokenizer": None,
+            "image_size": images.height if images.height == images.width else None,
+            "image_channels": images.channels,
+            "image_colors": images.num_colors or None,
+        }
+    else:
+        data = {"source": "files", "tokenizer": str(copy) if tokenizer else None}
+    if opened.spec.is_of_tokens:
+        data["seq_len"] = opened.spec.max_seq_len
+    settings = live.settings_of(opened.spec.model_config(), data)
     meta = {
         "metrics": dict(opened.metrics),
-        "vocab_size": opened.spec.vocab_size,
+        "vocab_size": opened.spec.vocab_size or None,
+        "images": images.to_json() if images else None,
         "data_fingerprint": None,
         "imported": {"run": opened.run or out.name, "step": opened.step, "from": opened.kind},
     }

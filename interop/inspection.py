@@ -8,7 +8,7 @@ from interop import source, targets, verification
 from interop.errors import InteropError
 from interop.files.weights import open_weights
 from interop.source import Options, Source
-from interop.spec import ModelSpec
+from interop.spec import Spec
 from interop.targets import TARGETS
 from interop.targets.base import Answer
 from interop.tensors import LazyTensor, Tensors
@@ -49,6 +49,7 @@ def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
         "model": opened.spec.model_config(),
         "step": opened.step,
         "tokenizer": opened.tokenizer is not None,
+        "images": opened.images.to_json() if opened.images else None,
         "exported_by": _exported(opened),
         **_described(opened.tensors or opened.leaves),
     }
@@ -112,9 +113,9 @@ def diff(a: Any, b: Any, options: Options | None = None) -> list[dict[str, Any]]
     return verification.differences(first, second)
 
 
-def spec_of(model: Any) -> ModelSpec:
+def spec_of(model: Any) -> Spec:
     """Returns the spec of a path, or the spec itself."""
-    return model if isinstance(model, ModelSpec) else source.open_source(model).spec
+    return model if isinstance(model, Spec) else source.open_source(model).spec
 
 
 def targets_for(model: Any) -> list[Answer]:

@@ -5,17 +5,45 @@
 
 import numpy as np
 
-from interop.spec import ModelSpec
+from interop.spec import FlowSpec, ModelSpec, Spec
 from interop.tensors import Abstract
 
 Shape = tuple[int, ...]
+_TIME_FEATURES = 256
 
 
-def patterns(spec: ModelSpec) -> dict[str, Shape]:
+def patterns(spec: Spec) -> dict[str, Shape]:
     """Returns the shape of each parameter, in the order of the forward.
 
     `{i}` stands for the layer, `{j}` for the layer of a decoder beside an encoder.
     """
+    return _of_flow(spec) if isinstance(spec, FlowSpec) else _of_tokens(spec)
+
+
+def _of_flow(spec: FlowSpec) -> dict[str, Shape]:
+    d, f = spec.d_model, spec.d_ff
+    denses = {
+        "patch_embedding": (spec.patch_width, d),
+        "time_embedding.up": (_TIME_FEATURES, d),
+        "time_embedding.down": (d, d),
+        "blocks.{i}.modulation": (d, 6 * d),
+        **{f"blocks.{{i}}.attn.{name}": (d, d) for name in ("query", "key", "value", "out")},
+        "blocks.{i}.mlp.up": (d, f),
+        "blocks.{i}.mlp.down": (f, d),
+        "final_modulation": (d, 2 * d),
+        "head": (d, spec.patch_width),
+    }
+    found: dict[str, Shape] = {}
+    for name, shape in denses.items():
+        found |= {f"{name}.kernel": shape, f"{name}.bias": shape[1:]}
+        if name == "patch_embedding":
+            found["position_embedding.embedding"] = (spec.num_patches, d)
+        if name == "time_embedding.down" and spec.num_classes:
+            found["label_embedding.embedding"] = (spec.num_classes + 1, d)
+    return found
+
+
+def _of_tokens(spec: ModelSpec) -> dict[str, Shape]:
     rows, d = spec.vocab_size, spec.d_model
     if spec.num_decoder_layers:
         embedding = "source_embedding.embedding"
@@ -69,7 +97,7 @@ def _block(name: str, spec: ModelSpec, has_cross: bool) -> dict[str, Shape]:
     return found | _dense(f"{name}.mlp.up", d, f, spec) | _dense(f"{name}.mlp.down", f, d, spec)
 
 
-def leaves(spec: ModelSpec) -> dict[str, Abstract]:
+def leaves(spec: Spec) -> dict[str, Abstract]:
     """Returns every parameter of a model, by path, as float32."""
     found, dtype = {}, np.dtype(np.float32)
     counts = {"{i}": spec.num_layers, "{j}": spec.num_decoder_layers}

@@ -14,11 +14,13 @@ from craft_jax.errors import UsageError
 from craft_jax.models import base
 from craft_jax.models.base import Model, ModelDef
 from interop.source import CRAFT, Source
-from interop.spec import ModelSpec
+from interop.spec import Spec, read_spec
 from interop.tensors import LazyTensor, Tensors
 
 Inputs = Mapping[str, np.ndarray]
-"""`tokens` (B, T) and, for an encoder-decoder, `source` (B, S) and `source_mask` (bool)."""
+"""`tokens` (B, T) and, for an encoder-decoder, `source` (B, S) and `source_mask` (bool); for a flow
+`x` (B, H, W, C), `t` and `labels` (B,).
+"""
 
 
 def source_of(model: Any) -> Source:
@@ -49,24 +51,24 @@ def _fetch(leaf: jax.Array) -> np.ndarray:
     return np.asarray(jax.device_get(leaf))
 
 
-def spec_of(config: Any) -> ModelSpec:
+def spec_of(config: Any) -> Spec:
     """Returns the spec of a model's config dataclass, such as `GPTConfig`; a spec is one already.
 
     Raises:
       NotRepresentableError: see `ModelSpec.from_model_config`.
     """
-    if isinstance(config, ModelSpec):
+    if isinstance(config, Spec):
         return config
-    return ModelSpec.from_model_config(dataclasses.asdict(config), 0)
+    return read_spec(dataclasses.asdict(config), {})
 
 
-def definition(spec: ModelSpec) -> ModelDef:
+def definition(spec: Spec) -> ModelDef:
     """Returns craft_jax's model of a spec, without parameters."""
     cls = configs.model_class(spec.name)
     return base.define(cls, cls.Config(**spec.model_config()))
 
 
-def model_of(spec: ModelSpec, leaves: Tensors) -> Model:
+def model_of(spec: Spec, leaves: Tensors) -> Model:
     """Returns craft_jax's model of a spec with these parameters, in their own dtypes."""
     params = {name: jax.numpy.asarray(leaf.read()) for name, leaf in leaves.items()}
     return definition(spec).merge(params)
@@ -79,7 +81,7 @@ class Reference:
       spec, leaves: the model.
     """
 
-    def __init__(self, spec: ModelSpec, leaves: Tensors):
+    def __init__(self, spec: Spec, leaves: Tensors):
         self._spec, self._definition = spec, definition(spec)
         with _float64():
             self._params = {
@@ -91,7 +93,7 @@ class Reference:
             )
 
     def logits(self, inputs: Inputs) -> np.ndarray:
-        """Returns logits_BTV, float64, of `tokens` and, for an encoder-decoder, its source."""
+        """Returns logits_BTV, float64, of what a model reads; of a flow, velocities v_BHWC."""
         with _float64():
             return np.asarray(self._forward(self._params, inputs))
 
@@ -114,8 +116,20 @@ class Reference:
             arrays = {name: jax.numpy.asarray(array) for name, array in inputs.items()}
             return _observed(model, lambda: self._apply(model, arrays), paths)
 
+    def images(self, inputs: Inputs, num_steps: int) -> np.ndarray:
+        """Returns the images that a flow makes of the noise `x` (B, H, W, C) and `labels` (B,)."""
+
+        def generate(params: Any, inputs: Any) -> jax.Array:
+            model = self._definition.merge(params)
+            return model.generate(inputs["labels"], noise_BHWC=inputs["x"], num_steps=num_steps)
+
+        with _float64():
+            return np.asarray(jax.jit(generate)(self._params, dict(inputs)))
+
     @staticmethod
     def _apply(model: Model, inputs: Mapping[str, Any]) -> jax.Array:
+        if "x" in inputs:
+            return model(inputs["x"], inputs["t"], inputs["labels"])
         source = {
             name: inputs[key]
             for name, key in (("source_BS", "source"), ("source_mask_BS", "source_mask"))

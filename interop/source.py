@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from craft_jax import manifests, outputs
+from craft_jax.data.base import sizes_from
+from craft_jax.data.image_format import ImageFormat
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import CraftError, UsageError
 from craft_jax.outputs import Checkpoints
@@ -39,7 +41,7 @@ from interop.files.weights import Weights, open_weights
 from interop.leaves import leaves
 from interop.mapping import Mapping as Rules
 from interop.names import cleaned
-from interop.spec import ModelSpec
+from interop.spec import Spec, read_spec
 from interop.targets import GROUPS, TARGETS, Target, craft, torch_stacks
 from interop.targets.base import Allowed, Reading
 from interop.tensors import LazyTensor, Tensors
@@ -143,6 +145,7 @@ class Source:
       spec: what it is.
       leaves: its parameters by the names of craft_jax; read when asked for.
       tokenizer: or None.
+      images: what the images are that it was trained on; None for text, or where nothing says.
       step: updates made, where that is known.
       metrics: of the last evaluation, where they are known.
       rules: between leaves and `tensors`; None for a run.
@@ -156,9 +159,10 @@ class Source:
     path: Path
     run: str | None = None
     kind: str
-    spec: ModelSpec
+    spec: Spec
     leaves: dict[str, LazyTensor]
     tokenizer: Tokenizer | None
+    images: ImageFormat | None = None
     step: int = 0
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
@@ -240,8 +244,9 @@ def _open_run(folder: Path, step: int | None, *, last: bool) -> Source:
         )
     meta, config = store.meta(step), store.config(step)
     try:
-        spec = ModelSpec.from_model_config(config["model"], meta["vocab_size"])
-    except (TypeError, KeyError, AttributeError) as error:
+        images = _images(meta)
+        spec = read_spec(config["model"], sizes_from(meta["vocab_size"], images))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CorruptFileError(
             f"checkpoint {step} of {folder}: its config cannot be understood: {error!r}"
         ) from error
@@ -272,6 +277,7 @@ def _open_run(folder: Path, step: int | None, *, last: bool) -> Source:
         # In the order of the model; what does not belong to it stays, for the table to refuse.
         leaves={name: found[name] for name in sorted(found, key=_position(expected))},
         tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file else None,
+        images=images,
         step=origin["step"],
         metrics=meta.get("metrics", {}),
     )
@@ -291,7 +297,7 @@ def _checked(leaf: LazyTensor, checkpoint: Path, name: str, crc: int) -> LazyTen
     return LazyTensor(leaf.shape, leaf.dtype, read)
 
 
-def _check_layers(spec: ModelSpec, num_tensors: int, place: Path) -> None:
+def _check_layers(spec: Spec, num_tensors: int, place: Path) -> None:
     """Checks that a number of layers can be meant, before names of all of them are made."""
     if spec.num_layers > num_tensors:
         raise ShapeMismatchError(
@@ -358,6 +364,7 @@ def _open_foreign(place: Path, options: Options) -> Source:
         spec=spec,
         leaves={name: inverse[name] for name in expected},
         tokenizer=_tokenizer_in(place, around, target, notes),
+        images=_images_in(place, config, manifest),
         step=step,
         metrics=metrics,
         rules=rules,
@@ -395,13 +402,13 @@ def _understood(
     return complete, reading
 
 
-def _wants_fold(spec: ModelSpec, options: Options) -> bool:
+def _wants_fold(spec: Spec, options: Options) -> bool:
     """Whether the cross-attention is to be folded; allowing everything does not ask for that."""
     asked = folds.CROSS in Allowed.of(options.allow_approx).names
     return asked and spec.cross_attention in folds.CONSTANT
 
 
-def _check_heads(spec: ModelSpec, options: Options, place: Path) -> None:
+def _check_heads(spec: Spec, options: Options, place: Path) -> None:
     if options.num_heads not in (None, spec.num_heads):
         raise UsageError(
             f"{place}: --n-head={options.num_heads}, but its config says {spec.num_heads}; leave "
@@ -544,7 +551,7 @@ def _anchors(target: Target) -> list[tuple[str, str]]:
     """The names by which a target is found: with, and without, what some files leave out."""
     prefix = target.optional_prefix
     short = [(target.anchor.removeprefix(prefix), prefix)] if prefix else []
-    return [(target.anchor, ""), *short]
+    return [(target.anchor, ""), *short, *((anchor, "") for anchor in target.other_anchors)]
 
 
 def _progress(around: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -567,6 +574,25 @@ def _tokenizer_in(
     if found is None and (note := craft_tokenizers.sentencepiece_note(folder)):
         notes.append(note)
     return found
+
+
+def _images(described: Mapping[str, Any]) -> ImageFormat | None:
+    found = described.get("images")
+    return None if found is None else ImageFormat.from_json(found)
+
+
+def _images_in(
+    place: Path, config: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
+) -> ImageFormat | None:
+    """Returns what config or manifest say of images, None if neither does.
+
+    Raises:
+      CorruptFileError: it cannot be understood.
+    """
+    try:
+        return _images(config or {}) or _images(manifest or {})
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{place}: its `images` cannot be understood: {error!r}") from error
 
 
 def _manifest_in(folder: Path) -> dict[str, Any] | None:
@@ -609,7 +635,7 @@ _MADE_UP = ("bias", "norm_bias", "final_norm_bias", "cross_attention")
 """Attributes by which a model may have less than a target demands."""
 
 
-def _as_recorded(spec: ModelSpec, manifest: Mapping[str, Any] | None) -> ModelSpec:
+def _as_recorded(spec: Spec, manifest: Mapping[str, Any] | None) -> Spec:
     """Returns a spec in the family that an export wrote down, if it is the same model in that."""
     name = (manifest or {}).get("spec", {}).get("name")
     try:
@@ -619,17 +645,17 @@ def _as_recorded(spec: ModelSpec, manifest: Mapping[str, Any] | None) -> ModelSp
 
 
 def _without_made_up(
-    spec: ModelSpec,
+    spec: Spec,
     target: Target,
     tensors: Tensors,
     manifest: Mapping[str, Any] | None,
     options: Options,
     notes: list[str],
-) -> tuple[ModelSpec, Tensors]:
+) -> tuple[Spec, Tensors]:
     """Reads zeros that an export made up, or that the user says mean nothing, as nothing."""
     record = options.recorded or manifest or {}
     recorded, drop = tuple(record.get("synthetic", ())), options.drop_zero_bias
-    if target.mapping(spec).synthetic:
+    if not spec.is_of_tokens or target.mapping(spec).synthetic:
         return spec, tensors  # The config says it already, and the table checks them.
     for bare in _barer(spec, record if recorded else {}, drop):
         made_up = target.mapping(bare).synthetic
@@ -657,7 +683,7 @@ def _without_made_up(
 _NO_BIAS = {"bias": False, "norm_bias": False, "final_norm_bias": False}
 
 
-def _barer(spec: ModelSpec, record: Mapping[str, Any], drop: bool) -> Iterator[ModelSpec]:
+def _barer(spec: Spec, record: Mapping[str, Any], drop: bool) -> Iterator[Spec]:
     """Yields specs with less: what a manifest says, or else without biases."""
     candidates: list[dict[str, Any]] = []
     if recorded := record.get("spec"):

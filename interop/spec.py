@@ -1,18 +1,20 @@
 """What a model is, apart from its weights: the attributes that a target must be able to express.
 
-`ModelSpec` comes from the `model` section of a craft_jax config, or from a target's own config, and
-goes into either. It carries every attribute that changes a number, and nothing else.
+A spec comes from the `model` section of a craft_jax config, or from a target's own config, and goes
+into either. It carries every attribute that changes a number, and nothing else: `ModelSpec` those
+of models of tokens, `FlowSpec` those of a flow.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 POSITIONS = ("learned", "sinusoidal")
 CROSS_ATTENTION = ("none", "zeros", "empty", "source")
+TIMES = ("uniform", "logit_normal")
 
 
 class Family(NamedTuple):
@@ -60,9 +62,28 @@ FAMILIES: dict[str, Family] = {
 """By the name in craft_jax's registry of models."""
 
 
+class Spec:
+    """What all specs can do."""
+
+    is_of_tokens: ClassVar[bool]
+    same_numbers: ClassVar[tuple[str, ...]]
+    """Fields that change no number that a trained model computes."""
+
+    def differences(self, other: "Spec") -> list[str]:
+        """Returns one line for each attribute that differs and changes numbers."""
+        if self.is_of_tokens != other.is_of_tokens:
+            return [f"one is a {self.name} and the other a {other.name}"]
+        return [
+            f"{field.name} is {getattr(self, field.name)!r} and {getattr(other, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.name not in self.same_numbers
+            and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """The semantics of a model; the names are those of craft_jax's configs.
+class ModelSpec(Spec):
+    """The semantics of a model of tokens; the names are those of craft_jax's configs.
 
     Attributes:
       name: the family in craft_jax's registry of models.
@@ -85,6 +106,10 @@ class ModelSpec:
       share_embeddings: whether source and target have one embedding.
       head_bias: whether the head has a bias.
     """
+
+    is_of_tokens: ClassVar[bool] = True
+    # The family changes none: a gpt is a transformer whose choices are made.
+    same_numbers: ClassVar[tuple[str, ...]] = ("name", "dropout")
 
     name: str = "gpt"
     vocab_size: int
@@ -202,17 +227,11 @@ class ModelSpec:
         name = model.get("name")
         if name not in FAMILIES:
             raise NotRepresentableError(
-                f"model.name={name}: interop knows {', '.join(FAMILIES)}; a model of your own "
-                "needs a table of its own, see docs/interop.md"
+                f"model.name={name}: interop knows {', '.join(FAMILIES)} and flow; a model of your "
+                "own needs a table of its own, see docs/interop.md"
             )
         family = FAMILIES[name]
-        if unknown := sorted(set(model) - set(family.fields)):
-            raise NotRepresentableError(
-                f"model.{unknown[0]}={model[unknown[0]]!r} is a setting that this version of "
-                "interop does not know, so nothing is exported; use the version that wrote the run"
-            )
-        if lacking := sorted(set(family.fields) - {*model, *family.added}):
-            raise NotRepresentableError(f"the saved config lacks model.{', model.'.join(lacking)}")
+        _check_fields(model, family.fields, set(family.fields) - set(family.added))
         values = {**family.fixed, **family.added, **model}
         values["vocab_size"] = max(values["vocab_size"] or 0, vocab_size)
         values["d_ff"] = values["d_ff"] or 4 * values["d_model"]
@@ -222,17 +241,126 @@ class ModelSpec:
         """Returns the `model` section of a config."""
         return {field: getattr(self, field) for field in FAMILIES[self.name].fields}
 
-    def differences(self, other: "ModelSpec") -> list[str]:
-        """Returns one line for each attribute that differs and changes numbers.
 
-        The family does not: a gpt is a transformer whose choices are made.
-        """
-        return [
-            f"{field.name} is {getattr(self, field.name)!r} and {getattr(other, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if field.name not in ("name", "dropout")
-            and getattr(self, field.name) != getattr(other, field.name)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowSpec(Spec):
+    """The semantics of a flow; the names are those of craft_jax's configs.
+
+    Attributes:
+      name: flow.
+      height, width, channels, num_classes: of the images.
+      patch_size, num_layers, num_heads, d_model, d_ff: sizes.
+      dropout, label_dropout, times: how it is trained.
+    """
+
+    is_of_tokens: ClassVar[bool] = False
+    same_numbers: ClassVar[tuple[str, ...]] = ("dropout", "label_dropout", "times")
+    # What only models of tokens have.
+    vocab_size: ClassVar[int] = 0
+    num_decoder_layers: ClassVar[int] = 0
+    cross_attention: ClassVar[str] = "none"
+    embedding_scale: ClassVar[bool] = False
+
+    name: str = "flow"
+    height: int
+    width: int
+    channels: int
+    num_classes: int
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    d_model: int
+    d_ff: int
+    dropout: float
+    label_dropout: float
+    times: str
+
+    def __post_init__(self):
+        sizes = "height width channels patch_size num_layers num_heads d_model d_ff".split()
+        problems = [
+            f"{field}={getattr(self, field)!r} is not a whole number above 0"
+            for field in sizes
+            if not _is_positive_int(getattr(self, field))
         ]
+        if not (self.num_classes == 0 or _is_positive_int(self.num_classes)):
+            problems.append(f"num_classes={self.num_classes!r} is not a whole number from 0")
+        for field, part in (
+            ("d_model", "num_heads"),
+            ("height", "patch_size"),
+            ("width", "patch_size"),
+        ):
+            if not problems and getattr(self, field) % getattr(self, part):
+                problems.append(
+                    f"{part}={getattr(self, part)} does not divide {field}={getattr(self, field)}"
+                )
+        for field in ("dropout", "label_dropout"):
+            rate = getattr(self, field)
+            if not (isinstance(rate, (int, float)) and 0 <= rate < 1):
+                problems.append(f"{field}={rate!r} is not in [0, 1)")
+        if self.times not in TIMES:
+            problems.append(f"times={self.times!r} is not one of {', '.join(TIMES)}")
+        if self.name != "flow":
+            problems.append(f"name={self.name!r} is not flow")
+        if problems:
+            raise UnknownArchitectureError(
+                f"this is not a model of craft_jax: {'; '.join(problems)}", problems=problems
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """How many patches an image has."""
+        return self.height // self.patch_size * (self.width // self.patch_size)
+
+    @property
+    def patch_width(self) -> int:
+        """How many numbers a patch has."""
+        return self.patch_size**2 * self.channels
+
+    @classmethod
+    def from_model_config(cls, model: Mapping[str, Any], sizes: Mapping[str, int]) -> "FlowSpec":
+        """Reads the `model` section of a saved config.
+
+        Args:
+          model: the section.
+          sizes: of the images, where the section leaves them to the data.
+
+        Raises:
+          NotRepresentableError: a field that is not known here, or one that is missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        _check_fields(model, known, known)
+        values = {n: sizes.get(n) if value is None else value for n, value in model.items()}
+        values["d_ff"] = values["d_ff"] or 4 * values["d_model"]
+        return cls(**values)
+
+    def model_config(self) -> dict[str, Any]:
+        """Returns the `model` section of a config."""
+        return dataclasses.asdict(self)
+
+
+def read_spec(model: Mapping[str, Any], sizes: Mapping[str, int | None]) -> Spec:
+    """Reads the `model` section of a saved config.
+
+    Args:
+      model: the section.
+      sizes: what the section leaves to the data: `vocab_size`, or those of images.
+
+    Raises:
+      NotRepresentableError: see `ModelSpec.from_model_config`.
+    """
+    if model.get("name") == "flow":
+        return FlowSpec.from_model_config(model, sizes)
+    return ModelSpec.from_model_config(model, sizes.get("vocab_size") or 0)
+
+
+def _check_fields(model: Mapping[str, Any], known: Collection[str], needed: Collection[str]):
+    if unknown := sorted(set(model) - set(known)):
+        raise NotRepresentableError(
+            f"model.{unknown[0]}={model[unknown[0]]!r} is a setting that this version of interop "
+            "does not know, so nothing is exported; use the version that wrote the run"
+        )
+    if lacking := sorted(set(needed) - set(model)):
+        raise NotRepresentableError(f"the saved config lacks model.{', model.'.join(lacking)}")
 
 
 def _is_positive_int(value: Any) -> bool:

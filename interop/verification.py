@@ -3,7 +3,8 @@
 `structure` compares what the models are, and loads the weights' names strictly into PyTorch's own
 module; `bits` compares every bit of every leaf; `logits` computes in float64 on both sides, at full
 context, and finds the first submodule that differs; `generate` compares greedy tokens and the
-tokenizers. The torch side runs in a process of its own. The JAX side is imported when it is needed.
+tokenizers. Of a flow they compare velocities, and images made of the same noise. The torch side
+runs in a process of its own. The JAX side is imported when it is needed.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from interop import cast, folds, pipeline, source
 from interop.errors import InteropError, MissingDependencyError, listed
 from interop.mapping import Tap
 from interop.source import CRAFT, Options, Source
-from interop.spec import ModelSpec
+from interop.spec import FlowSpec, ModelSpec, Spec
 from interop.targets import TARGETS
 from interop.targets.base import FILES
 from interop.tensors import LazyTensor, bits
@@ -37,6 +38,9 @@ TOLERANCE = 1e-10
 _SEED = 20260101
 _WORKER = Path(__file__).parent / "pytorch" / "worker.py"
 _NEW = 64
+_STEPS = 20
+_IMAGE_TOLERANCE = 1e-8
+"""Of a whole sampling, for numbers of about [-1, 1]."""
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.\n",
     "def f(x):\n\treturn  x ** 2  # squares\n\n",
@@ -271,35 +275,62 @@ def _in_words(row: dict[str, Any], a: Source, b: Source) -> str:
 
 
 def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
-    sizes = ("vocab_size", "max_seq_len", "num_decoder_layers")
-    if any(getattr(a.spec, name) != getattr(b.spec, name) for name in sizes):
+    if _differ_in_size(a.spec, b.spec):
         return a.spec.differences(b.spec), {}
+    if not a.spec.is_of_tokens:
+        inputs = _points(a.spec)
+        return _compared(a, b, inputs, "velocities", f"of {len(inputs['x'])} images")
     length = min(seq_len or a.spec.max_seq_len, a.spec.max_seq_len)
-    inputs = _inputs(a.spec, length)
+    return _compared(a, b, _inputs(a.spec, length), "logits", f"at {length} positions")
+
+
+def _differ_in_size(a: Spec, b: Spec) -> bool:
+    """Whether two models cannot compute the same inputs."""
+    if not (a.is_of_tokens and b.is_of_tokens):
+        return bool(a.differences(b))
+    sizes = ("vocab_size", "max_seq_len", "num_decoder_layers")
+    return any(getattr(a, name) != getattr(b, name) for name in sizes)
+
+
+def _compared(
+    a: Source, b: Source, inputs: dict[str, np.ndarray], what: str, where_in_words: str
+) -> Checked:
+    """Compares what two models compute of inputs: `what`, whose last axis is of alternatives."""
     taps = _taps(a, b)
     x_BTV, x_states = _run(a, inputs, taps)
     y_BTV, y_states = _run(b, inputs, taps)
     ratio = np.abs(x_BTV - y_BTV) / np.maximum(1, np.maximum(np.abs(x_BTV), np.abs(y_BTV)))
     worst = float(np.max(ratio)) if np.isfinite(ratio).all() else float("inf")
     agree = float(np.mean(x_BTV.argmax(-1) == y_BTV.argmax(-1)))
+    unit = {"logits": "|logit|", "velocities": "|velocity|"}[what]
     figures = {
-        "tokens": list(inputs["tokens"].shape),
         "largest": worst,
         "tolerance": TOLERANCE,
-        "same_top_token": agree,
-        "said": f"float64 logits at {length} positions, largest difference {worst:.3g} x "
-        "max(1, |logit|)",
+        "said": f"float64 {what} {where_in_words}, largest difference {worst:.3g} x max(1, {unit})",
     }
+    if what == "logits":
+        figures |= {"tokens": list(inputs["tokens"].shape), "same_top_token": agree}
     if worst <= TOLERANCE:
         return [], figures
     where = np.unravel_index(int(np.nan_to_num(ratio, nan=np.inf).argmax()), ratio.shape)
+    place, more = f"row {where[1]}, column {where[2]}", ""
+    if what == "logits":
+        place = f"position {int(where[1])}, token id {int(where[2])}"
+        more = f", and {agree:.1%} of the likeliest tokens agree"
     problems = [
-        f"float64 logits differ by {worst:.3g} x max(1, |logit|), first of all at position "
-        f"{int(where[1])}, token id {int(where[2])}; {TOLERANCE:g} is allowed, and "
-        f"{agree:.1%} of the likeliest tokens agree",
+        f"float64 {what} differ by {worst:.3g} x max(1, {unit}), first of all at {place}; "
+        f"{TOLERANCE:g} is allowed{more}",
         _bisected(taps, x_states, y_states),
     ]
     return problems, figures
+
+
+def _points(spec: FlowSpec) -> dict[str, np.ndarray]:
+    """Returns points on the way to three images: with the first label, the last one, and none."""
+    rng = np.random.default_rng(_SEED)
+    x_BHWC = rng.normal(size=(3, spec.height, spec.width, spec.channels))
+    labels_B = np.array([0, max(0, spec.num_classes - 1), spec.num_classes], np.int32)
+    return {"x": x_BHWC, "t": np.array([0.0, 0.37, 1.0]), "labels": labels_B}
 
 
 def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
@@ -430,6 +461,8 @@ def _weights(model: Source) -> list[str]:
 
 
 def _generate(a: Source, b: Source) -> Checked:
+    if not (a.spec.is_of_tokens and b.spec.is_of_tokens):
+        return _same_images(a, b)
     problems = _tokenizer_problems(a, b)
     context = min(a.spec.max_seq_len, b.spec.max_seq_len)
     inputs = _inputs(a.spec, max(1, min(16, context // 2)))
@@ -442,6 +475,31 @@ def _generate(a: Source, b: Source) -> Checked:
     both = a.tokenizer is not None and b.tokenizer is not None
     tokenizer = "the same tokenizer" if both else "no two tokenizers to compare"
     return problems, {"said": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
+
+
+def _same_images(a: Source, b: Source) -> Checked:
+    if problems := a.spec.differences(b.spec):
+        return problems, {}
+    inputs = _points(a.spec)
+    x_BHWC, y_BHWC = (_images(model, inputs) for model in (a, b))
+    largest = float(np.max(np.abs(x_BHWC - y_BHWC)))
+    figures = {
+        "largest": largest,
+        "tolerance": _IMAGE_TOLERANCE,
+        "said": f"{len(x_BHWC)} images of the same noise in {_STEPS} steps, largest difference "
+        f"{largest:.3g}",
+    }
+    if largest <= _IMAGE_TOLERANCE:
+        return [], figures
+    problem = f"images of the same noise differ by {largest:.3g} after {_STEPS} steps; "
+    return [problem + f"{_IMAGE_TOLERANCE:g} is allowed"], figures
+
+
+def _images(model: Source, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    if model.kind == CRAFT:
+        return _live().Reference(model.spec, model.leaves).images(inputs, _STEPS)
+    request = {"what": "images", "dtype": "float64", "steps": _STEPS}
+    return _ask(model, request, inputs)[1]["images"]
 
 
 def _greedy(

@@ -5,13 +5,14 @@
     model = CraftForCausalLM.from_pretrained(folder)
     model.generate([[1, 2, 3]], max_new_tokens=20, temperature=0.8, seed=0)
 
-A model that reads a source and writes a target is a `CraftForSeq2Seq`. Parameters have the names
-and layouts of craft_jax. The model computes in the dtype of its weights, and layer norms,
-activations, softmax and logits in at least float32, so that after `.double()` it is float64
+A model that reads a source and writes a target is a `CraftForSeq2Seq`; one that was trained on
+pixels has `generate_images`; a `CraftFlow` turns noise into images. Parameters have the names and
+layouts of craft_jax. The model computes in the dtype of its weights, and layer norms, activations,
+softmax, logits and velocities in at least float32, so that after `.double()` it is float64
 throughout.
 
-Shape letters: B batch, T query time, S key or source time, D model width, H heads, K head width,
-F hidden, V vocabulary.
+Shape letters: B batch, T query time or patches, S key or source time, D model width, H heads, K
+head width, F hidden, V vocabulary; of images H height, W width, C channels, P numbers in a patch.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ _ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
+_FREQUENCIES, _FLOW_EPS, _GUIDANCE = 128, 1e-6, 1.5
 _MEMORY_LENGTHS = {"none": None, "zeros": 1, "empty": 0}
 
 _STACK = {"norm_first", "positions", "embedding_scale", "head_bias"}
@@ -42,6 +44,7 @@ _SETTINGS = {
     "gpt": {"norm_bias", "head_bias"},
     "transformer": {*_STACK, "norm_bias", "final_norm", "final_norm_bias", "cross_attention"},
     "seq2seq": {*_STACK, "num_decoder_layers", "share_embeddings"},
+    "flow": set(),
 }
 """What config.json says of a model of each family, beside what it says of all."""
 _LATER = {"gpt": {"norm_bias", "head_bias"}}
@@ -68,6 +71,8 @@ class CraftConfig:
       share_embeddings: whether source and target have one.
       eos_token_id: the token that ends a text, or None.
       tokenizer_vocab_size: ids from here on only pad the embedding, and are never generated.
+      images: what the images are that it was trained on: `height`, `width`, `channels`,
+        `label_names`, and the `palette` whose colours its ids stand for; None for text.
     """
 
     name: str
@@ -94,6 +99,7 @@ class CraftConfig:
     head_bias: bool = False
     eos_token_id: "int | None" = None
     tokenizer_vocab_size: "int | None" = None
+    images: "dict | None" = None
 
     def __post_init__(self):
         for field, same in (("norm_bias", "bias"), ("final_norm_bias", "norm_bias")):
@@ -113,30 +119,68 @@ class CraftConfig:
 
     @classmethod
     def from_json(cls, path):
-        """Reads `config.json`.
+        """Reads `config.json`: see `read_config`."""
+        return read_config(path)
 
-        Raises:
-          ValueError: it says something that this file does not know, or lacks something.
-        """
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        if config.get("model_type") != "craft" or config.get("craft_format") != FORMAT:
-            raise ValueError(
-                f"{path}: model_type={config.get('model_type')!r}, "
-                f"craft_format={config.get('craft_format')!r}; this file reads 'craft', {FORMAT}"
-            )
-        model = config["model"]
-        name = model.get("name")
-        if name not in _SETTINGS:
-            raise ValueError(f"{path}: model {name!r} is not one of {', '.join(_SETTINGS)}")
-        of_all = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        wanted = of_all | _SETTINGS[name]
-        unknown, lacking = set(model) - wanted, wanted - set(model) - _LATER.get(name, set())
-        if unknown or lacking:
-            raise ValueError(
-                f"{path}: unknown settings {sorted(unknown)}, missing settings {sorted(lacking)}"
-            )
-        outside = ("eos_token_id", "tokenizer_vocab_size")
-        return cls(**model, **{field: config.get(field) for field in outside})
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The architecture of a flow.
+
+    Attributes:
+      name: flow.
+      height, width, channels, num_classes: of the images; 0 classes for images without labels.
+      patch_size, num_layers, num_heads, d_model, d_ff: sizes.
+      dropout: applied in `train()` only.
+      label_dropout, times: how it was trained.
+      images: see `CraftConfig`.
+    """
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    num_classes: int
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    d_model: int
+    d_ff: int
+    dropout: float
+    label_dropout: float
+    times: str
+    images: "dict | None" = None
+    bias = True
+    activation = "gelu_tanh"
+
+
+def read_config(path):
+    """Reads `config.json`: returns a `CraftConfig`, or a `FlowConfig`.
+
+    Raises:
+      ValueError: it says something that this file does not know, or lacks something.
+    """
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    if config.get("model_type") != "craft" or config.get("craft_format") != FORMAT:
+        raise ValueError(
+            f"{path}: model_type={config.get('model_type')!r}, "
+            f"craft_format={config.get('craft_format')!r}; this file reads 'craft', {FORMAT}"
+        )
+    model = config["model"]
+    name = model.get("name")
+    if name not in _SETTINGS:
+        raise ValueError(f"{path}: model {name!r} is not one of {', '.join(_SETTINGS)}")
+    cls = FlowConfig if name == "flow" else CraftConfig
+    of_all = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    wanted = of_all | _SETTINGS[name]
+    unknown, lacking = set(model) - wanted, wanted - set(model) - _LATER.get(name, set())
+    if unknown or lacking:
+        raise ValueError(
+            f"{path}: unknown settings {sorted(unknown)}, missing settings {sorted(lacking)}"
+        )
+    outside = {"eos_token_id", "tokenizer_vocab_size", "images"}
+    outside &= {f.name for f in dataclasses.fields(cls)}
+    return cls(**model, **{field: config.get(field) for field in outside})
 
 
 def _at_least_float32(dtype):
@@ -250,7 +294,7 @@ class MLP(nn.Module):
         self.up = Linear(config.d_model, config.d_ff, config.bias)
         self.down = Linear(config.d_ff, config.d_model, config.bias)
         self.activation = _ACTIVATIONS[config.activation]
-        self.dropout = 0.0 if config.name == "gpt" else config.dropout
+        self.dropout = 0.0 if config.name in ("gpt", "flow") else config.dropout
 
     def forward(self, x_BTD):
         h_BTF = self.up(x_BTD)
@@ -425,7 +469,7 @@ class CraftModel(nn.Module):
             model is one of the other class.
         """
         folder = Path(folder)
-        config = CraftConfig.from_json(folder / "config.json")
+        config = read_config(folder / "config.json")
         with torch.device("meta"):
             model = cls(config)
         tensors = _read_folder(folder)
@@ -596,6 +640,31 @@ class CraftForCausalLM(CraftModel):
 
         return self._generate(prompts, Options(**options), make)
 
+    def generate_images(self, labels, **options):
+        """Makes an image for each label, pixel after pixel.
+
+        Args:
+          labels: a list of numbers of classes; of 0 for images without labels.
+          **options: see `Options`.
+
+        Returns:
+          uint8 (N, H, W, C).
+
+        Raises:
+          ValueError: the model was not trained on images, or an impossible option or label.
+        """
+        images = self.config.images
+        if images is None:
+            raise ValueError("this model was trained on text; use `generate`")
+        colors, most = images["palette"], max(1, len(images["label_names"]))
+        if not all(0 <= label < most for label in labels):
+            raise ValueError(f"labels are not all in [0, {most}): {labels}")
+        prompts = [[len(colors) + label] for label in labels]
+        count = images["height"] * images["width"]
+        made = self.generate(prompts, max_new_tokens=count, stop_at_eos=False, **options)
+        shape = (len(made), images["height"], images["width"], images["channels"])
+        return torch.tensor(colors, dtype=torch.uint8)[torch.tensor(made)].reshape(shape)
+
 
 class CraftForSeq2Seq(CraftModel):
     """Reads a source, writes a target: a `seq2seq`."""
@@ -721,6 +790,169 @@ class CraftForSeq2Seq(CraftModel):
             texts = [[*texts[i // V], i % V] for i in kept]
             cache = cache._replace(layers=tuple((k[rows], v[rows]) for k, v in cache.layers))
         return [token for token in found if token != end]
+
+
+class TimeEmbedding(nn.Module):
+    """A vector for a time in [0, 1]: an MLP of its sines and cosines."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.up, self.down = Linear(2 * _FREQUENCIES, d, True), Linear(d, d, True)
+
+    def forward(self, t_B):
+        """Returns c_BD."""
+        wide, device = _at_least_float32(t_B.dtype), t_B.device
+        steps_F = torch.arange(_FREQUENCIES, dtype=torch.float64, device=device)
+        rate_F = 1000 * torch.exp(-math.log(10000) * steps_F / _FREQUENCIES)
+        angle_BF = t_B.to(wide)[:, None] * rate_F.to(wide)
+        features_BF = torch.cat([angle_BF.cos(), angle_BF.sin()], dim=-1)
+        return self.down(_silu(self.up(features_BF.to(self.up.kernel.dtype))))
+
+
+def _silu(x):
+    return F.silu(x.to(_at_least_float32(x.dtype))).to(x.dtype)
+
+
+def _modulated(x_BTD, shift_B1D, scale_B1D):
+    """Layer norm whose scale, beyond 1, and shift are given."""
+    wide = x_BTD.to(_at_least_float32(x_BTD.dtype))
+    y_BTD = F.layer_norm(wide, wide.shape[-1:], eps=_FLOW_EPS).to(x_BTD.dtype)
+    return y_BTD * (1 + scale_B1D) + shift_B1D
+
+
+class FlowBlock(nn.Module):
+    """Attention and an MLP, each added by a gate; norms and gates follow a condition."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.modulation = Linear(config.d_model, 6 * config.d_model, True)
+        self.attn, self.mlp, self.dropout = Attention(config), MLP(config), config.dropout
+
+    def forward(self, x_BTD, c_BD):
+        """Returns y_BTD."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(_silu(c_BD))[
+            :, None
+        ].chunk(6, dim=-1)
+        h_BTD = _modulated(x_BTD, shift, scale)
+        y_BTD = self.attn(h_BTD, self.attn.keys_and_values(h_BTD))
+        x_BTD = x_BTD + gate * F.dropout(y_BTD, self.dropout, self.training)
+        y_BTD = self.mlp(_modulated(x_BTD, mlp_shift, mlp_scale))
+        return x_BTD + mlp_gate * F.dropout(y_BTD, self.dropout, self.training)
+
+
+class CraftFlow(CraftModel):
+    """Turns noise into images along predicted velocities: a `flow`."""
+
+    families = ("flow",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        d, size = config.d_model, config.patch_size
+        count = config.height // size * (config.width // size)
+        self.patch_embedding = Linear(size * size * config.channels, d, True)
+        self.position_embedding = Embedding(count, d)
+        self.time_embedding = TimeEmbedding(d)
+        self.label_embedding = Embedding(config.num_classes + 1, d) if config.num_classes else None
+        self.blocks = nn.ModuleList(FlowBlock(config) for _ in range(config.num_layers))
+        self.final_modulation = Linear(d, 2 * d, True)
+        self.head = Linear(d, size * size * config.channels, True)
+
+    def forward(self, x_BHWC, t_B, labels_B=None):
+        """Returns velocities v_BHWC, in at least float32.
+
+        Args:
+          x_BHWC: points on the way from noise, at time 0, to an image in [-1, 1], at time 1.
+          t_B: where on the way, in [0, 1].
+          labels_B: ids, int64, in [0, num_classes]; `num_classes` and None stand for no label.
+        """
+        B, H, W, C = x_BHWC.shape
+        size = self.config.patch_size
+        rows, columns = H // size, W // size
+        cut = x_BHWC.reshape(B, rows, size, columns, size, C).permute(0, 1, 3, 2, 4, 5)
+        positions_TD = self.position_embedding(torch.arange(rows * columns, device=x_BHWC.device))
+        x_BTP = cut.reshape(B, rows * columns, size * size * C).to(positions_TD.dtype)
+        x_BTD = self.patch_embedding(x_BTP) + positions_TD
+        c_BD = self.time_embedding(t_B)
+        if self.label_embedding is not None:
+            if labels_B is None:
+                labels_B = torch.full((B,), self.config.num_classes, device=x_BHWC.device)
+            c_BD = c_BD + self.label_embedding(labels_B)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, c_BD)
+        shift, scale = self.final_modulation(_silu(c_BD))[:, None].chunk(2, dim=-1)
+        v_BTP = self.head(_modulated(x_BTD, shift, scale))
+        v_BTP = v_BTP.to(_at_least_float32(v_BTP.dtype))
+        whole = v_BTP.reshape(B, rows, columns, size, size, C).permute(0, 1, 3, 2, 4, 5)
+        return whole.reshape(B, H, W, C)
+
+    @torch.no_grad()
+    def generate(
+        self, labels, *, noise_BHWC=None, seed=0, num_steps=50, solver="heun", guidance=None
+    ):
+        """Makes an image for each label; the same as craft_jax from the same noise.
+
+        Args:
+          labels: a list of ids, or ids (B,), in [0, num_classes]; `num_classes` for none.
+          noise_BHWC: where the way begins, whose dtype the images have; None to draw it.
+          seed: of the noise, which is torch's.
+          num_steps: of equal length.
+          solver: euler, or heun, which evaluates the model twice in each step.
+          guidance: above 1 keeps closer to the label; None for 1.5 where the model was trained for
+            that, else 1.
+
+        Returns:
+          x_BHWC, about in [-1, 1]; `to_uint8` makes pixels of it.
+
+        Raises:
+          ValueError: an impossible option or label.
+        """
+        config = self.config
+        labels_B = torch.as_tensor(labels, device=self.head.kernel.device).long()
+        can_guide = config.num_classes > 0 and config.label_dropout > 0
+        if guidance is None:
+            guidance = _GUIDANCE if can_guide else 1.0
+        if solver not in ("euler", "heun") or num_steps < 1:
+            raise ValueError(f"solver={solver!r} or num_steps={num_steps} is impossible")
+        if guidance != 1.0 and not can_guide:
+            raise ValueError(f"guidance={guidance}: the model was not trained without labels")
+        if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= max(
+            config.num_classes, 0
+        ):
+            raise ValueError(f"labels are not all in [0, {config.num_classes}]: {labels}")
+        B, x = len(labels_B), noise_BHWC
+        if x is None:
+            generator = torch.Generator(labels_B.device).manual_seed(seed)
+            dtype = _at_least_float32(self.head.kernel.dtype)
+            shape = (B, config.height, config.width, config.channels)
+            x = torch.randn(shape, generator=generator, dtype=dtype, device=labels_B.device)
+
+        def velocity(x, t):
+            if guidance == 1.0:
+                return self(x, x.new_full((B,), t), labels_B)
+            nothing_B = torch.full_like(labels_B, config.num_classes)
+            both = self(
+                torch.cat([x, x]), x.new_full((2 * B,), t), torch.cat([labels_B, nothing_B])
+            )
+            with_label, without = both.chunk(2)
+            return without + guidance * (with_label - without)
+
+        was_training = self.training
+        self.eval()
+        try:
+            for number in range(num_steps):
+                start, end = number / num_steps, (number + 1) / num_steps
+                v = velocity(x, start)
+                if solver == "heun":
+                    v = (v + velocity(x + (end - start) * v, end)) / 2
+                x = (x + (end - start) * v).to(x.dtype)
+        finally:
+            self.train(was_training)
+        return x
+
+
+def to_uint8(images):
+    """Returns images in [-1, 1] as the nearest of 0, ..., 255, uint8."""
+    return ((images.float() + 1) * 127.5).nan_to_num(0).clamp(0, 255).round().to(torch.uint8)
 
 
 def _read_folder(folder):

@@ -2,12 +2,13 @@
 
 It compares the bytes of every tensor with the digests in `interop_manifest.json`, loads the folder
 in float64 as any program would, computes the logits of the tokens in `probe.json`, and compares
-them with those that craft_jax computed. Needs torch and, for Hugging Face folders, transformers.
-Exits with 1 if anything differs.
+them with those that craft_jax computed; of a flow, velocities and images. Needs torch and, for
+Hugging Face folders, transformers. Exits with 1 if anything differs.
 """
 
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -63,6 +64,39 @@ def changed_tensors():
     return [name for name, t in manifest["tensors"].items() if found.get(name) != t["sha256"]]
 
 
+def check_flow(probe):
+    """Compares velocities, and images made of the same noise, and says how it went."""
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(FOLDER))
+    from modeling_craft import CraftFlow
+
+    model = CraftFlow.from_pretrained(FOLDER).double()
+    places = torch.arange(math.prod(probe["shape"]), dtype=torch.float64)
+    x = (1.5 * torch.sin(12.9898 * places + 0.5)).reshape(probe["shape"])
+    t, labels = torch.tensor(probe["t"], dtype=torch.float64), torch.tensor(probe["labels"])
+    with torch.no_grad():
+        made = {
+            "velocities": model(x, t, labels),
+            "images": model.generate(labels, noise_BHWC=x, num_steps=probe["steps"]),
+        }
+    worst = {}
+    for name, whole in made.items():
+        want = torch.tensor(probe[name], dtype=torch.float64)
+        ratio = (whole.reshape(-1)[probe["at"]] - want).abs() / want.abs().clamp(min=1.0)
+        worst[name] = float("inf") if bool(ratio.isnan().any()) else float(ratio.max())
+        if worst[name] > probe["tolerance"]:
+            sys.exit(
+                f"FAILED: these are not the {name} of the model that was exported: they differ by "
+                f"{worst[name]:.3g} x max(1, |x|); {probe['tolerance']:g} is allowed. The weights, "
+                "the config or the code that loads them has changed."
+            )
+    print(
+        f"OK: {len(probe['at'])} velocities agree in float64 (largest difference "
+        f"{worst['velocities']:.3g} x max(1, |v|)), and images after {probe['steps']} steps "
+        f"({worst['images']:.3g})"
+    )
+
+
 def main():
     """Compares, and says how it went."""
     if changed := changed_tensors():
@@ -70,6 +104,8 @@ def main():
             f"FAILED: {len(changed)} tensors are not those exported: {', '.join(changed[:10])}"
         )
     probe = json.loads((FOLDER / "probe.json").read_text(encoding="utf-8"))
+    if "velocities" in probe:
+        return check_flow(probe)
     with torch.no_grad():
         forward = load(probe.get("source"))
         logits = forward(torch.tensor([probe["tokens"]]))

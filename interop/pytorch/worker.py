@@ -4,11 +4,12 @@ It may run out of memory or meet an instruction that the CPU does not have, with
 process that asks. The request is `request.json` and `inputs.npz`; the answer is `answer.json` and
 `arrays.npz` in the same folder.
 
-The request says: `what` (structure, logits or greedy), `container` and `target` (what kind of model
-it is), `path`, `model` (the fields of a `ModelSpec`), `dtype`, and perhaps `taps` (submodules whose
-outputs are wanted), `prompt` and `new` (a greedy continuation), `names` (of the tensors in a file,
-by their clean names). The inputs are `tokens` (B, T) and, for a model that reads a source, `source`
-(B, S) and `source_mask` (B, S), true for text.
+The request says: `what` (structure, logits, greedy or images), `container` and `target` (what kind
+of model it is), `path`, `model` (the fields of a `ModelSpec`), `dtype`, and perhaps `taps`
+(submodules whose outputs are wanted), `prompt` and `new` (a greedy continuation), `names` (of the
+tensors in a file, by their clean names), `steps` (of a flow's sampling). The inputs are `tokens`
+(B, T) and, for a model that reads a source, `source` (B, S) and `source_mask` (B, S), true for
+text; for a flow `x` (B, H, W, C), `t` (B,) and `labels` (B,).
 """
 
 import contextlib
@@ -48,14 +49,20 @@ def main(folder: Path) -> None:
         answer["tensors"] = {name: list(t.shape) for name, t in model.state_dict().items()}
     else:
         model = model.to(getattr(torch, request["dtype"])).eval()
-        tokens, *source = _inputs(folder / "inputs.npz")
+        first, *others = _inputs(folder / "inputs.npz")
         with torch.no_grad():
             with _watched(model, request.get("taps", [])) as states:
-                arrays["logits"] = forward(tokens, *source).numpy()
+                arrays["logits"] = forward(first, *others).numpy()
             arrays |= {f"tap {path}": array for path, array in states.items()}
-            source = [array[:1] for array in source]
-            prompt, count = request.get("prompt", []), request.get("new", 0)
-            answer["greedy"] = _greedy(lambda t: forward(t, *source), prompt, count)
+            if request["what"] == "images":
+                _, labels = others
+                made = model.generate(labels, noise_BHWC=first, num_steps=request["steps"])
+                arrays["images"] = made.numpy()
+            if request["what"] == "greedy":
+                source = [array[:1] for array in others]
+                answer["greedy"] = _greedy(
+                    lambda tokens: forward(tokens, *source), request["prompt"], request["new"]
+                )
     np.savez(folder / "arrays.npz", **arrays)
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
@@ -63,6 +70,9 @@ def main(folder: Path) -> None:
 def _inputs(path: Path) -> list[torch.Tensor]:
     """Returns what a forward takes, in its order."""
     with np.load(path) as inputs:
+        if "x" in inputs:
+            x, t, labels = (torch.from_numpy(inputs[name]) for name in ("x", "t", "labels"))
+            return [x, t, labels.long()]
         found = [torch.from_numpy(inputs["tokens"]).long()]
         if "source" in inputs:
             found.append(torch.from_numpy(inputs["source"]).long())
@@ -92,12 +102,15 @@ def _load_craft_torch(request: Request) -> tuple[Any, Forward, dict]:
     import modeling_craft
 
     file = Path(request["path"]) / "config.json"
-    is_pair = json.loads(file.read_text(encoding="utf-8"))["model"]["name"] == "seq2seq"
-    cls = modeling_craft.CraftForSeq2Seq if is_pair else modeling_craft.CraftForCausalLM
+    name = json.loads(file.read_text(encoding="utf-8"))["model"]["name"]
+    own = {"seq2seq": "CraftForSeq2Seq", "flow": "CraftFlow"}
+    cls = getattr(modeling_craft, own.get(name, "CraftForCausalLM"))
     if request["what"] == "structure":
         with torch.device("meta"):
             return cls(modeling_craft.CraftConfig.from_json(file)), _no_forward, {}
     model = cls.from_pretrained(request["path"])
+    if name == "flow":
+        return model, model, {}
     return model, lambda *inputs: model(*inputs).logits, {}
 
 

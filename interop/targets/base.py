@@ -12,7 +12,7 @@ from craft_jax.errors import UsageError
 from interop import mapping
 from interop.errors import CorruptFileError, NotRepresentableError
 from interop.mapping import Table
-from interop.spec import ModelSpec
+from interop.spec import ModelSpec, Spec
 from interop.tensors import Tensors
 
 Container = Literal["hf", "craft-torch", "nanogpt", "torch", "craft"]
@@ -55,6 +55,7 @@ def fixed(attribute: str, value: Any, reason: str) -> Limit:
     return Limit(attribute, lambda spec: getattr(spec, attribute) == value, reason)
 
 
+_OF_TOKENS = Limit("name", lambda spec: spec.is_of_tokens, "it holds models of tokens")
 LANGUAGE_MODEL = fixed("num_decoder_layers", 0, "it is no encoder with a decoder beside it")
 SCALE_FOLD = Limit(
     "embedding_scale",
@@ -162,17 +163,21 @@ class Target(abc.ABC):
       summary: one line.
       container: the files around the tensors.
       anchor: a tensor that every file of it has, by which names and files are recognised.
+      other_anchors: those of other kinds of models.
       optional_prefix: what the names of some files lack.
       model_type: as in its `config.json`; None where it has no such file.
-      limits: what it cannot hold.
+      specs: the kinds of models that it holds.
+      limits: what it cannot hold of them.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     container: ClassVar[Container]
     anchor: ClassVar[str]
+    other_anchors: ClassVar[tuple[str, ...]] = ()
     optional_prefix: ClassVar[str] = ""
     model_type: ClassVar[str | None] = None
+    specs: ClassVar[tuple[type[Spec], ...]] = (ModelSpec,)
     limits: ClassVar[tuple[Limit, ...]] = ()
 
     @abc.abstractmethod
@@ -254,6 +259,8 @@ class Target(abc.ABC):
         )
 
     def _crossed(self, spec: ModelSpec) -> list[Limit]:
+        if not isinstance(spec, self.specs):
+            return [_OF_TOKENS]
         return [limit for limit in self.limits if not limit.holds(spec)]
 
     @staticmethod

@@ -5,7 +5,7 @@ import pytest
 from craft_jax.config import MODELS
 from craft_jax.models.gpt import GPTConfig
 from interop.errors import NotRepresentableError, UnknownArchitectureError
-from interop.spec import FAMILIES, ModelSpec
+from interop.spec import FAMILIES, FlowSpec, ModelSpec, read_spec
 from tests.interop.models import SPEC, spec
 
 SAVED = dataclasses.asdict(GPTConfig(num_layers=2, num_heads=2, d_model=16))
@@ -14,14 +14,18 @@ SAVED = dataclasses.asdict(GPTConfig(num_layers=2, num_heads=2, d_model=16))
 @pytest.mark.parametrize("name", MODELS)
 def test_it_knows_every_field_of_every_model(name):
     fields = {field.name for field in dataclasses.fields(MODELS[name].Config)}
-    assert fields == set(FAMILIES[name].fields)
+    sizes = {"vocab_size": 77, "height": 4, "width": 6, "channels": 1, "num_classes": 0}
     model = dataclasses.asdict(MODELS[name].Config(num_heads=2, d_model=16))
-    found = ModelSpec.from_model_config(model, 77)
+    found = read_spec(model, sizes)
+    if name in FAMILIES:
+        assert fields == set(FAMILIES[name].fields)
+    else:
+        assert fields == {field.name for field in dataclasses.fields(FlowSpec)}
     assert MODELS[name].Config(**found.model_config()).hidden_width == 64
 
 
 def test_no_other_family_than_the_registry():
-    assert set(FAMILIES) == set(MODELS)
+    assert {*FAMILIES, "flow"} == set(MODELS)
 
 
 def test_equal_models_have_equal_specs():
