@@ -55,6 +55,15 @@ $interop export "$run" ckpt.pt --to nanogpt
 $interop verify "$run" ckpt.pt
 $interop import gpt2 outputs/models/imported
 $craft generate --run=imported --prompt="def " --max_new_tokens=20
+$craft --config="$root/configs/flow.py" --run=flow --config.training.num_steps=20
+$craft generate --run=flow --label=3 --num_samples=4 --num_steps=5
+$craft --config="$root/configs/image_gpt.py" --run=pixels --config.training.num_steps=20
+$craft generate --run=pixels --image=val --num_samples=2
+$craft evaluate --run=pixels
+$interop export outputs/models/flow flow --to craft-torch --verify logits
+python flow/verify.py
+$interop import flow outputs/models/flow_back
+$interop verify outputs/models/flow outputs/models/flow_back
 find outputs -maxdepth 2 | sort
 
 section "runs that are killed, damaged and starved"
