@@ -108,7 +108,8 @@ class ExperimentConfig:
         """Yields what is wrong between sections."""
         data, optim, training = self.data, self.optim, self.training
         longest = getattr(self.model, "max_seq_len", None)
-        if longest is not None and data.seq_len > longest and data.image_colors is None:
+        is_of_images = data.image_colors is not None or data.source in ("digits", "images")
+        if longest is not None and data.seq_len > longest and not is_of_images:
             yield Contradiction(
                 ("data.seq_len", "model.max_seq_len"),
                 f"data.seq_len={data.seq_len} is longer than model.max_seq_len={longest}; "

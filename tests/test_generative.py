@@ -13,7 +13,7 @@ from craft_jax import runs
 from scripts import generative
 
 IS_FULL = bool(os.environ.get("CRAFT_TESTS_FULL"))
-STEPS = {"flow": 600, "image_gpt": 250}
+STEPS = {"flow": 600, "image_gpt": 350}
 BITS_RATIO = 0.7 if IS_FULL else 0.8
 
 

@@ -18,8 +18,11 @@ from craft_jax.training import state as states
 from craft_jax.training.step import make_train_step
 from tests.kinds import KINDS
 
+# Most of a flow's gradients begin at zero, where Adam makes much of their rounding.
+STEPS = {"gpt": 40, "image_gpt": 40, "flow": 8}
 
-def train(parallel: ParallelConfig, num_devices: int, steps: int = 40, kind: str = "gpt"):
+
+def train(parallel: ParallelConfig, num_devices: int, kind: str = "gpt"):
     cls, config = KINDS[kind].cls, KINDS[kind].config
     mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
     optimizer = optim.make_optimizer(OptimConfig(ema_decay=0.9))
@@ -34,7 +37,7 @@ def train(parallel: ParallelConfig, num_devices: int, steps: int = 40, kind: str
     )
     step = sharding.compile_step(train_step, mesh, parallel.mode)
     losses = []
-    for i in range(steps):
+    for i in range(STEPS[kind]):
         batch = KINDS[kind].batch(i, 8)
         state, metrics = step(state, sharding.put_batch(batch, mesh, parallel.mode))
         losses.append(float(metrics["loss"]))

@@ -58,11 +58,9 @@ def main(folder: Path) -> None:
                 _, labels = others
                 made = model.generate(labels, noise_BHWC=first, num_steps=request["steps"])
                 arrays["images"] = made.numpy()
-            if request["what"] == "greedy":
-                source = [array[:1] for array in others]
-                answer["greedy"] = _greedy(
-                    lambda tokens: forward(tokens, *source), request["prompt"], request["new"]
-                )
+            source = [array[:1] for array in others]
+            prompt, count = request.get("prompt", []), request.get("new", 0)
+            answer["greedy"] = _greedy(lambda tokens: forward(tokens, *source), prompt, count)
     np.savez(folder / "arrays.npz", **arrays)
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 

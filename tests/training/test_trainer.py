@@ -353,7 +353,7 @@ def test_a_wrong_answer_is_named():
 def test_the_base_trainer_knows_nothing_of_tokens():
     assert trainer_for(GPT) is LanguageModelTrainer
     made = trainer(cls=Trainer)
-    assert set(made.evaluate()) == {"loss"}
+    assert set(made.evaluate()) == {"loss", "examples"}
     diary = []
 
     class Keys(Callback):
