@@ -73,7 +73,8 @@ class ImageGenerator:
     ) -> np.ndarray:
         """Returns an image for each label, uint8 (N, H, W, C).
 
-        Image n is a function of its label, `seed` and n.
+        Image n is a function of its label, `seed` and n, as far as that of a model's own `generate`
+        is one of its label, the key and its place.
 
         Args:
           params: in the dtype that computes.

@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
     batch = loading.read_batch(split, args.step)
     _describe_batch(batch, args.split, args.step)
     if split.image_format is not None and split.image_format.palette and "targets" in batch:
-        images = split.image_format
+        images, firsts = split.image_format, batch["tokens"][:, 0]
         batch = {"images": images.pixels(batch["targets"])}
         if images.num_classes:
-            batch["labels"] = split.batch(args.step)["tokens"][:, 0] - images.num_colors
+            batch["labels"] = firsts - images.num_colors
     if "images" in batch:
         _draw(batch, workdir, split.name)
     elif "tokens" in batch and split.tokenizer is not None:

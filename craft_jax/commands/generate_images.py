@@ -52,8 +52,7 @@ def run(args: argparse.Namespace, opened: runs.Run, workdir: Path) -> int:
 
     The path of the picture goes to standard output, everything else to standard error.
     """
-    images = opened.image_format
-    assert images is not None
+    images = opened.image_generator.images
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     labels = [images.label(name) for name in args.label or ()]
     if args.image:
@@ -71,8 +70,7 @@ def _new(
     args: argparse.Namespace, opened: runs.Run, labels: list[int], options: dict[str, Any]
 ) -> tuple[np.ndarray, str]:
     """Returns a picture of new images, and words for it."""
-    images = opened.image_format
-    assert images is not None
+    images = opened.image_generator.images
     rows = labels or list(range(max(1, images.num_classes)))
     count = args.num_samples or (_SAMPLES if len(rows) == 1 else _SAMPLES_OF_SEVERAL)
     _check_count(args, count, len(rows))
@@ -87,8 +85,7 @@ def _completed(
     args: argparse.Namespace, opened: runs.Run, labels: list[int], options: dict[str, Any]
 ) -> tuple[np.ndarray, str]:
     """Returns a picture of given images, their upper half, completions of it, and words for it."""
-    images = opened.image_format
-    assert images is not None
+    images = opened.image_generator.images
     if images.height < 2:
         raise UsageError("--image: the images of this run are one pixel high, and have no half")
     if len(labels) > 1:
@@ -130,8 +127,7 @@ def _read(place: str, opened: runs.Run) -> list[_Given]:
     Raises:
       DataError: there is none, it cannot be read, or it has another size.
     """
-    images = opened.image_format
-    assert images is not None
+    images = opened.image_generator.images
     field = f"--image={place}"
     if place in _SPLITS:
         return _of_split(place, opened)

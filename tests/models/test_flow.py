@@ -156,10 +156,7 @@ def test_a_solver_is_of_its_order(x64, solver, order):
 def test_guidance_is_its_formula(x64):
     model = build(dtype="float64")
     noise, labels = np.random.default_rng(5).normal(size=(3, 6, 4, 3)), jnp.arange(3)
-    (one,) = (
-        model.generate(labels, noise_BHWC=noise, num_steps=1, solver="euler", guidance=g)
-        for g in (2.5,)
-    )
+    one = model.generate(labels, noise_BHWC=noise, num_steps=1, solver="euler", guidance=2.5)
     t_B = jnp.zeros(3)
     with_label, without = model(noise, t_B, labels), model(noise, t_B, None)
     np.testing.assert_allclose(one, noise + without + 2.5 * (with_label - without), atol=1e-12)
