@@ -13,29 +13,27 @@ are flat dicts of arrays; the trainer's state is flattened here. Which folder is
 stay and which are damaged is decided here and in `outputs`, never by Orbax.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib
 import logging
 import math
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from craft_jax import durable, faults, manifests, outputs, sharding
 from craft_jax.errors import ConfigError, StorageError
@@ -45,9 +43,6 @@ from craft_jax.outputs import AVERAGE, OPTIMIZER, PARAMS, Checkpoints
 from craft_jax.schema import setting
 
 logger = logging.getLogger(__name__)
-
-# TensorStore keeps what it has not written yet in memory, up to one data file.
-_IMPORTED_FILE_SIZE = 64 * 2**20
 
 _LEFTOVER = re.compile(r"\.(\d+)\.(tmp|trash)-\d+")
 _FULL = {
@@ -193,7 +188,7 @@ class CheckpointStore(Checkpoints):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             leaves: dict[str, Leaf] = {}
             for part, arrays in parts.items():
-                leaves |= _write_arrays(partial, part, arrays)
+                leaves |= _write_part(partial, part, arrays)
                 faults.point("ckpt.mid_write")
             outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
             self._commit(partial, step, leaves)
@@ -422,16 +417,8 @@ class CheckpointStore(Checkpoints):
     def _read(self, step: int, part: str, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
         path = self.folder / str(step) / part
         leaves = manifests.read(self.folder / str(step)).leaves
-        arguments = ocp.args.PyTreeRestore(
-            item=dict(shapes),
-            restore_args={
-                name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=struct.dtype)
-                for name, struct in shapes.items()
-            },
-        )
         try:
-            with quiet_absl(), _checkpointer(ocp.PyTreeCheckpointHandler) as checkpointer:
-                restored = checkpointer.restore(path, args=arguments)
+            restored = _array_files().read(path, shapes)
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DamagedError(f"{part} does not load: {reason[:200]}") from error
@@ -467,7 +454,7 @@ class CheckpointStore(Checkpoints):
         place, partial = self.folder / str(step), self._aside(step, "tmp")
         try:
             partial.mkdir(parents=True)
-            leaves = _write_arrays(partial, PARAMS, params, is_imported=True)
+            leaves = _write_part(partial, PARAMS, params, is_imported=True)
             outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
             self._commit(partial, step, leaves)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
@@ -475,45 +462,17 @@ class CheckpointStore(Checkpoints):
         return place
 
 
-def _write_arrays(
+def _write_part(
     folder: Path, part: str, arrays: Mapping[str, np.ndarray], *, is_imported: bool = False
 ) -> dict[str, Leaf]:
-    """Writes arrays with Orbax into a folder of a checkpoint.
-
-    Args:
-      folder, part: where.
-      arrays: by path.
-      is_imported: whether they are views of mapped files: then one is in memory at a time, and a
-        signal ends it.
-
-    Returns:
-      What was in memory, by `part/path`.
-    """
-    writer = _Writer(arrays, one_by_one=is_imported)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
-    size = _IMPORTED_FILE_SIZE if is_imported else None
-    save = ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=size)
-    with quiet_absl(), _stopping(writer) if is_imported else contextlib.nullcontext():
-        try:
-            # Weights and moments hardly compress; trying is two fifths of what a save computes.
-            with _checkpointer(
-                ocp.PyTreeCheckpointHandler, type_handler_registry=registry, use_compression=False
-            ) as checkpointer:
-                checkpointer.save(folder / part, args=save)
-        finally:
-            if writer.failure:
-                raise writer.failure
-    return {f"{part}/{name}": writer.leaves[name] for name in arrays}
+    """Writes one part of a checkpoint; returns what was in memory, by `part/path`."""
+    leaves = _array_files().write(folder / part, arrays, is_imported=is_imported)
+    return {f"{part}/{name}": leaf for name, leaf in leaves.items()}
 
 
-def _checkpointer(handler: type, **options: Any) -> ocp.Checkpointer:
-    """Returns a checkpointer of this process alone, which waits for no other one."""
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}
-    )
-    return ocp.Checkpointer(
-        handler(multiprocessing_options=alone, **options), multiprocessing_options=alone
-    )
+def _array_files() -> ModuleType:
+    # With Orbax, which takes a while to import.
+    return importlib.import_module("craft_jax.array_files")
 
 
 def _full_disk(error: BaseException | None) -> str | None:
@@ -535,82 +494,6 @@ class Pin:
         weakref.finalize(self, os.close, self.handle)
         with contextlib.suppress(OSError):  # Not every network disk has locks.
             fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
-class _Writer(ocp.type_handlers.NumpyHandler):
-    """Writes arrays, takes their checksums, and reports the first failure when all have ended.
-
-    Orbax alone gives up at once: the writes that go on then find its event loop closed, and print
-    that. It holds a copy of all arrays, and goes on in its threads when it is told to end.
-
-    Args:
-      arrays: by path.
-      one_by_one: keep no more than one in memory, and stop between two of them when told to.
-    """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], one_by_one: bool) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self.leaves: dict[str, Leaf] = {}
-        self.is_stopped = False
-        self.failure: BaseException | None = None
-        self._names = {id(array): name for name, array in arrays.items()}
-        self._one_by_one = one_by_one
-        self._turn: asyncio.Lock | None = None
-
-    async def _open_and_write(self, value: np.ndarray, *args: Any, **kwargs: Any) -> None:
-        if not self._one_by_one:
-            await self._write(value, *args, **kwargs)
-            return
-        self._turn = self._turn or asyncio.Lock()
-        async with self._turn:
-            await self._write(value, *args, **kwargs)
-
-    async def _write(self, value: np.ndarray, *args: Any, **kwargs: Any) -> None:
-        if self.failure:
-            return
-        try:
-            if self.is_stopped:
-                raise InterruptedError("told to stop")
-            # TensorStore is slow on views whose rows are far apart, such as transposed ones.
-            array = np.ascontiguousarray(value).reshape(value.shape)
-            self.leaves[self._names[id(value)]] = manifests.leaf_of(array)
-            await super()._open_and_write(array, *args, **kwargs)
-        except Exception as error:
-            self.failure = self.failure or error
-
-
-@contextlib.contextmanager
-def _stopping(handler: _Writer) -> Iterator[None]:
-    """Lets signals stop a handler between two arrays, and passes them on when it has ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        handler.is_stopped = True
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-        for number in seen[:1]:
-            signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def quiet_absl() -> Iterator[None]:
-    """Keeps Orbax from printing tracebacks of failures that are reported in our own words."""
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        absl.setLevel(level)
 
 
 def _split(state: Any) -> dict[str, dict[str, Any]]:

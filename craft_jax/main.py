@@ -8,6 +8,7 @@ Errors that are answers to the user end here, as one message and an exit code.
 import argparse
 import contextlib
 import difflib
+import gc
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 from craft_jax import locks
@@ -92,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             # Before what takes seconds to import.
             locks.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
-        command = importlib.import_module(f"craft_jax.commands.{COMMANDS[args.command].module}")
-        code = command.run(args)
+        code = _load(COMMANDS[args.command].module).run(args)
         sys.stdout.flush()
         return code
     except (CraftError, StoppedError) as error:
@@ -271,6 +272,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--num_steps", type=int, help="of a flow: steps from noise to image (default: 50)")
     add("--solver", help="of a flow: euler or heun (default: heun)")
     add("--guidance", type=float, help="of a flow: above 1 keeps closer to the label (default: 1)")
+
+
+def _load(command: str) -> ModuleType:
+    """Imports a command; no garbage is looked for meanwhile, for there is none."""
+    gc.disable()
+    try:
+        return importlib.import_module(f"craft_jax.commands.{command}")
+    finally:
+        gc.enable()
 
 
 def _run_as_program() -> NoReturn:

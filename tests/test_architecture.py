@@ -28,6 +28,7 @@ LAYERS = [
         "profiling",
         "rendezvous",
         "processes",
+        "array_files",
         "checkpointing",
     ],
     ["training"],

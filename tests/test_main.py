@@ -126,3 +126,14 @@ def test_nothing_imports_torch_or_tensorflow():
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_what_no_step_needs_is_imported_later():
+    code = (
+        "import sys, craft_jax.commands.train\n"
+        "print({'orbax', 'tensorstore', 'tensorboard', 'matplotlib', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

@@ -444,31 +444,9 @@ def _assemble(
         return sharding.spread(found.arrays, abstract) if found.is_whole else begin(found.arrays)
 
     saver = Saver(store, config.checkpoint, complete, read, place, group)
-    if replay_from is None:
-        restored = saver.restore(is_checked=True)
-    elif replay_from:
-        found = read(replay_from)
-        restored = place(found), found.meta
-    else:
-        restored = None
-    if restored is not None:
-        state = restored[0]
-    elif group.from_first(lambda: origin is not None):
-        state = begin(
-            origin.run.store.read_params(origin.run.step, abstract.params) if origin else None
-        )
-    else:
-        state = states.init_state(
-            config.model_class,
-            model_def.config,
-            optimizer,
-            seed=config.training.seed,
-            mesh=mesh,
-            policy=policy,
-        )
     trainer = language.trainer_for(config.model_class)(
         model_def,
-        state=state,
+        state=abstract,
         train_data=datasets.train,
         val_data=datasets.val,
         optimizer=optimizer,
@@ -487,6 +465,30 @@ def _assemble(
         mode=config.parallel.mode,
         norms_every=config.log.norms_every,
     )
+    # While it compiles, the state is read or drawn.
+    trainer.compile_ahead()
+    if replay_from is None:
+        restored = saver.restore(is_checked=True)
+    elif replay_from:
+        found = read(replay_from)
+        restored = place(found), found.meta
+    else:
+        restored = None
+    if restored is not None:
+        trainer.state = restored[0]
+    elif group.from_first(lambda: origin is not None):
+        trainer.state = begin(
+            origin.run.store.read_params(origin.run.step, abstract.params) if origin else None
+        )
+    else:
+        trainer.state = states.init_state(
+            config.model_class,
+            model_def.config,
+            optimizer,
+            seed=config.training.seed,
+            mesh=mesh,
+            policy=policy,
+        )
     if restored is not None:
         trainer.load_meta(restored[1])
     return trainer

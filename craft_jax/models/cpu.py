@@ -53,7 +53,7 @@ def _bfloat16_product_backward(operands: tuple[Array, Array], ct_MF: Array) -> t
 bfloat16_product.defvjp(lambda a, b: (bfloat16_product(a, b), (a, b)), _bfloat16_product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.jit, static_argnums=5)
 def blocked_attention(
     q_BTHK: Array,
     k_BTNK: Array,
@@ -67,6 +67,11 @@ def blocked_attention(
     `keep_BHTT` (bool; None: no dropout) marks what dropout keeps of the probabilities. With
     `segments_BT` (int32) a query attends to keys of its own segment only.
     """
+    return _attention(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
     return _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate)[0]
 
 
@@ -130,7 +135,7 @@ def _backward(dropout_rate, residuals, dy_BTHK):
     return _join_heads(dqs, num_groups), dk_BTNK, dv_BTNK, None, None
 
 
-blocked_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _blocks(num_queries: int) -> list[slice]:

@@ -7,6 +7,9 @@ sharding and no randomness lives here: the dtype is that of the arguments, and d
 Shape letters: B batch, T query time, S key time, D model width (or any input width), H heads,
 N key/value heads, G query heads per key/value head (H = N * G), K head width, F hidden (or any
 output width), V vocabulary, M all leading axes as one.
+
+What every layer of a model calls is jitted, so that JAX traces and lowers it once for all layers;
+XLA makes one program of the whole.
 """
 
 import functools
@@ -78,6 +81,7 @@ class Linear(nnx.Module):
         return linear(x, self.kernel[...], bias_F, self.turned_FD)
 
 
+@jax.jit
 def linear(
     x: Array, kernel_DF: Array, bias_F: Array | None, turned_FD: Array | None = None
 ) -> Array:
@@ -250,6 +254,7 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.scale[...], bias_D, self.eps)
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def layer_norm(x: Array, scale_D: Array, bias_D: Array | None, eps: float = 1e-5) -> Array:
     """The function behind `LayerNorm`.
 
@@ -267,6 +272,7 @@ def layer_norm(x: Array, scale_D: Array, bias_D: Array | None, eps: float = 1e-5
     return y_MD.astype(x.dtype).reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnames="approximate")
 def gelu(x: Array, approximate: bool = False) -> Array:
     """GELU (arXiv:1606.08415): x times the normal distribution function of x, in the dtype of x.
 

@@ -5,6 +5,7 @@ To the terminal and the text log, to JSON lines, and to TensorBoard events.
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import logging
@@ -14,10 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from craft_jax import outputs, runtime
 from craft_jax.schema import Contradiction, setting
@@ -189,7 +186,7 @@ class JsonLinesLogger(StepLogger):
 
 
 class TensorBoardLogger(StepLogger):
-    """TensorBoard events, written with its own record format and without TensorFlow or torch.
+    """TensorBoard events; see `event_files`.
 
     Args:
       folder: where the event file goes.
@@ -199,37 +196,29 @@ class TensorBoardLogger(StepLogger):
     def __init__(self, folder: Path, every: int):
         super().__init__(every)
         self._folder = folder
+        self._first_step = 0
         self._file: IO[bytes] | None = None
+        self._writer: Any = None
 
     def on_train_begin(self, record: StepRecord) -> None:
+        self._first_step, self._writer = record.step + (not record.is_open), None
         self._folder.mkdir(parents=True, exist_ok=True)
         # A name of its own for each life of a run; TensorBoard reads them in this order.
         name = f"events.out.tfevents.{time.time_ns()}.craft_jax"
         self._file = (self._folder / name).open("wb")
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # Tells TensorBoard to forget the steps that are done again.
-        start = SessionLog(status=SessionLog.START)
-        again = record.step + (not record.is_open)
-        self._write(Event(wall_time=time.time(), step=again, session_log=start))
 
     def write(self, record: StepRecord) -> None:
-        values = [
-            Summary.Value(tag=_tag(name), simple_value=value)
-            for name, value in record.numbers.items()
-            if value is not None
-        ]
-        summary = Summary(value=values)
-        self._write(Event(wall_time=time.time(), step=record.step, summary=summary))
+        if self._writer is None:
+            # With TensorBoard, which takes a while to import.
+            events = importlib.import_module("craft_jax.training.event_files")
+            self._writer = events.EventWriter(self._file, self._first_step)
+        numbers = {_tag(name): x for name, x in record.numbers.items() if x is not None}
+        self._writer.scalars(record.step, numbers)
 
     def on_train_end(self, record: StepRecord) -> None:
         super().on_train_end(record)
         if self._file is not None:
             self._file.close()
-
-    def _write(self, event: Event) -> None:
-        assert self._file is not None
-        RecordWriter(self._file).write(event.SerializeToString())
-        self._file.flush()
 
 
 class ExactLogger(Callback):

@@ -63,7 +63,10 @@ def test_a_line_is_on_disk_before_a_checkpoint_of_its_step(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_tensorboard_reads_its_events(tmp_path):
     drive(TensorBoardLogger(tmp_path / "events", every=1), last=5)
-    drive(TensorBoardLogger(tmp_path / "events", every=1), first=3)
+    again = TensorBoardLogger(tmp_path / "events", every=1)
+    drive(again, first=3, last=4)
+    again.on_roll_back(record(3))
+    drive(again, first=3)
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     losses = events.Scalars("train/loss")
     assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6]

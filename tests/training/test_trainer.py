@@ -1,10 +1,12 @@
+import threading
+
 import jax
 import numpy as np
 import pytest
 
 from craft_jax import optim, sharding
 from craft_jax.data.text import TrainingWindows, ValidationWindows
-from craft_jax.errors import DivergedError
+from craft_jax.errors import DataError, DivergedError
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.optim import OptimConfig
@@ -12,6 +14,7 @@ from craft_jax.precision import Policy
 from craft_jax.runtime import StopSignal
 from craft_jax.sharding import ParallelConfig
 from craft_jax.training import state as states
+from craft_jax.training import step as steps
 from craft_jax.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -147,6 +150,47 @@ def test_hooks_in_order():
     assert diary.entries[0] == ("begin", 0)
     assert diary.entries[-1] == ("end", 8)
     assert result.metrics["val_loss"] == kept.metas[-1]["metrics"]["val_loss"]
+
+
+def test_the_first_step_is_the_one_that_was_compiled_ahead(monkeypatch):
+    real, traced = steps.make_train_step, []
+
+    def counted(*args, **options):
+        train_step = real(*args, **options)
+
+        def counting(state, batch):
+            traced.append(threading.current_thread().name)
+            return train_step(state, batch)
+
+        return counting
+
+    monkeypatch.setattr(steps, "make_train_step", counted)
+    ahead, diary = trainer([ours := Diary()]), Diary()
+    begin = ahead.state
+    ahead.state = states.abstract_state(
+        ahead.model_def, optim.make_optimizer(OptimConfig()), begin.step.sharding.mesh
+    )
+    ahead.compile_ahead()
+    ahead.state = begin
+    assert ahead.fit().step == 8
+    assert traced == ["compiler"]
+    trainer([diary]).fit()
+    assert traced == ["compiler", "MainThread"]
+    assert ours.losses == diary.losses
+
+
+def test_data_that_fails_while_compiling_ahead_fails_in_its_step(monkeypatch):
+    diary = Diary()
+    failing = trainer([diary])
+
+    def batch(number):
+        raise ValueError("no such row")
+
+    monkeypatch.setattr(failing.train_data, "batch", batch)
+    failing.compile_ahead()
+    with pytest.raises(DataError, match="no such row"):
+        failing.fit()
+    assert diary.entries == [("begin", 0), ("end", 0)]
 
 
 def test_looking_does_not_change_what_is_seen():
