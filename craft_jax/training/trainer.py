@@ -332,6 +332,8 @@ class Trainer:
             if self._compiling:
                 self._compiling.join()
                 self._compiling = None
+                if is_cpu:  # What compiling took is of no use to a step.
+                    runtime.return_freed_memory()
             if pending and is_cpu:
                 # Handed over before, it would take its scratch memory now: twice as much.
                 jax.block_until_ready(pending.numbers)
