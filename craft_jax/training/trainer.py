@@ -185,6 +185,7 @@ class Trainer:
         self._data_start = 0
         self._may_interrupt = True
         self._compiling: threading.Thread | None = None
+        self._is_data_free = threading.Event()
 
     # What subclasses for other kinds of data add to.
 
@@ -206,16 +207,14 @@ class Trainer:
         """
         if self._mode != "jit" or self._shared_stop:
             return
-        try:
-            batch = sharding.put_batch(self.train_data.batch(0), self._mesh)
-        except StoppedError:
-            raise
-        except Exception:
-            return
         abstract, train_step = self.state, self._train_step
 
         def compile_step() -> None:
             with contextlib.suppress(Exception):
+                try:
+                    batch = sharding.put_batch(self.train_data.batch(0), self._mesh)
+                finally:
+                    self._is_data_free.set()
                 train_step.lower(abstract, batch).compile()
 
         self._compiling = threading.Thread(target=compile_step, name="compiler")
@@ -314,6 +313,8 @@ class Trainer:
         record = self._record(first, {})
         handed_over = time.monotonic()
         self._start_window()
+        if self._compiling:  # Data need not be made for two threads at once.
+            self._is_data_free.wait()
         batches = self._until_stopped(
             load_batches(
                 self.train_data,

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import jax
 import numpy as np
@@ -191,6 +192,22 @@ def test_data_that_fails_while_compiling_ahead_fails_in_its_step(monkeypatch):
     with pytest.raises(DataError, match="no such row"):
         failing.fit()
     assert diary.entries == [("begin", 0), ("end", 0)]
+
+
+def test_data_is_asked_by_one_thread_at_a_time(monkeypatch):
+    asked = trainer()
+    real, busy, together = asked.train_data.batch, threading.Lock(), []
+
+    def batch(number):
+        together.append(not busy.acquire(blocking=False))
+        time.sleep(0.05)
+        busy.release()
+        return real(number)
+
+    monkeypatch.setattr(asked.train_data, "batch", batch)
+    asked.compile_ahead()
+    assert asked.fit().step == 8
+    assert together == [False] * 9
 
 
 def test_looking_does_not_change_what_is_seen():
