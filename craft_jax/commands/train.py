@@ -475,7 +475,8 @@ def _assemble(
     else:
         restored = None
     if restored is not None:
-        trainer.state = restored[0]
+        trainer.state, meta = restored
+        trainer.load_meta(meta)
     elif group.from_first(lambda: origin is not None):
         trainer.state = begin(
             origin.run.store.read_params(origin.run.step, abstract.params) if origin else None
@@ -489,8 +490,6 @@ def _assemble(
             mesh=mesh,
             policy=policy,
         )
-    if restored is not None:
-        trainer.load_meta(restored[1])
     return trainer
 
 

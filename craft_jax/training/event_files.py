@@ -1,7 +1,7 @@
 """TensorBoard's event files, in its own record format and without TensorFlow or torch.
 
 Apart from the logger, which loads this module with its first numbers: TensorBoard takes a while to
-import, and no step of training waits for that.
+import, and the first step need not wait for that.
 """
 
 import time

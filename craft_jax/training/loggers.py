@@ -5,7 +5,6 @@ To the terminal and the text log, to JSON lines, and to TensorBoard events.
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import json
 import logging
