@@ -20,25 +20,25 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from craft_jax import plugins, schema
-from craft_jax.checkpointing import CheckpointConfig
+from craft_jax.checkpoint.store import CheckpointConfig
 from craft_jax.data import pipeline
 from craft_jax.data.pairs import TASKS
 from craft_jax.data.pipeline import is_pairs_path, is_tokenizer_path
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.tokenizers import KINDS
 from craft_jax.errors import ConfigError, UsageError
-from craft_jax.losses import LossConfig
 from craft_jax.models.base import EncoderDecoderModel, Model
 from craft_jax.models.flow import Flow
 from craft_jax.models.gpt import GPT
+from craft_jax.models.losses import LossConfig
 from craft_jax.models.seq2seq import Transformer
 from craft_jax.models.transformer import TransformerLM
-from craft_jax.optim import OptimConfig
+from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.schema import Contradiction, setting
-from craft_jax.sharding import ParallelConfig
 from craft_jax.training.loggers import LogConfig
+from craft_jax.training.optim import OptimConfig
+from craft_jax.training.plateau import EarlyStoppingConfig, PlateauConfig
 from craft_jax.training.profiling import ProfileConfig
-from craft_jax.training.reactions import EarlyStoppingConfig, PlateauConfig
 from craft_jax.training.settings import TrainingConfig
 from craft_jax.values import coerce, cut, parse, shown, types_of
 

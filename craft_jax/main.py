@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
-from craft_jax import locks
+from craft_jax.checkpoint import lock
 from craft_jax.errors import (
     INTERRUPTED,
     KILLED,
@@ -47,7 +47,7 @@ COMMANDS = {
     "data": _Command("data", "show what a model will see: sources, splits, real batches"),
     "benchmark": _Command("benchmark", "measure training and sampling of a config on this machine"),
     "visualize": _Command("visualize", "draw the curves of one or several runs"),
-    "runs": _Command("list_runs", "list the runs with state, step, loss and age"),
+    "runs": _Command("runs", "list the runs with state, step, loss and age"),
     "verify": _Command("verify", "check every byte of a run's checkpoints"),
 }
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             and not args.coordinator
         ):
             # Before what takes seconds to import.
-            locks.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
+            lock.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
         code = _load(COMMANDS[args.command].module).run(args)
         sys.stdout.flush()
         return code

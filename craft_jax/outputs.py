@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from craft_jax import manifests
+from craft_jax.checkpoint import manifest
 from craft_jax.errors import DataError, OutputError, StorageError, UsageError
 
 PARAMS, AVERAGE, OPTIMIZER = "params", "average", "optimizer"
@@ -181,16 +181,16 @@ class Checkpoints:
             if path.name != str(int(path.name)):
                 continue
             try:
-                manifests.read(path)
+                manifest.read(path)
                 found[int(path.name)] = None
-            except manifests.DamagedError as error:
+            except manifest.DamagedError as error:
                 with contextlib.suppress(OSError):  # Another process may be removing it.
                     if any(path.iterdir()):
                         found[int(path.name)] = str(error)
         return found
 
     def newest_good(
-        self, level: manifests.Level = "full", below: int | None = None
+        self, level: manifest.Level = "full", below: int | None = None
     ) -> tuple[int | None, dict[int, str]]:
         """Returns the newest step that is as it was written, and what is wrong with newer ones.
 
@@ -209,11 +209,11 @@ class Checkpoints:
             bad[step] = wrong
         return None, bad
 
-    def wrong(self, step: int, level: manifests.Level = "full") -> str | None:
+    def wrong(self, step: int, level: manifest.Level = "full") -> str | None:
         """Returns what is wrong with a checkpoint; None for nothing."""
         try:
-            manifests.check(self.folder / str(step), level)
-        except manifests.DamagedError as error:
+            manifest.check(self.folder / str(step), level)
+        except manifest.DamagedError as error:
             return str(error)
         return None
 

@@ -18,20 +18,20 @@ import numpy as np
 
 from craft_jax import config as configs
 from craft_jax import outputs, schema
-from craft_jax.checkpointing import CheckpointStore, Pin
+from craft_jax.checkpoint.store import CheckpointStore, Pin
 from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import tokenizers
 from craft_jax.data.base import sizes_from
-from craft_jax.data.image_format import ImageFormat
+from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.pipeline import NO_TOKENIZER
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, StorageError, UsageError
-from craft_jax.generation import Generator, SamplingConfig
-from craft_jax.image_generation import ImageGenerator
+from craft_jax.generation.generator import Generator, SamplingConfig
+from craft_jax.generation.images import ImageGenerator
 from craft_jax.models import base
 from craft_jax.models.base import LanguageModel, ModelDef, Params
 from craft_jax.outputs import RunPaths
-from craft_jax.precision import Policy
+from craft_jax.training.precision import Policy
 
 logger = logging.getLogger(__name__)
 

@@ -201,7 +201,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    return importlib.import_module("interop.source").Options(
+    return importlib.import_module("interop.sources.source").Options(
         kind=args.kind,
         num_heads=args.n_head,
         config=args.config,
@@ -215,7 +215,7 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> int:
-    export = importlib.import_module("interop.export")
+    export = importlib.import_module("interop.commands.export")
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers={args.workers} must be at least 1")
     planned = {
@@ -296,8 +296,8 @@ def _plan_lines(plan: Any) -> list[str]:
 
 
 def _import(args: argparse.Namespace) -> int:
-    size = importlib.import_module("interop.export").memory_size
-    done = importlib.import_module("interop.imports").import_checkpoint(
+    size = importlib.import_module("interop.commands.export").memory_size
+    done = importlib.import_module("interop.commands.import_").import_checkpoint(
         args.src,
         args.out,
         options=_options(args),
@@ -330,7 +330,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = importlib.import_module("interop.verification").verify(
+    report = importlib.import_module("interop.commands.verify").verify(
         args.a, args.b, args.level, seq_len=args.seq_len, options=_options(args)
     )
     _say(report.figures.get("notes", ()))
@@ -340,7 +340,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    found = importlib.import_module("interop.inspection").inspect(args.path, _options(args))
+    found = importlib.import_module("interop.commands.inspect").inspect(args.path, _options(args))
     _say(found["notes"])
     lines = [
         f"{found['path']}: {found['kind'] or 'no model that interop knows'}, "
@@ -358,7 +358,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    rows = importlib.import_module("interop.inspection").diff(args.a, args.b, _options(args))
+    rows = importlib.import_module("interop.commands.inspect").diff(args.a, args.b, _options(args))
     lines = [
         f"{row['name']}: {row['what']}"
         + (f", largest difference {row['largest']:.6g}" if "largest" in row else "")
@@ -369,9 +369,9 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    inspection = importlib.import_module("interop.inspection")
-    found = importlib.import_module("interop.source").open_source(args.path, _options(args))
-    targets = importlib.import_module("interop.targets").TARGETS
+    inspection = importlib.import_module("interop.commands.inspect")
+    found = importlib.import_module("interop.sources.source").open_source(args.path, _options(args))
+    targets = importlib.import_module("interop.targets.registry").TARGETS
     answers = inspection.targets_for(found.spec)
     rows = [
         {

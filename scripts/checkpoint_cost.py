@@ -18,21 +18,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from craft_jax import runtime
+from craft_jax.runtime import process
 
-runtime.keep_freed_memory()
+process.keep_freed_memory()
 
 import jax
 import numpy as np
 
 from craft_jax import config as configs
-from craft_jax import optim, runs, sharding
-from craft_jax.checkpointing import CheckpointStore
+from craft_jax import runs
+from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.config import Override
 from craft_jax.models import base
-from craft_jax.precision import Policy
+from craft_jax.parallel import sharding
+from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
+from craft_jax.training.precision import Policy
 
 VOCAB = 1024
 

@@ -51,13 +51,14 @@ def our_step(args: argparse.Namespace, shape: tuple[int, ...]) -> Step:
     """Returns a function that makes one step of ours and returns its loss."""
     import jax
 
-    from craft_jax import optim, sharding
     from craft_jax.models import base
     from craft_jax.models.gpt import GPT, GPTConfig
-    from craft_jax.optim import OptimConfig
-    from craft_jax.precision import Policy
-    from craft_jax.sharding import ParallelConfig
+    from craft_jax.parallel import sharding
+    from craft_jax.parallel.sharding import ParallelConfig
+    from craft_jax.training import optim
     from craft_jax.training import state as states
+    from craft_jax.training.optim import OptimConfig
+    from craft_jax.training.precision import Policy
     from craft_jax.training.step import make_train_step
 
     layers, heads, width, context, _, vocabulary = shape
@@ -162,7 +163,7 @@ def our_decoding(rows: int, dtype: str) -> Callable[[int], None]:
     """Returns a function that adds so many tokens to each of the rows, greedily, with ours."""
     import jax
 
-    from craft_jax.generation import Generator, SamplingConfig
+    from craft_jax.generation.generator import Generator, SamplingConfig
     from craft_jax.models import base
     from craft_jax.models.gpt import GPT, GPTConfig
 
@@ -242,9 +243,9 @@ def work(args: argparse.Namespace) -> None:
     """Is one of the programs: measures as often as each line of standard input says."""
     kind, setting, program = args.worker.split("/")
     if program.startswith("craft_jax") or program.endswith("+malloc"):
-        from craft_jax import runtime
+        from craft_jax.runtime import process
 
-        runtime.keep_freed_memory()
+        process.keep_freed_memory()
     if kind == "train":
         shape = _shape(setting, args)
         makers = {"craft_jax": our_step, "plain_nnx": plain_step}
@@ -371,14 +372,14 @@ def _mfu(shape: tuple[int, ...], tokens_per_second: float, args: argparse.Namesp
         text=True,
         check=True,
     )
-    from craft_jax import profiling
+    from craft_jax.runtime import hardware
 
     layers, heads, width, context, _, vocabulary = shape
     params = 12 * layers * width**2 + vocabulary * width
-    flops = profiling.flops_per_token(
+    flops = hardware.flops_per_token(
         params, num_layers=layers, num_heads=heads, head_width=width // heads, seq_len=context
     )
-    return flops * tokens_per_second / profiling.stated_peak(names.stdout.splitlines()[0])[0]
+    return flops * tokens_per_second / hardware.stated_peak(names.stdout.splitlines()[0])[0]
 
 
 def compare_decoding(rows: int, args: argparse.Namespace) -> dict:

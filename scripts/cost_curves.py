@@ -23,13 +23,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from craft_jax import optim, runtime, sharding
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.optim import OptimConfig
-from craft_jax.precision import FLOAT32
-from craft_jax.sharding import ParallelConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
+from craft_jax.runtime import process
+from craft_jax.training import optim
 from craft_jax.training import state as states
+from craft_jax.training.optim import OptimConfig
+from craft_jax.training.precision import FLOAT32
 from craft_jax.training.step import make_train_step
 
 _HERE = {"layers": 4, "width": 256, "context": 256, "batch": 4}
@@ -161,7 +163,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each size")
     args = parser.parse_args()
-    runtime.keep_freed_memory()
+    process.keep_freed_memory()
     lines = measure(args.rounds)
     draw(lines, Path(args.out))
     print(table(lines))

@@ -20,13 +20,16 @@ sys.path.insert(0, str(ROOT))
 import jax
 
 from craft_jax import config as configs
-from craft_jax import optim, runs, runtime, sharding
+from craft_jax import runs
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Dataset
 from craft_jax.models import base
-from craft_jax.precision import Policy
+from craft_jax.parallel import sharding
+from craft_jax.runtime import process
+from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
+from craft_jax.training.precision import Policy
 
 _ALONE_SECONDS = 2.0
 
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--workdir", help="where the token cache is kept; else it is thrown away")
     args = parser.parse_args()
-    runtime.keep_freed_memory()
+    process.keep_freed_memory()
     config = configs.load(args.config)
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from interop.imports import write_run
-from interop.leaves import leaves
-from interop.source import CRAFT, Source
-from interop.spec import ModelSpec
-from interop.tensors import LazyTensor
+from interop.commands.import_ import write_run
+from interop.mapping.shapes import leaves
+from interop.mapping.spec import ModelSpec
+from interop.mapping.tensors import LazyTensor
+from interop.sources.source import CRAFT, Source
 
 GPT2 = ModelSpec(
     vocab_size=50257,
@@ -131,8 +131,8 @@ def memory(place: Path) -> None:
     largest = max(sizes.values()) // 10**6
     print(f"{sum(sizes.values()) / 1e9:.2f} GB, largest leaf {largest} MB")
     base = {
-        "export": _peak_of("import interop.export"),
-        "import": _peak_of("import interop.imports"),
+        "export": _peak_of("import interop.commands.export"),
+        "import": _peak_of("import interop.commands.import_"),
     }
     for name, words in {
         "export to hf": ("export", run, place / "hf", "--to", "hf", *NO_CHECKS),

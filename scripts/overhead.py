@@ -24,12 +24,14 @@ import numpy as np
 
 from craft_jax import config as configs
 from craft_jax import main as cli
-from craft_jax import optim, runs, sharding
+from craft_jax import runs
 from craft_jax.models import base
-from craft_jax.precision import Policy
+from craft_jax.parallel import sharding
+from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
 from craft_jax.training.callbacks import Callback, StepRecord
+from craft_jax.training.precision import Policy
 
 _SETTINGS = "CRAFT_OVERHEAD"
 

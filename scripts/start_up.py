@@ -34,10 +34,10 @@ def bare(config_file: str, num_steps: int) -> None:
 
     assert flax and optax
     from craft_jax import config as configs
-    from craft_jax import optim
     from craft_jax.models import base
-    from craft_jax.precision import Policy
+    from craft_jax.training import optim
     from craft_jax.training import state as states
+    from craft_jax.training.precision import Policy
     from craft_jax.training.step import make_train_step
 
     config = configs.load(config_file, [])

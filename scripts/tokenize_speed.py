@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from tokenizers import Tokenizer
 
-from craft_jax.data import sources
-from craft_jax.data.documents import pieces
+from craft_jax.data.sources import files as sources
+from craft_jax.data.sources.documents import pieces
 
 _GROUP = 32
 _PRESET = "configs/gpt.py"

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax import manifests
+from craft_jax.checkpoint import manifest as manifests
 
 ROOT = Path(__file__).parent.parent
 

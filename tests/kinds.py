@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from craft_jax.data.image_sources import digits
-from craft_jax.data.images import open_images
-from craft_jax.data.pixels import ImageProcessor
+from craft_jax.data.images.datasets import open_images
+from craft_jax.data.images.pixels import ImageProcessor
+from craft_jax.data.images.sources import digits
 from craft_jax.models.base import Model
 from craft_jax.models.flow import Flow, FlowConfig
 from craft_jax.models.gpt import GPT, GPTConfig

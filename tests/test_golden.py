@@ -10,15 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax import optim, sharding
 from craft_jax.data import tokenizers
 from craft_jax.data.text import TrainingWindows
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.optim import OptimConfig
-from craft_jax.precision import Policy
-from craft_jax.sharding import ParallelConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
+from craft_jax.training import optim
 from craft_jax.training import state as states
+from craft_jax.training.optim import OptimConfig
+from craft_jax.training.precision import Policy
 from craft_jax.training.step import make_train_step
 from tests.conftest import ROOT, words
 

@@ -12,7 +12,7 @@ import pytest
 from craft_jax import main as cli
 from craft_jax.data import tokenizers
 from interop import __main__ as interop_cli
-from interop.targets import TARGETS
+from interop.targets.registry import TARGETS
 from tests.conftest import ROOT, words
 from tests.interop.models import make_run, spec
 

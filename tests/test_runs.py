@@ -2,8 +2,9 @@ import os
 
 import pytest
 
-from craft_jax import locks, runs
 from craft_jax import main as cli
+from craft_jax import runs
+from craft_jax.checkpoint import lock
 from craft_jax.config import Override
 from craft_jax.data import tokenizers
 from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError
@@ -73,11 +74,11 @@ def test_the_empty_prompt():
 
 def test_the_lock(workdir):
     paths = runs.open("first", workdir=workdir).paths
-    assert not locks.is_held(paths.folder)
-    with locks.hold(paths.folder):
-        assert locks.is_held(paths.folder)
-        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"), locks.hold(paths.folder):
+    assert not lock.is_held(paths.folder)
+    with lock.hold(paths.folder):
+        assert lock.is_held(paths.folder)
+        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"), lock.hold(paths.folder):
             pass
-    assert not locks.is_held(paths.folder)
-    with locks.hold(paths.folder):
+    assert not lock.is_held(paths.folder)
+    with lock.hold(paths.folder):
         pass

@@ -15,18 +15,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from craft_jax import config as configs
-from craft_jax import optim, outputs, profiling, runs, runtime, sharding
+from craft_jax import outputs, runs
 from craft_jax.commands import report
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Batch, Dataset, sizes_of
 from craft_jax.errors import OK, UsageError
-from craft_jax.generation import SamplingConfig
+from craft_jax.generation.generator import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import EncoderDecoderModel, LanguageModel, ModelDef
-from craft_jax.precision import Policy
+from craft_jax.parallel import sharding
+from craft_jax.runtime import hardware as profiling
+from craft_jax.runtime import process
+from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
+from craft_jax.training.precision import Policy
 from craft_jax.training.state import TrainState
 
 _ALONE_SECONDS = 1.0
@@ -44,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir).expanduser().absolute()
     config = configs.load(args.config, args.overrides)
     outputs.check_writable(workdir)
-    runtime.setup_logging()
-    runtime.keep_freed_memory()
+    process.setup_logging()
+    process.keep_freed_memory()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
     start = {"imports": profiling.seconds_since_start()}

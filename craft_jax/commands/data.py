@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from craft_jax import outputs
-from craft_jax.commands import preparing
+from craft_jax.commands import data_config
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.image_arrays import shown
+from craft_jax.data.images.arrays import shown
 from craft_jax.data.pipeline import Datasets, Prepared
 from craft_jax.data.text import TextBatches
 from craft_jax.data.tokenizers import Tokenizer
@@ -24,7 +24,7 @@ _MAX_IMAGES = 64
 
 def run(args: argparse.Namespace) -> int:
     """Prints the pipeline of a config and some rows of one of its batches."""
-    config, tokenizer, workdir = preparing.choose(args)
+    config, tokenizer, workdir = data_config.choose(args)
     data, seed = config.data, config.training.seed
     if args.step < 0 or args.rows < 0:
         raise UsageError(f"--step={args.step} and --rows={args.rows} count from 0")
@@ -179,7 +179,7 @@ def _indented(text: str) -> str:
 
 
 def _draw(batch: Batch, workdir: Path, name: str) -> None:
-    pixels = importlib.import_module("craft_jax.data.pixels")
+    pixels = importlib.import_module("craft_jax.data.images.pixels")
     file = outputs.picture_file(workdir, "data", name)
     pixels.save_png(file, shown(batch["images"][:_MAX_IMAGES], _GRID_COLUMNS))
     print(f"picture    {file}")

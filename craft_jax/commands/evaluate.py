@@ -7,16 +7,18 @@ from pathlib import Path
 
 import jax
 
-from craft_jax import outputs, runs, runtime, sharding
+from craft_jax import outputs, runs
 from craft_jax.commands import report
 from craft_jax.data import pairs, pipeline, text
 from craft_jax.data.base import Dataset
 from craft_jax.errors import OK, DataError, UsageError
-from craft_jax.precision import Policy
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.runs import Run
-from craft_jax.sharding import ParallelConfig
+from craft_jax.runtime import process
 from craft_jax.training import language
 from craft_jax.training.evaluation import Evaluator
+from craft_jax.training.precision import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         last=args.weights == "last",
     )
-    runtime.setup_logging()
-    runtime.keep_compiled()
+    process.setup_logging()
+    process.keep_compiled()
     split = Path(args.text).name if args.text else args.split
     data = _data(opened, args, workdir)
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     word = report.model_word(opened.config)
     file = outputs.evaluation_file(workdir, word, data.name)
     outputs.write_json(file, result)
-    with runtime.log_to(outputs.eval_log(workdir, word)):
+    with process.log_to(outputs.eval_log(workdir, word)):
         for name, value in result.items():
             shown = f"{value:.6f}" if isinstance(value, float) else value
             logger.info("%-14s %s", name, shown)

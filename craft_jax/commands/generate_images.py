@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from craft_jax import outputs, runs
-from craft_jax.data import image_sources, pipeline
-from craft_jax.data.image_arrays import shown
-from craft_jax.data.image_format import ImageFormat
-from craft_jax.data.pixels import ImageProcessor, decode, save_png
+from craft_jax.data import pipeline
+from craft_jax.data.images import sources
+from craft_jax.data.images.arrays import shown
+from craft_jax.data.images.format import ImageFormat
+from craft_jax.data.images.pixels import ImageProcessor, decode, save_png
 from craft_jax.errors import OK, DataError, UsageError
 
 OPTIONS = (
@@ -133,7 +134,7 @@ def _read(place: str, opened: runs.Run) -> list[_Given]:
         return _of_split(place, opened)
     path = Path(place).expanduser()
     if path.is_dir():
-        source = image_sources.folder(path, "--image")
+        source = sources.folder(path, "--image")
         found = [
             (source.image(i), source.place(i), _label(source, i, images))
             for i in range(len(source))
@@ -157,7 +158,7 @@ def _read(place: str, opened: runs.Run) -> list[_Given]:
     return given
 
 
-def _label(source: image_sources.FolderImages, i: int, images: ImageFormat) -> int | None:
+def _label(source: sources.FolderImages, i: int, images: ImageFormat) -> int | None:
     """Returns the label that the folder of an image names, if the run knows it."""
     number = source.label(i)
     name = None if number is None else source.label_names[number]

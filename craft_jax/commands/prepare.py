@@ -5,7 +5,7 @@ import importlib
 import json
 from pathlib import Path
 
-from craft_jax.commands import preparing
+from craft_jax.commands import data_config
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import pipeline
 from craft_jax.data.settings import mixture_of
@@ -14,7 +14,7 @@ from craft_jax.errors import OK, UsageError
 
 def run(args: argparse.Namespace) -> int:
     """Makes the token caches of a config, or of a run's, and prints their manifests."""
-    config, tokenizer, workdir = preparing.choose(args)
+    config, tokenizer, workdir = data_config.choose(args)
     data = config.data
     if data.dataset:
         raise UsageError(f"data.dataset={data.dataset} prepares its own data")
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         return OK
     for kind, place, _ in mixture_of(data):
         if kind == "tfds":  # It takes a while to import.
-            tfds_source = importlib.import_module("craft_jax.data.tfds_source")
+            tfds_source = importlib.import_module("craft_jax.data.sources.tfds")
             tfds_source.download(place, data.data_dir)
     if pipeline.is_of_images(data):
         found = pipeline.open_datasets(data, workdir=workdir, seed=config.training.seed)

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
-from craft_jax import runtime
 from craft_jax.config import SECTIONS, ExperimentConfig
 from craft_jax.data.base import Dataset, vocab_size_of
 from craft_jax.data.pipeline import Datasets
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
+from craft_jax.runtime import process
 from craft_jax.training.callbacks import Sample
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def header(
     say = logger.info
     parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
     split = f", split as {' x '.join(parts)}" if parts else ""
-    say("devices    %s%s", runtime.devices_in_words(), split)
+    say("devices    %s%s", process.devices_in_words(), split)
     say("precision  %s products, float32 parameters", config.training.precision)
     if config.init_from:
         say("weights    %s", config.init_from)
@@ -130,7 +130,7 @@ def sample(step: int, made: Sample, file: Path) -> None:
     if made.picture is not None:
         picture = file.with_name(f"{file.stem}_step{step:06}.png")
         # It takes a while to import, and only images need it.
-        importlib.import_module("craft_jax.data.pixels").save_png(picture, made.picture)
+        importlib.import_module("craft_jax.data.images.pixels").save_png(picture, made.picture)
         words = f"{picture.name}: {words}"
         logger.info("sample at step %d: %s", step, picture)
     else:

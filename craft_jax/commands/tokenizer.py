@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from craft_jax import outputs
-from craft_jax.commands import preparing
-from craft_jax.data import pipeline, vocabulary
+from craft_jax.commands import data_config
+from craft_jax.data import pipeline
 from craft_jax.data.splits import Fractions
-from craft_jax.data.tokenizers import KINDS, Tokenizer
+from craft_jax.data.tokenizers import KINDS, Tokenizer, vocabulary
 from craft_jax.errors import OK, OutputError, UsageError
 
 _MEASURED_CHARS = 1 << 20
@@ -20,7 +20,7 @@ _LONGEST = 8
 
 def run(args: argparse.Namespace) -> int:
     """Prints size, bytes per token and a sample split; with `--out`, writes a tokenizer.json."""
-    config, tokenizer, workdir = preparing.choose(args)
+    config, tokenizer, workdir = data_config.choose(args)
     data = config.data
     if data.dataset or data.pairs or pipeline.is_of_images(data):
         raise UsageError("tokenizer is for text: name it with data.path, or data.source")

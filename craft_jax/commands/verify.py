@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from craft_jax import manifests, outputs, runs
+from craft_jax import outputs, runs
+from craft_jax.checkpoint import manifest as manifests
 from craft_jax.errors import FAILED_CHECK, OK, StorageError
 from craft_jax.outputs import Checkpoints
 

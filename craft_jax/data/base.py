@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from craft_jax.data.image_format import ImageFormat
+from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]

@@ -20,8 +20,8 @@ import numpy as np
 
 from craft_jax.data import tokenizers
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.documents import plain_name, shown
-from craft_jax.data.sources import blocks, other_encoding
+from craft_jax.data.sources.documents import plain_name, shown
+from craft_jax.data.sources.files import blocks, other_encoding
 from craft_jax.data.tokenizers import END_TOKEN, Tokenizer
 from craft_jax.errors import DataError
 

@@ -19,15 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from craft_jax import plugins
-from craft_jax.data import cache, examples, own_source, pairs, sources, splits, text, vocabulary
+from craft_jax.data import examples, pairs, splits, text
 from craft_jax.data.base import Dataset, Recipe
-from craft_jax.data.cache import TokenCache
-from craft_jax.data.documents import Source, one_line
+from craft_jax.data.cache import token_cache as cache
+from craft_jax.data.cache.token_cache import TokenCache
 from craft_jax.data.sampling import mix
 from craft_jax.data.settings import DataConfig, Ingredient, mixture_of
+from craft_jax.data.sources import custom, files
+from craft_jax.data.sources.documents import Source, one_line
 from craft_jax.data.splits import Fractions
 from craft_jax.data.text import Rows, Stream
-from craft_jax.data.tokenizers import KINDS, Tokenizer
+from craft_jax.data.tokenizers import KINDS, Tokenizer, vocabulary
 from craft_jax.errors import ConfigError, CraftError, DataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -79,18 +81,18 @@ def open_source(
       ConfigError: it is a class that cannot be used.
     """
     if kind == "stdlib":
-        return sources.open_files(None)
+        return files.open_files(None)
     if kind == "files":
-        return sources.open_files(place, config.text_separator, config.format.fields, field)
+        return files.open_files(place, config.text_separator, config.format.fields, field)
     if plugins.is_reference(kind):
-        return own_source.OwnSource(kind, config)
+        return custom.OwnSource(kind, config)
     assert place is not None
     # These need packages that take a while to import.
     if kind == "tfds":
-        module = importlib.import_module("craft_jax.data.tfds_source")
+        module = importlib.import_module("craft_jax.data.sources.tfds")
         return module.TfdsSource(place, config.data_dir, split, f"data.name={place}")
     if kind == "huggingface":
-        module = importlib.import_module("craft_jax.data.hf_source")
+        module = importlib.import_module("craft_jax.data.sources.hugging_face")
         origin = f"data.path={place}"
         return module.HuggingFaceSource(place, split, origin, config.format.fields)
     raise ConfigError(f"data.source={kind} holds images, not text; use a model of images")
@@ -498,14 +500,14 @@ def is_of_images(config: DataConfig) -> bool:
     if config.source != "tfds" or config.mixture:
         return config.source in ("digits", "images") and not config.mixture
     assert config.name is not None
-    module = importlib.import_module("craft_jax.data.tfds_source")
+    module = importlib.import_module("craft_jax.data.sources.tfds")
     kinds = module.feature_kinds(module.open_builder(config.name, config.data_dir))
     return "image" in kinds.values() and kinds.get(config.text_field) != "text"
 
 
 def _open_images(config: DataConfig, seed: int) -> Datasets:
-    images = importlib.import_module("craft_jax.data.images")
-    pixels = importlib.import_module("craft_jax.data.pixels")
+    images = importlib.import_module("craft_jax.data.images.datasets")
+    pixels = importlib.import_module("craft_jax.data.images.pixels")
     processor = pixels.ImageProcessor(
         size=config.image_size,
         channels=config.image_channels,
@@ -540,9 +542,9 @@ def _image_source(
     field: str = "data.path",
 ) -> Any:
     if config.source == "tfds":
-        module = importlib.import_module("craft_jax.data.tfds_images")
+        module = importlib.import_module("craft_jax.data.images.tfds")
         return module.from_tfds(config.name, config.data_dir, split)
-    module = importlib.import_module("craft_jax.data.image_sources")
+    module = importlib.import_module("craft_jax.data.images.sources")
     if config.source == "digits":
         return module.digits()
     # A split of a folder is a folder of its own.

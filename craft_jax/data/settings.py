@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from craft_jax import plugins
-from craft_jax.data.formats import CHATML, Format
-from craft_jax.data.image_format import MAX_COLORS
+from craft_jax.data.images.format import MAX_COLORS
 from craft_jax.data.sampling import Share
+from craft_jax.data.sources.formats import CHATML, Format
 from craft_jax.data.splits import Fractions
 from craft_jax.schema import MAX_POSITIONS, MAX_VOCAB, Contradiction, setting
 

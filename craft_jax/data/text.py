@@ -13,7 +13,7 @@ import numpy as np
 
 from craft_jax.data import sampling
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.cache import Shards
+from craft_jax.data.cache.token_cache import Shards
 from craft_jax.data.sampling import Mixture, Packing, Share
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import DataError

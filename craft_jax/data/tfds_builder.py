@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from craft_jax.data.documents import shown
-from craft_jax.data.tfds_source import FORMAT
+from craft_jax.data.sources.documents import shown
+from craft_jax.data.sources.tfds import FORMAT
 from craft_jax.errors import DataError, OutputError
 
 VERSION = "1.0.0"

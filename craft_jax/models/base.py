@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from craft_jax import losses
-from craft_jax.losses import PLAIN, LossConfig, LossSums, Sums
+from craft_jax.models import losses
+from craft_jax.models.losses import PLAIN, LossConfig, LossSums, Sums
 
 MAX_LOGITS = 1 << 27
 """Half a gigabyte of them in float32."""

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from craft_jax.losses import MeanSums
 from craft_jax.models.base import ImageModel
 from craft_jax.models.blocks import MLP, Attention, split_keys
 from craft_jax.models.gpt import heads_divide
 from craft_jax.models.layers import Embedding, Linear, dropout, layer_norm, silu
+from craft_jax.models.losses import MeanSums
 from craft_jax.schema import MAX_LAYERS, MAX_WIDTH, Contradiction, setting
 
 NUM_FREQUENCIES = 128

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from craft_jax.models.cpu import bfloat16_product, blocked_attention
+from craft_jax.models.kernels.cpu import bfloat16_product, blocked_attention
 
 Array = jax.Array
 

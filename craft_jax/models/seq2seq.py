@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from craft_jax import losses
-from craft_jax.losses import PLAIN, LossConfig, PairSums
+from craft_jax.models import losses
 from craft_jax.models.base import EncoderDecoderModel
 from craft_jax.models.blocks import KVCache, split_keys
 from craft_jax.models.layers import Embedding, Head, LayerNorm
+from craft_jax.models.losses import PLAIN, LossConfig, PairSums
 from craft_jax.models.transformer import (
     Block,
     Memory,

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from craft_jax import sharding
 from craft_jax.data.base import Dataset
 from craft_jax.data.loading import prefetch, read_batch
-from craft_jax.losses import Sums
 from craft_jax.models.base import ModelDef, Params
-from craft_jax.precision import Policy
+from craft_jax.models.losses import Sums
+from craft_jax.parallel import sharding
+from craft_jax.training.precision import Policy
 from craft_jax.training.step import make_eval_step
 
 

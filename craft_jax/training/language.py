@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from craft_jax import metrics
 from craft_jax.data.base import Dataset
 from craft_jax.models.base import EncoderDecoderModel, LanguageModel, Model
+from craft_jax.training import metrics
 from craft_jax.training.trainer import Trainer
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from craft_jax import outputs, runtime
+from craft_jax import outputs
+from craft_jax.runtime import process
 from craft_jax.schema import Contradiction, setting
 from craft_jax.training.callbacks import Callback, StepRecord
 
@@ -131,9 +132,9 @@ class ConsoleLogger(Callback):
                 record.batch_index,
             )
         line = self._line(record)
-        runtime.progress(line)
+        process.progress(line)
         if record.step % self._every == 0 or record.is_last:
-            logger.info("%s", line, extra=runtime.PLAIN_ONLY)
+            logger.info("%s", line, extra=process.PLAIN_ONLY)
 
     def on_evaluate_end(self, record: StepRecord) -> None:
         values = {name: record.metrics.get(f"val_{name}") for name in _SHOWN}
@@ -143,7 +144,7 @@ class ConsoleLogger(Callback):
         logger.info("step %d: %s", record.step, shown)
 
     def on_train_end(self, record: StepRecord) -> None:
-        runtime.progress("")
+        process.progress("")
 
     def _line(self, record: StepRecord) -> str:
         metrics, done = record.metrics, record.step - self._first_step

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from craft_jax import sharding
 from craft_jax.models import base
 from craft_jax.models.base import ModelDef, Params
-from craft_jax.optim import Optimizer
-from craft_jax.precision import FLOAT32, LossScale, Policy
+from craft_jax.parallel import sharding
+from craft_jax.training.optim import Optimizer
+from craft_jax.training.precision import FLOAT32, LossScale, Policy
 
 
 @jax.tree_util.register_dataclass

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from craft_jax import faults
-from craft_jax.losses import PLAIN, LossConfig, Sums
 from craft_jax.models.base import ModelDef, Params
-from craft_jax.optim import Optimizer, Schedule
-from craft_jax.precision import Policy
+from craft_jax.models.losses import PLAIN, LossConfig, Sums
+from craft_jax.runtime import fault_injection
+from craft_jax.training.optim import Optimizer, Schedule
+from craft_jax.training.precision import Policy
 from craft_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -90,7 +90,7 @@ def make_train_step(
         weight = jnp.where(weight == 0, 1, weight)
         loss = loss / weight
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        grads = faults.poison(grads, state.step)
+        grads = fault_injection.poison(grads, state.step)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

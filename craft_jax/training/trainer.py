@@ -20,16 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from craft_jax import faults, metrics, runtime, sharding
+from craft_jax.checkpoint.manager import Saver
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.loading import WHOLE, load_batches
 from craft_jax.errors import DivergedError, StoppedError
-from craft_jax.losses import PLAIN, LossConfig
 from craft_jax.models.base import ModelDef
-from craft_jax.optim import Optimizer, Schedule
-from craft_jax.precision import FLOAT32, Policy
-from craft_jax.processes import SharedStop
-from craft_jax.runtime import StopSignal
+from craft_jax.models.losses import PLAIN, LossConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.processes import SharedStop
+from craft_jax.runtime import fault_injection, process
+from craft_jax.runtime.process import StopSignal
+from craft_jax.runtime.watchdog import Watchdog
+from craft_jax.training import metrics
 from craft_jax.training import step as steps
 from craft_jax.training.callbacks import (
     Callback,
@@ -42,10 +44,10 @@ from craft_jax.training.callbacks import (
     Stop,
 )
 from craft_jax.training.evaluation import Evaluator
-from craft_jax.training.saving import Saver
+from craft_jax.training.optim import Optimizer, Schedule
+from craft_jax.training.precision import FLOAT32, Policy
 from craft_jax.training.settings import TrainingConfig
 from craft_jax.training.state import TrainState
-from craft_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +265,7 @@ class Trainer:
         return self.evaluation_metrics(sums, data)
 
     def _between_batches(self) -> None:
-        faults.point("eval")
+        fault_injection.point("eval")
         self._watchdog.restart()
         if self._signal.is_set and self._may_interrupt:
             raise _InterruptedError
@@ -327,14 +329,14 @@ class Trainer:
             )
         )
         for step, (batch, items, md5) in enumerate(batches, start=first + 1):
-            faults.point("compile" if step == first + 1 else "step")
+            fault_injection.point("compile" if step == first + 1 else "step")
             is_wide = self._wide_after is not None and step > self._wide_after
             train_step = self._wide_train_step if is_wide else self._train_step
             if self._compiling:
                 self._compiling.join()
                 self._compiling = None
                 if is_cpu:  # What compiling took is of no use to a step.
-                    runtime.return_freed_memory()
+                    process.return_freed_memory()
             if pending and is_cpu:
                 # Handed over before, it would take its scratch memory now: twice as much.
                 jax.block_until_ready(pending.numbers)
@@ -344,7 +346,7 @@ class Trainer:
             self.state, numbers = train_step(self.state, self._with_wishes(batch))
             self._signal.defer()
             if is_cpu and step % _STEPS_WITHOUT_CLEANING == 0:
-                runtime.return_freed_memory()
+                process.return_freed_memory()
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
             self._scale_learning_rate(step)
@@ -611,7 +613,7 @@ class Trainer:
 
     def _put(self, batch: Batch) -> tuple[dict[str, jax.Array], int, str | None]:
         """Puts a batch on the devices; returns it with what is known of it only here."""
-        faults.point("data")
+        fault_injection.point("data")
         md5 = batch_md5(batch) if self._is_exact else None
         if self._rows == WHOLE:
             return sharding.put_batch(batch, self._mesh, self._mode), self.count(batch), md5

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from craft_jax import durable
+from craft_jax.checkpoint import atomic
 from interop.errors import DiskSpaceError, OutputExistsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,7 +89,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
     made = _make_parents(out)
     try:
         _remove_leftovers(out)
-        durable.remove(partial)
+        atomic.remove(partial)
         free = shutil.disk_usage(out.parent).free
         if num_bytes > free:
             raise DiskSpaceError(
@@ -97,7 +97,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
                 "written"
             )
         yield partial
-        durable.sync_tree(partial)
+        atomic.sync_tree(partial)
         _publish(partial, out, overwrite)
         made = []
     except OSError as error:
@@ -108,7 +108,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        durable.remove(partial)
+        atomic.remove(partial)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -144,12 +144,12 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
         partial.replace(out)
     elif not os.path.lexists(out):
         partial.rename(out)
-    elif not durable.exchange(partial, out):
+    elif not atomic.exchange(partial, out):
         old = out.with_name(f"{out.name}.old-{os.getpid()}")
         out.rename(old)
         partial.rename(out)
-        durable.remove(old)
-    durable.sync(out.parent)
+        atomic.remove(old)
+    atomic.sync(out.parent)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -157,9 +157,9 @@ def _remove_leftovers(out: Path) -> None:
     pattern = re.compile(re.escape(out.name) + r"\.(tmp|old)-(\d+)")
     for path in out.parent.iterdir():
         found = pattern.fullmatch(path.name)
-        if not found or durable.is_alive(int(found.group(2))):
+        if not found or atomic.is_alive(int(found.group(2))):
             continue
         if found.group(1) == "old" and not os.path.lexists(out):
             path.rename(out)
         else:
-            durable.remove(path)
+            atomic.remove(path)

@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from interop.errors import CorruptFileError, UncommittedCheckpointError
-from interop.tensors import LazyTensor
+from interop.mapping.tensors import LazyTensor
 
 _METADATA = "_METADATA"
 

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from interop.errors import UnsafePickleError
-from interop.tensors import Abstract, LazyTensor
+from interop.mapping.tensors import Abstract, LazyTensor
 
 STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),

@@ -26,7 +26,7 @@ import numpy as np
 
 from interop.errors import CorruptFileError, DtypeError, listed, nearest
 from interop.files.sniff import HEAD_BYTES, describe_bad_file
-from interop.tensors import DTYPES, Abstract, LazyTensor
+from interop.mapping.tensors import DTYPES, Abstract, LazyTensor
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the official library reads."""

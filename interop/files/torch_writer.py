@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from interop.files.pickles import STORAGES, UNTYPED
-from interop.tensors import Abstract
+from interop.mapping.tensors import Abstract
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 24

@@ -24,7 +24,7 @@ from interop.errors import (
 from interop.files.pickles import StoredTensor
 from interop.files.safetensors import read_safetensors, unique_names
 from interop.files.torchfile import read_torch_file
-from interop.tensors import Abstract, LazyTensor, same_bits
+from interop.mapping.tensors import Abstract, LazyTensor, same_bits
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

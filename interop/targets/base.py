@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from craft_jax.errors import UsageError
-from interop import mapping
 from interop.errors import CorruptFileError, NotRepresentableError
-from interop.mapping import Table
-from interop.spec import ModelSpec, Spec
-from interop.tensors import Tensors
+from interop.mapping import table as mapping
+from interop.mapping.spec import ModelSpec, Spec
+from interop.mapping.table import Table
+from interop.mapping.tensors import Tensors
 
 Container = Literal["hf", "craft-torch", "nanogpt", "torch", "craft"]
 FILES = ("nanogpt", "torch", "craft")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from interop.errors import UnknownArchitectureError
-from interop.leaves import patterns
-from interop.mapping import Rule, Table, Tap, rule
-from interop.spec import FlowSpec, ModelSpec, Spec, read_spec
+from interop.mapping.shapes import patterns
+from interop.mapping.spec import FlowSpec, ModelSpec, Spec, read_spec
+from interop.mapping.table import Rule, Table, Tap, rule
 from interop.targets.base import Reading, Target
 
 FORMAT = 1

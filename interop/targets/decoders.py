@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from interop.errors import UnknownArchitectureError
-from interop.mapping import Alias, Rule, Table, Tap, rule
-from interop.ops import OffsetRows
-from interop.spec import ModelSpec
+from interop.mapping.ops import OffsetRows
+from interop.mapping.spec import ModelSpec
+from interop.mapping.table import Alias, Rule, Table, Tap, rule
 from interop.targets.base import (
     FINAL_NORM,
     LANGUAGE_MODEL,

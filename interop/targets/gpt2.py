@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from interop.mapping import Alias, Buffer, Rule, Table, Tap, rule
-from interop.ops import Concat, Zeros
-from interop.spec import ModelSpec
+from interop.mapping.ops import Concat, Zeros
+from interop.mapping.spec import ModelSpec
+from interop.mapping.table import Alias, Buffer, Rule, Table, Tap, rule
 from interop.targets.base import (
     FINAL_NORM,
     LANGUAGE_MODEL,

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from interop.mapping import Buffer, Rule, Table, Tap, rule
-from interop.ops import Concat, Tie, Transpose
-from interop.spec import ModelSpec
+from interop.mapping.ops import Concat, Tie, Transpose
+from interop.mapping.spec import ModelSpec
+from interop.mapping.table import Buffer, Rule, Table, Tap, rule
 from interop.targets.base import (
     ONE_EPS,
     Facts,

@@ -7,9 +7,9 @@ parts of a block; the functions turn names into rules.
 import dataclasses
 from collections.abc import Iterable
 
-from interop.mapping import Rule, Tap, rule
-from interop.ops import Concat, Tie, Transpose, Zeros
-from interop.spec import ModelSpec
+from interop.mapping.ops import Concat, Tie, Transpose, Zeros
+from interop.mapping.spec import ModelSpec
+from interop.mapping.table import Rule, Tap, rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

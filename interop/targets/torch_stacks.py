@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from craft_jax.errors import UsageError
-from interop.mapping import Rule, Table, Tap, rule
-from interop.spec import ModelSpec
+from interop.mapping.spec import ModelSpec
+from interop.mapping.table import Rule, Table, Tap, rule
+from interop.mapping.tensors import Tensors, is_one
 from interop.targets.base import (
     LANGUAGE_MODEL,
     Facts,
@@ -32,7 +33,6 @@ from interop.targets.base import (
     parallel_biases,
 )
 from interop.targets.rules import Layout, head, positions
-from interop.tensors import Tensors, is_one
 
 ENCODER_LAYER = Layout()
 DECODER_LAYER = Layout(mlp_norm="norm3")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from craft_jax import main as cli
-from craft_jax import profiling
+from craft_jax.runtime import hardware
 from tests.conftest import micro
 
 
@@ -54,11 +54,11 @@ def test_it_needs_a_config(capfd):
 
 def test_flops_are_those_of_the_formula():
     sizes = {"num_layers": 12, "num_heads": 12, "head_width": 64, "seq_len": 1024}
-    assert profiling.flops_per_token(124_000_000, **sizes) == 6 * 124_000_000 + 12 * 9216 * 1024
+    assert hardware.flops_per_token(124_000_000, **sizes) == 6 * 124_000_000 + 12 * 9216 * 1024
 
 
 def test_a_known_chip_has_its_stated_peak():
     class Device:
         device_kind = "NVIDIA H100 80GB HBM3"
 
-    assert profiling.peak_flops(Device())[0] == 989e12
+    assert hardware.peak_flops(Device())[0] == 989e12

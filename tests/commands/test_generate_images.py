@@ -10,7 +10,7 @@ from PIL import Image
 
 from craft_jax import main as cli
 from craft_jax import runs
-from craft_jax.data.image_sources import digits
+from craft_jax.data.images.sources import digits
 from craft_jax.errors import UsageError
 from craft_jax.training.loggers import read_json_lines
 from tests.conftest import overrides

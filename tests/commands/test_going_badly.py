@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax import faults, outputs, runs
 from craft_jax import main as cli
+from craft_jax import outputs, runs
+from craft_jax.runtime import fault_injection
 from craft_jax.training.loggers import read_json_lines
 from tests.conftest import micro
 
@@ -39,7 +40,7 @@ LADDER = {
 
 
 def test_the_ladder_and_what_it_leaves(train, workdir, monkeypatch, capsys):
-    monkeypatch.setattr(faults, "_POISONS", [("nan", 10, 10_000)])
+    monkeypatch.setattr(fault_injection, "_POISONS", [("nan", 10, 10_000)])
     assert train("bad", **LADDER, training__max_roll_backs=1) == 70
     said = capsys.readouterr()
     assert "learning rate scaled by 0.5: 2 updates in a row were skipped up to step 11" in said.out
@@ -59,7 +60,7 @@ def test_the_ladder_and_what_it_leaves(train, workdir, monkeypatch, capsys):
 
     # The step can be made again, from the checkpoint that remembers which batches are skipped.
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    monkeypatch.setattr(faults, "_POISONS", [])
+    monkeypatch.setattr(fault_injection, "_POISONS", [])
     assert run("--run=bad", "--replay_step=10", f"--workdir={workdir}") == 0
     said = capsys.readouterr().out
     assert f"step 10: loss {facts['loss']}" in said
@@ -156,7 +157,7 @@ def test_a_run_goes_on_with_other_optimizers(name, train, workdir):
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_float16_survives_an_overflow(mode, train, workdir, monkeypatch, capsys):
-    monkeypatch.setattr(faults, "_POISONS", [("inf", 3, 4)])
+    monkeypatch.setattr(fault_injection, "_POISONS", [("inf", 3, 4)])
     values = {"training__precision": "float16", "parallel__mode": mode, "data__batch_size": 8}
     assert train("half", **values, training__num_steps=8, training__sample_every=0) == 0
     said = capsys.readouterr().out
@@ -184,7 +185,7 @@ def test_a_loss_that_takes_no_config_is_refused(text_file, workdir, tmp_path, ca
 
 
 def test_a_note_that_cannot_be_written_ends_no_run(train, workdir, monkeypatch, capsys):
-    monkeypatch.setattr(faults, "_POISONS", [("nan", 2, 2)])
+    monkeypatch.setattr(fault_injection, "_POISONS", [("nan", 2, 2)])
     values = {"training__num_steps": 1, "training__sample_every": 0, "optim__decay_steps": 4}
     assert train("mine", **values) == 0
     paths_of(workdir, "mine").bad_steps.write_text("in the way", encoding="utf-8")

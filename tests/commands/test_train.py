@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from craft_jax import checkpointing, locks, optim, outputs, runs, sharding
 from craft_jax import main as cli
-from craft_jax.sharding import ParallelConfig
+from craft_jax import outputs, runs
+from craft_jax.checkpoint import lock, store
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
+from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training.loggers import read_json_lines
 from tests.conftest import command, environment, micro, words
@@ -34,7 +37,7 @@ def final_digest(paths: outputs.RunPaths) -> str:
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
     optimizer = optim.make_optimizer(run.config.optim)
     abstract = states.abstract_state(run.model_def, optimizer, mesh)
-    return checkpointing.digest(run.store.restore_state(run.step, abstract))
+    return store.digest(run.store.restore_state(run.step, abstract))
 
 
 def losses(paths: outputs.RunPaths) -> dict[int, str]:
@@ -155,7 +158,7 @@ def test_kill_9_and_resume(kind, precision, text_file, workdir, tmp_path, craft,
     whole, parts = run_paths(workdir, "whole"), run_paths(workdir, "parts")
     assert losses(parts) == losses(whole)
     digests = {
-        (last, name): checkpointing.digest(runs.open(paths.folder, last=last).params)
+        (last, name): store.digest(runs.open(paths.folder, last=last).params)
         for last in (True, False)
         for name, paths in (("whole", whole), ("parts", parts))
     }
@@ -196,7 +199,7 @@ def test_a_signal_saves_and_the_printed_command_continues(
     assert "Traceback" not in text
     paths = run_paths(workdir, "mine")
     (stopped,) = re.findall(r"stopped at step (\d+) of 4000", text)
-    assert checkpointing.CheckpointStore(paths.checkpoints).latest() == int(stopped)
+    assert store.CheckpointStore(paths.checkpoints).latest() == int(stopped)
     assert max(losses(paths)) == int(stopped)
     (again,) = re.findall(r"to continue: python -m craft_jax.main (.*)", text)
     more = f"--config.training.num_steps={int(stopped) + 2}"
@@ -272,7 +275,7 @@ def test_a_run_refuses_other_data(text_file, workdir, capsys):
 
 def test_two_trainers_on_one_run(text_file, workdir, capsys):
     assert train(*micro(text_file), "--run=mine", f"--workdir={workdir}") == 0
-    with locks.hold(run_paths(workdir).folder):
+    with lock.hold(run_paths(workdir).folder):
         again = ["--run=mine", f"--workdir={workdir}", "--config.training.num_steps=9"]
         assert train(*again) == 69
     said = capsys.readouterr().err

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from craft_jax.data import pipeline, splits
-from craft_jax.data.encoding import document_key
-from craft_jax.data.formats import Stretch
+from craft_jax.data.cache.encoding import document_key
 from craft_jax.data.settings import DataConfig
+from craft_jax.data.sources.formats import Stretch
 from craft_jax.data.splits import SPLITS, Fractions
 from tests.conftest import words
 

@@ -5,9 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
-from craft_jax.data import cache, loading, pipeline, sources, text, tokenizers
+from craft_jax.data import loading, pipeline, text, tokenizers
+from craft_jax.data.cache import token_cache
 from craft_jax.data.sampling import Share
 from craft_jax.data.settings import DataConfig
+from craft_jax.data.sources import files
 from craft_jax.data.text import (
     DocumentRows,
     RandomWindows,
@@ -312,8 +314,8 @@ def test_many_files_give_the_batches_of_one(tmp_path, monkeypatch, layout, order
     for size in (1 << 30, 30):
         folder = tmp_path / str(size)
         folder.mkdir()
-        monkeypatch.setattr(sources, "PART_BYTES", size)
-        monkeypatch.setattr(cache, "_SHARD_BYTES", size)
+        monkeypatch.setattr(files, "PART_BYTES", size)
+        monkeypatch.setattr(token_cache, "_SHARD_BYTES", size)
         tokens, config = prepared_cache(folder, LENGTHS * 3, **options)
         assert (len(tokens.tokens.files) > 3) == (size == 30)
         train = pipeline.open_datasets(config, workdir=folder / "outputs", seed=0).train

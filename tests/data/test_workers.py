@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from craft_jax.data import cache, loading, pipeline, text
+from craft_jax.data import loading, pipeline, text
+from craft_jax.data.cache import token_cache
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.text import TrainingWindows, ValidationWindows
 from craft_jax.errors import ConfigError, DataError, UsageError
@@ -287,7 +288,7 @@ def test_a_cache_is_sent_as_its_name(tmp_path, layout):
 def _cached(workdir):
     (file,) = workdir.glob("data/*/tokens-00000.bin")
     count = file.stat().st_size // 2
-    return cache.Shards([file], [count], np.dtype("<u2")), np.array([[0, count]])
+    return token_cache.Shards([file], [count], np.dtype("<u2")), np.array([[0, count]])
 
 
 def test_a_part_of_a_mapped_file_is_sent_as_it_is(tmp_path):

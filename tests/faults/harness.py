@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from craft_jax import manifests, outputs
+from craft_jax import outputs
+from craft_jax.checkpoint import manifest as manifests
 from craft_jax.outputs import Checkpoints
 
 ROOT = Path(__file__).parent.parent.parent

@@ -34,16 +34,16 @@ def run_tests(words: str) -> Callable[[Lab], Trials]:
 
 PYTEST = {
     "E6": ("bad micro-batches, and float16's scale by itself", "training/test_step.py"),
-    "E8": ("E8, E9: plateaus, spikes and levels by a table of cases", "training/test_reactions.py"),
-    "G4": ("what is restored lies where it belongs, and is used up", "test_checkpointing.py"),
+    "E8": ("E8, E9: plateaus, spikes and levels by a table of cases", "training/test_plateau.py"),
+    "G4": ("what is restored lies where it belongs, and is used up", "checkpoint/test_store.py"),
     "I1": ("workers that are killed, fail, or leave with any code", "data/test_workers.py"),
-    "I4": ("every bad file", "data/test_bad_files.py data/test_sources.py"),
+    "I4": ("every bad file", "data/sources/test_bad_files.py data/sources/test_files.py"),
     "J1": ("J1 to J5: every config mistake, one line", "test_config.py test_main.py"),
     "J8": ("random changes of single fields", "test_config_fuzz.py"),
     "K1": ("K1 to K3: weights that attack", "interop/test_bad_input.py interop/files"),
     "K8": ("no load path runs code", "test_security.py"),
-    "L2": ("ids out of range", "data/test_cache.py"),
-    "N1": ("odd prompts and options", "commands/test_generate.py test_generation.py"),
+    "L2": ("ids out of range", "data/cache/test_token_cache.py"),
+    "N1": ("odd prompts and options", "commands/test_generate.py generation/test_generator.py"),
 }
 
 

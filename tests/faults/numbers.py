@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from craft_jax import manifests
+from craft_jax.checkpoint import manifest
 from interop.files import orbax
 from tests.faults.harness import Lab, Trials, need
 
@@ -22,7 +22,7 @@ def _poison(kind: str) -> dict[str, str]:
 
 def _state(lab: Lab, name: str, step: int) -> dict[str, int]:
     """Returns the checksums of everything but the counter of steps."""
-    leaves = manifests.read(lab.store(name).folder / str(step)).leaves
+    leaves = manifest.read(lab.store(name).folder / str(step)).leaves
     return {path: leaf.crc32 for path, leaf in leaves.items() if path != "optimizer/step"}
 
 

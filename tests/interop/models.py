@@ -9,13 +9,13 @@ import numpy as np
 
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.models.layers import sinusoids
+from interop.commands.import_ import write_run
 from interop.files.weights import open_weights
-from interop.imports import write_run
-from interop.leaves import leaves
-from interop.source import Source
-from interop.spec import ModelSpec
-from interop.targets import TARGETS
-from interop.tensors import LazyTensor, lazy
+from interop.mapping.shapes import leaves
+from interop.mapping.spec import ModelSpec
+from interop.mapping.tensors import LazyTensor, lazy
+from interop.sources.source import Source
+from interop.targets.registry import TARGETS
 
 SPEC = ModelSpec(
     vocab_size=97,

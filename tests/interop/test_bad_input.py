@@ -18,9 +18,9 @@ from craft_jax.errors import UsageError
 from interop import __main__ as cli
 from interop.files.safetensors import SafetensorsWriter
 from interop.files.torch_writer import Placeholder, TorchFileWriter
-from interop.source import open_source
-from interop.targets import TARGETS
-from interop.tensors import Abstract, same_bits
+from interop.mapping.tensors import Abstract, same_bits
+from interop.sources.source import open_source
+from interop.targets.registry import TARGETS
 from tests.interop.models import make_run, random_leaves, spec
 
 SPEC = spec(num_layers=2, d_ff=192)

@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 
 from craft_jax.data import tokenizers
-from craft_jax.data.image_format import ImageFormat
+from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
 from craft_jax.models import base
 from craft_jax.models.flow import Flow, FlowConfig
-from interop import export, imports, source, verification
+from interop.commands import export, verify
+from interop.commands import import_ as imports
 from interop.errors import InteropError, NotRepresentableError
-from interop.leaves import leaves
-from interop.live import Reference
-from interop.source import Source
-from interop.spec import FlowSpec, read_spec
-from interop.targets import TARGETS
-from interop.tensors import lazy
+from interop.mapping.shapes import leaves
+from interop.mapping.spec import FlowSpec, read_spec
+from interop.mapping.tensors import lazy
+from interop.sources import source
+from interop.sources.live import Reference
+from interop.sources.source import Source
+from interop.targets.registry import TARGETS
 from tests.interop.models import random_leaves
 from tests.interop.models import spec as spec_of_tokens
 
@@ -179,28 +181,28 @@ def test_out_and_back_bit_for_bit(dtype, tmp_path):
     done = imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     assert done.probe == 2 * min(512, 2 * 6 * 9 * 3)
     back = source.open_source(tmp_path / "models" / "back")
-    assert not verification.differences(model, back)
+    assert not verify.differences(model, back)
     assert back.images == model.images
     assert back.spec == model.spec
     assert (back.run, back.step) == ("one", 7)
 
 
-@pytest.mark.parametrize("level", verification.LEVELS)
+@pytest.mark.parametrize("level", verify.LEVELS)
 def test_every_level_of_verify(level, folder):
     model, out = model_of("flow"), folder("flow")
-    report = verification.verify(model, out, level)
+    report = verify.verify(model, out, level)
     assert report.passed, report
     changed = dict(model.leaves)
     kernel = changed["blocks.1.attn.key.kernel"].read().copy()
     kernel[3, 5] += 1e-3
     changed["blocks.1.attn.key.kernel"] = lazy(kernel)
-    report = verification.verify(dataclasses.replace(model, leaves=changed), out, level)
+    report = verify.verify(dataclasses.replace(model, leaves=changed), out, level)
     assert report.passed == (level == "structure")
     if level == "logits":
         assert "blocks.1.attn" in report.problems[1]
         assert "velocities differ" in report.problems[0]
     other = dataclasses.replace(model, spec=dataclasses.replace(SPEC, num_heads=5))
-    assert not verification.verify(other, out, level).passed
+    assert not verify.verify(other, out, level).passed
 
 
 def test_the_folder_proves_itself_and_notices_a_change(folder, tmp_path):
@@ -317,7 +319,7 @@ def test_a_palette_goes_with_a_model_of_pixels(target, tmp_path):
     imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     back = source.open_source(tmp_path / "models" / "back")
     assert back.images == PIXELS
-    assert not verification.differences(model, back)
+    assert not verify.differences(model, back)
 
 
 def test_pytorch_makes_the_images_of_a_model_of_pixels(tmp_path):

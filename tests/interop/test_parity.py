@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax import losses
-from interop.live import Reference, definition
-from interop.targets import TARGETS
-from interop.tensors import lazy
-from interop.verification import TOLERANCE
+from craft_jax.models import losses
+from interop.commands.verify import TOLERANCE
+from interop.mapping.tensors import lazy
+from interop.sources.live import Reference, definition
+from interop.targets.registry import TARGETS
 from tests.interop.models import SPECS, random_leaves, spec
 
 torch = pytest.importorskip("torch")

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from interop.mapping import Mapping
+from interop.mapping.spec import ModelSpec
+from interop.mapping.table import Mapping
+from interop.mapping.tensors import Tensors
 from interop.pytorch import stacks
 from interop.pytorch.modeling_craft import CraftConfig, CraftForCausalLM, CraftForSeq2Seq
 from interop.pytorch.nanogpt import NanoGPT
 from interop.pytorch.tensors import to_torch
-from interop.spec import ModelSpec
-from interop.targets import TARGETS
-from interop.tensors import Tensors
+from interop.targets.registry import TARGETS
 
 
 def build(target: str, spec: ModelSpec, leaves: Tensors, **changes: Any) -> torch.nn.Module:

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from craft_jax import optim, sharding
 from craft_jax.models import base, layers
 from craft_jax.models.base import LanguageModel
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.models.layers import Embedding
 from craft_jax.models.transformer import TransformerConfig, TransformerLM
-from craft_jax.optim import OptimConfig
-from craft_jax.precision import Policy
-from craft_jax.sharding import ParallelConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
+from craft_jax.training import optim
 from craft_jax.training import state as states
+from craft_jax.training.optim import OptimConfig
+from craft_jax.training.precision import Policy
 from craft_jax.training.step import make_train_step
 
 # A block of attention has 128 queries: the second document of 70 lies across its end.

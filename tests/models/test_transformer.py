@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from craft_jax import optim, schema
+from craft_jax import schema
 from craft_jax.models import base
 from craft_jax.models.layers import sinusoids
 from craft_jax.models.transformer import TransformerConfig, TransformerLM, embed
-from craft_jax.optim import OptimConfig
+from craft_jax.training import optim
+from craft_jax.training.optim import OptimConfig
 
 CONFIG = TransformerConfig(vocab_size=13, num_layers=2, num_heads=3, d_model=24, max_seq_len=10)
 VARIANTS = {

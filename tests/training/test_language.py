@@ -2,16 +2,16 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax import sharding
 from craft_jax.data import pairs
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT
 from craft_jax.models.seq2seq import Seq2SeqConfig, Transformer
 from craft_jax.models.transformer import TransformerLM
-from craft_jax.precision import Policy
-from craft_jax.sharding import ParallelConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.training.evaluation import Evaluator
 from craft_jax.training.language import LanguageModelTrainer, Seq2SeqTrainer, trainer_for
+from craft_jax.training.precision import Policy
 
 
 def test_each_kind_of_model_has_its_trainer():

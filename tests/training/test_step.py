@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from craft_jax import optim
-from craft_jax.losses import LossConfig
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.optim import OptimConfig
-from craft_jax.precision import LossScale, Policy
+from craft_jax.models.losses import LossConfig
+from craft_jax.training import optim
 from craft_jax.training import state as states
+from craft_jax.training.optim import OptimConfig
+from craft_jax.training.precision import LossScale, Policy
 from craft_jax.training.step import make_eval_step, make_train_step
 from tests.kinds import KINDS
 

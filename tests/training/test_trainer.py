@@ -5,15 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax import optim, sharding
 from craft_jax.data.text import TrainingWindows, ValidationWindows
 from craft_jax.errors import DataError, DivergedError
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.optim import OptimConfig
-from craft_jax.precision import Policy
-from craft_jax.runtime import StopSignal
-from craft_jax.sharding import ParallelConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
+from craft_jax.runtime.process import StopSignal
+from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
 from craft_jax.training.callbacks import (
@@ -27,6 +26,8 @@ from craft_jax.training.callbacks import (
     Stop,
 )
 from craft_jax.training.language import LanguageModelTrainer, trainer_for
+from craft_jax.training.optim import OptimConfig
+from craft_jax.training.precision import Policy
 from craft_jax.training.settings import TrainingConfig
 from craft_jax.training.trainer import Trainer
 

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from craft_jax import optim, sharding
-from craft_jax.checkpointing import CheckpointStore
+from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.optim import OptimConfig
-from craft_jax.sharding import ParallelConfig
+from craft_jax.parallel import sharding
+from craft_jax.parallel.sharding import ParallelConfig
+from craft_jax.training import optim
 from craft_jax.training import state as states
+from craft_jax.training.optim import OptimConfig
 from interop.errors import CorruptFileError, UncommittedCheckpointError
 from interop.files.orbax import read_params
-from interop.tensors import same_bits
+from interop.mapping.tensors import same_bits
 from tests.conftest import environment
 from tests.interop.models import make_run, random_leaves, spec
 

@@ -17,7 +17,7 @@ import pytest
 from interop.errors import CorruptFileError, DtypeError, InteropError, UnsafePickleError
 from interop.files.pickles import Stub
 from interop.files.torchfile import read_torch_file
-from interop.tensors import DTYPES, LazyTensor, same_bits
+from interop.mapping.tensors import DTYPES, LazyTensor, same_bits
 from tests.interop.files.torch_files import (
     BOTH,
     MAGIC,

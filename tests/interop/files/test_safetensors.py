@@ -16,7 +16,7 @@ import pytest
 from interop.errors import CorruptFileError, DtypeError, InteropError
 from interop.files import safetensors as module
 from interop.files.safetensors import SafetensorsWriter, read_safetensors
-from interop.tensors import DTYPES, Abstract, bits, lazy, same_bits
+from interop.mapping.tensors import DTYPES, Abstract, bits, lazy, same_bits
 
 F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 

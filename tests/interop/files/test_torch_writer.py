@@ -15,7 +15,7 @@ import pytest
 from interop.files.pickles import StoredTensor
 from interop.files.torch_writer import Placeholder, TorchFileWriter
 from interop.files.torchfile import read_torch_file
-from interop.tensors import DTYPES, Abstract, same_bits
+from interop.mapping.tensors import DTYPES, Abstract, same_bits
 from tests.interop.files.torch_files import (
     TORCH_NAMES,
     abstracts,
@@ -244,7 +244,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path):
         import numpy as np
         from interop.files.torch_writer import Placeholder, TorchFileWriter
         from interop.files.torchfile import read_torch_file
-        from interop.tensors import Abstract
+        from interop.mapping.tensors import Abstract
 
         def anonymous():
             status = open("/proc/self/status").read()

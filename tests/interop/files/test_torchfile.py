@@ -18,7 +18,7 @@ import pytest
 
 from interop.errors import InteropError
 from interop.files.torchfile import read_torch_file
-from interop.tensors import LazyTensor, same_bits
+from interop.mapping.tensors import LazyTensor, same_bits
 from tests.interop.files.torch_files import (
     BOTH,
     MAGIC,

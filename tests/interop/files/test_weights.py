@@ -25,7 +25,7 @@ from interop.files.weights import (
     parse_size,
     plan_shards,
 )
-from interop.tensors import Abstract, same_bits
+from interop.mapping.tensors import Abstract, same_bits
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

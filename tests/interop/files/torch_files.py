@@ -17,7 +17,7 @@ import pytest
 from interop.errors import CorruptFileError, UnsafePickleError
 from interop.files.torch_writer import Placeholder, TorchFileWriter
 from interop.files.torchfile import read_torch_file
-from interop.tensors import Abstract
+from interop.mapping.tensors import Abstract
 
 MAGIC = 0x1950A86A20F9469CFC6C
 TORCH_NAMES = {

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import torch
 
-from interop.live import definition
+from interop.mapping.spec import ModelSpec
+from interop.mapping.tensors import lazy
 from interop.pytorch.tensors import to_torch
-from interop.spec import ModelSpec
-from interop.tensors import lazy
+from interop.sources.live import definition
 from tests.interop.models import SPEC, random_leaves
 
 # These models are tiny: threads only wait for each other.

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import interop
-from craft_jax import generation
-from craft_jax.generation import Generator, SamplingConfig
+from craft_jax.generation import generator as generation
+from craft_jax.generation.generator import Generator, SamplingConfig
 from craft_jax.models import base
-from interop.leaves import leaves
-from interop.live import definition
-from interop.tensors import lazy
+from interop.mapping.shapes import leaves
+from interop.mapping.tensors import lazy
+from interop.sources.live import definition
 from tests.interop.models import flip, make_run, random_leaves, spec
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from interop.leaves import leaves as leaves_of  # noqa: E402
+from interop.mapping.shapes import leaves as leaves_of  # noqa: E402
 from interop.pytorch import stacks  # noqa: E402
 from tests.interop.models import random_leaves  # noqa: E402
 from tests.interop.pytorch import reference  # noqa: E402

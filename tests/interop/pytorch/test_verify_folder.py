@@ -1,4 +1,4 @@
-"""The script in exported folders; tests/interop/test_verification.py runs it on exports."""
+"""The script in exported folders; tests/interop/commands/test_verify.py runs it on exports."""
 
 import hashlib
 import json

@@ -1,0 +1,32 @@
+"""What `prepare`, `tokenizer` and `data` have in common: a config, from a file or from a run."""
+
+import argparse
+from pathlib import Path
+
+from craft_jax import config as configs
+from craft_jax import runs
+from craft_jax.config import ExperimentConfig
+from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.errors import UsageError
+from craft_jax.runtime import process
+
+
+def choose(args: argparse.Namespace) -> tuple[ExperimentConfig, Tokenizer | None, Path]:
+    """Returns the config that `--config` or `--run` names, the run's tokenizer, and the workdir.
+
+    Raises:
+      UsageError: neither is given.
+      ConfigError: the config cannot be used.
+    """
+    workdir = Path(args.workdir).expanduser().absolute()
+    if args.config:
+        found = configs.load(args.config, args.overrides), None
+    elif args.run:
+        run = runs.open(args.run, workdir=workdir, overrides=args.overrides)
+        found = run.config, run.tokenizer
+    else:
+        raise UsageError(
+            f"{args.command} needs to know the data: --config=configs/gpt.py, or --run"
+        )
+    process.setup_logging()
+    return *found, workdir

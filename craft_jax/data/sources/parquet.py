@@ -1,0 +1,239 @@
+"""Tables of Arrow as documents: files of Parquet, by row groups.
+
+In goes the path of a `.parquet` file; out come parts that read some row groups of it, and documents
+whose fields are the columns of a row, as Python values. What is unreadable raises `DataError` with
+the file, the row, counted from 0 over the whole file, and the remedy. pyarrow is loaded when it is
+first needed.
+"""
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from craft_jax.data.sources.documents import PART_BYTES, Document, Part, one_line, shown
+from craft_jax.errors import DataError
+
+_BATCH_ROWS = 1024
+_LFS_HEAD = b"version https://git-lfs"
+_REMEDY = "copy it again, or leave it out"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParquetPart(Part):
+    """Row groups of a file that follow each other.
+
+    Attributes:
+      path: the file.
+      row_groups: their numbers.
+      first_row: the number of their first row in the file.
+      num_rows: how many rows they have.
+      batch_rows: how many rows to have in memory at a time.
+      num_bytes: about how many bytes they are, unpacked.
+      field: the config field that named the file, for messages.
+      columns: the columns to read; None for all.
+    """
+
+    path: Path
+    row_groups: tuple[int, ...]
+    first_row: int
+    num_rows: int
+    batch_rows: int
+    num_bytes: int
+    field: str = "data.path"
+    columns: tuple[str, ...] | None = None
+
+    def documents(self) -> Iterator[Document]:
+        here = f"{self.field}: {shown(self.path)}"
+        file = _open(self.path, here)
+        row = self.first_row
+        try:
+            batches = file.iter_batches(
+                batch_size=self.batch_rows,
+                row_groups=list(self.row_groups),
+                columns=wanted_columns(file.schema_arrow, self.columns),
+                use_threads=False,
+            )
+            while (batch := _next(batches, f"{here} near row {row}")) is not None:
+                yield from batch_documents(batch, here, row)
+                row += batch.num_rows
+        finally:
+            file.close()
+        if row != self.first_row + self.num_rows:
+            raise DataError(
+                f"{here} is damaged: it has {row - self.first_row} rows from row {self.first_row} "
+                f"on, where its footer says {self.num_rows}; {_REMEDY}"
+            )
+
+
+def parquet_parts(
+    path: Path, origin: str = "data.path", columns: tuple[str, ...] | None = None
+) -> list[Part]:
+    """Lists the parts of a Parquet file; reads its footer only.
+
+    Args:
+      path: the file.
+      origin: the config value that it comes from, such as `data.path=texts`.
+      columns: the columns to read; None for all.
+
+    Raises:
+      DataError: it is no Parquet file, or damaged.
+    """
+    field = origin.partition("=")[0]
+    file = _open(path, f"{field}: {shown(path)}")
+    metadata = file.metadata
+    found: list[Part] = []
+    groups: list[int] = []
+    first_row = rows = num_bytes = 0
+
+    def flush() -> None:
+        nonlocal first_row, rows, num_bytes
+        if rows:
+            found.append(
+                ParquetPart(
+                    path=path,
+                    row_groups=tuple(groups),
+                    first_row=first_row,
+                    num_rows=rows,
+                    batch_rows=min(_BATCH_ROWS, max(1, PART_BYTES * rows // max(num_bytes, 1))),
+                    num_bytes=num_bytes,
+                    field=field,
+                    columns=columns,
+                )
+            )
+        groups.clear()
+        first_row, rows, num_bytes = first_row + rows, 0, 0
+
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if num_bytes + group.total_byte_size > PART_BYTES:
+            flush()
+        groups.append(number)
+        rows += group.num_rows
+        num_bytes += group.total_byte_size
+    flush()
+    file.close()
+    if first_row != metadata.num_rows:
+        raise DataError(
+            f"{field}: {shown(path)} is damaged: its row groups have {first_row} rows, where its "
+            f"footer says {metadata.num_rows}; {_REMEDY}"
+        )
+    return found
+
+
+def batch_documents(batch: Any, here: str, first_row: int) -> Iterator[Document]:
+    """Yields the rows of a record batch.
+
+    A struct of lists, which is how Hugging Face stores a sequence of records, becomes a list of
+    dicts.
+
+    Args:
+      batch: a `pyarrow.RecordBatch`.
+      here: its file, for messages.
+      first_row: the number of its first row in the file.
+
+    Raises:
+      DataError: text in it is not UTF-8, or lengths do not agree.
+    """
+    arrow = load("pyarrow", here)
+    try:
+        # A wrong offset in a damaged file would read memory that is not the batch's.
+        batch.validate(full=True)
+    except arrow.ArrowInvalid as error:
+        row = first_row + _first_invalid(batch, arrow.ArrowInvalid)
+        what = "text that is not UTF-8" if "UTF8" in str(error) else f"what is damaged ({error})"
+        raise DataError(f"{here} row {row} has {' '.join(what.split())}; {_REMEDY}") from error
+    names = batch.schema.names
+    columns = [_values(batch.column(i), arrow) for i in range(len(names))]
+    for i in range(batch.num_rows):
+        fields = {name: column[i] for name, column in zip(names, columns, strict=True)}
+        yield Document(place=f"{here} row {first_row + i}", fields=fields)
+
+
+def wanted_columns(schema: Any, columns: tuple[str, ...] | None) -> list[str]:
+    """Returns which columns of a schema to read.
+
+    Times are left out: no text stands in them, and not all of them are values of Python. All other
+    columns are read where one is missing that was asked for, so that a message can list them.
+
+    Args:
+      schema: a `pyarrow.Schema`.
+      columns: those that were asked for; None for all.
+    """
+    is_temporal = importlib.import_module("pyarrow").types.is_temporal
+    names = [field.name for field in schema if not is_temporal(field.type)]
+    if columns is None or not set(columns) <= set(names):
+        return names
+    return [name for name in names if name in columns]
+
+
+def load(name: str, here: str) -> types.ModuleType:
+    """Returns a package that is only needed for some files.
+
+    Raises:
+      DataError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(
+            f"{here} needs the package {package} to be read: pip install {package}"
+        ) from error
+
+
+def _open(path: Path, here: str) -> Any:
+    if path.exists() and not path.is_file():
+        raise DataError(f"{here} is no file; name one that holds Parquet")
+    arrow, parquet = load("pyarrow", here), load("pyarrow.parquet", here)
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LFS_HEAD))
+        if head == _LFS_HEAD:
+            raise DataError(f"{here} is a pointer of Git LFS, not the file: run git lfs pull")
+        return parquet.ParquetFile(path, page_checksum_verification=True)
+    except (arrow.ArrowException, MemoryError, ValueError) as error:
+        raise DataError(
+            f"{here} is not a whole Parquet file: {one_line(error)}; {_REMEDY}"
+        ) from None
+    except OSError as error:
+        if error.errno:
+            raise DataError(f"{here}: cannot read it: {error.strerror}") from error
+        raise DataError(
+            f"{here} is not a whole Parquet file: {one_line(error)}; {_REMEDY}"
+        ) from None
+
+
+def _next(batches: Iterator[Any], here: str) -> Any:
+    arrow = importlib.import_module("pyarrow")
+    try:
+        return next(batches, None)
+    except (arrow.ArrowException, MemoryError, ValueError, OSError) as error:
+        raise DataError(f"{here} is damaged: {one_line(error)}; {_REMEDY}") from error
+
+
+def _first_invalid(batch: Any, invalid: type[Exception]) -> int:
+    for i in range(batch.num_rows):
+        try:
+            batch.slice(i, 1).validate(full=True)
+        except invalid:
+            return i
+    return 0
+
+
+def _values(column: Any, arrow: types.ModuleType) -> list[Any]:
+    values = column.to_pylist()
+    kinds = arrow.types
+    if kinds.is_struct(column.type):
+        inner = [column.type.field(i).type for i in range(column.type.num_fields)]
+        if inner and all(kinds.is_list(t) or kinds.is_large_list(t) for t in inner):
+            return [_transposed(value) for value in values]
+    return values
+
+
+def _transposed(value: dict[str, list[Any]] | None) -> Any:
+    if value is None or None in value.values() or len({*map(len, value.values())}) != 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]

@@ -1,0 +1,375 @@
+"""Several processes that train one model, each with its own devices.
+
+Process 0 owns the run's folder: the lock, the checkpoints, the logs. The others compute. What one
+process alone knows, and what only one of them meets, reaches the others through JAX's coordination
+service, with time limits and before they start a program in which all take part: in a collective
+who waits for a dead process hangs. What all must answer at the same step, such as a signal that
+reached one of them, travels with the batch (`SharedStop`).
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What `jax.distributed` keeps and asks; it has no public names.
+from jax._src import distributed
+from jax._src.clusters import ClusterEnv
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from craft_jax.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    CraftError,
+    LostPeerError,
+    StoppedError,
+    UsageError,
+    exit_code_of,
+)
+from craft_jax.parallel import rendezvous
+from craft_jax.runtime.process import StopSignal
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+AUTO = "auto"
+"""`--coordinator` where the cluster tells a process who it is: TPU pods, SLURM, Open MPI."""
+
+# A process that sends no heartbeat for so long is dead; JAX's default is 100 s.
+_HEARTBEAT_SECONDS = 20
+_SHUTDOWN_SECONDS = 300
+# For what one process does while the others wait, such as tokenizing.
+_PATIENCE_SECONDS = 1800.0
+
+_POLL_MS = 1000
+_FAILURE = "craft_jax/failure"
+# Who hosts the coordination service stays so long, to be heard.
+_LINGER_SECONDS = 3.0
+# The main thread of a process meets most failures itself, and then has better words for them.
+_GRACE_SECONDS = 1.5
+
+_WISHES, _AGREED = "wishes", "agreed"
+_SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable")
+
+
+class ProcessGroup:
+    """The processes of a run; one alone where there is no `client`.
+
+    Attributes:
+      index: of this process, from 0.
+      count: how many there are.
+      on_failure: called with a reason and an exit code before another one's failure ends this
+        process.
+    """
+
+    def __init__(self, client: Any = None, index: int = 0, count: int = 1):
+        self.index, self.count = index, count
+        self.on_failure: Callable[[str, int], object] = lambda reason, code: None
+        self._client, self._turn = client, 0
+        self._ended, self._is_leaving = threading.Event(), False
+        self._failure: tuple[str, int] | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process owns the run's folder."""
+        return self.index == 0
+
+    def from_first(
+        self,
+        get: Callable[[], T],
+        tell: Callable[[T], Any] = lambda value: value,
+        hear: Callable[[Any], T] = lambda told: told,
+    ) -> T:
+        """Returns `get()` of process 0, in all of them; to be called by all, in the same order.
+
+        Args:
+          get: called in process 0 alone.
+          tell: what the others need of it, as JSON.
+          hear: turns that into what they return.
+
+        Raises:
+          LostPeerError: process 0 is gone, or takes too long.
+        """
+        self._turn += 1
+        key = f"craft_jax/{self._turn}"
+        if not self.is_first:
+            return hear(json.loads(self._hear(key)))
+        value = get()
+        if self.count > 1:
+            self._client.key_value_set(key, json.dumps(tell(value)))
+        return value
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Returns `work()`, done in process 0 before the others begin: they find what it wrote."""
+        done = self.from_first(work, lambda _: None)
+        return done if self.is_first else work()
+
+    def confirm(self) -> None:
+        """Makes process 0 wait until all others have come here: none of them has failed before.
+
+        Raises:
+          LostPeerError, CraftError: one has.
+        """
+        self._turn += 1
+        key = f"craft_jax/{self._turn}"
+        if not self.is_first:
+            self._client.key_value_set(f"{key}/{self.index}", "")
+            return
+        for other in range(1, self.count):
+            self._hear(f"{key}/{other}")
+
+    def _hear(self, key: str) -> str:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            if self._failure is not None:
+                raise _PeerFailedError(*self._failure)
+            try:
+                return self._client.blocking_key_value_get(key, _POLL_MS)
+            except Exception as error:  # It has several kinds, in different versions.
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise LostPeerError(_lost_words(self.index, error)) from error
+            if time.monotonic() > deadline:
+                raise LostPeerError(
+                    f"process {self.index} has waited for another {_PATIENCE_SECONDS:.0f} s; where "
+                    "process 0 tokenizes much text, do that first: python -m craft_jax.main prepare"
+                )
+
+    def shared(self, stop_signal: StopSignal) -> StopSignal:
+        """Returns a stop signal on which all processes agree; alone, the one that is given."""
+        return stop_signal if self.count == 1 else SharedStop(stop_signal)
+
+    # Failures.
+
+    def named(self, error: BaseException) -> BaseException:
+        """Returns an error, in words where it means that another process is gone."""
+        if self.count > 1 and _is_loss(error):
+            return LostPeerError(_lost_words(self.index, error))
+        return error
+
+    def _watch(self) -> None:
+        """Ends this process when another one has failed and said so."""
+        while not self._ended.is_set():
+            try:
+                told = json.loads(self._client.blocking_key_value_get(_FAILURE, _POLL_MS))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" in str(error):
+                    continue
+                return  # The coordination service is gone: JAX ends this process.
+            if told["process"] == self.index:
+                return
+            words = f"process {told['process']} failed: {told['reason']}"
+            self._failure = (words, told["code"])
+            if self._ended.wait(_GRACE_SECONDS) or self._is_leaving:
+                return
+            with contextlib.suppress(Exception):
+                self.on_failure(*self._failure)
+                print(words, file=sys.stderr, flush=True)
+            os._exit(told["code"])
+
+    def _leave(self, error: BaseException) -> BaseException:
+        """Tells the others that this process fails; returns the error in the words of this page."""
+        self._is_leaving = True
+        named = self.named(error)
+        if named is not error:
+            # Whoever caused it may have said why.
+            time.sleep(_GRACE_SECONDS)
+            if self._failure is not None:
+                return _PeerFailedError(*self._failure)
+            error = named
+        code = exit_code_of(error)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with contextlib.suppress(Exception):  # Another one was quicker, or the service is gone.
+            failure = {"process": self.index, "reason": reason, "code": code}
+            self._client.key_value_set(_FAILURE, json.dumps(failure))
+            if self.is_first:
+                time.sleep(_LINGER_SECONDS)
+        return error
+
+
+ALONE = ProcessGroup()
+"""One process that trains by itself."""
+
+
+class _PeerFailedError(CraftError):
+    def __init__(self, message: str, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, count: int | None, index: int | None) -> Iterator[ProcessGroup]:
+    """Joins the other processes of a run, for as long as the context lasts.
+
+    It begins before JAX does, and ends when all of them have come to its end. An error that leaves
+    it ends the others as well, with its first line and its exit code; one that is no answer to a
+    user is printed, and ends this process.
+
+    Args:
+      coordinator: `HOST:PORT` of process 0, `auto`, or None for a process alone.
+      count, index: how many processes there are, and which one this is; None where `auto` tells.
+
+    Raises:
+      LostPeerError: the others were not found.
+      UsageError: the numbers make no sense.
+    """
+    if coordinator is None:
+        yield ProcessGroup()
+        return
+    group = _join(coordinator, count, index)
+    watcher = threading.Thread(target=group._watch, name="peers", daemon=True)
+    watcher.start()
+    try:
+        yield group
+        group.from_first(lambda: None)  # What process 0 had to write is written.
+        group._ended.set()
+        watcher.join()
+        jax.distributed.shutdown()
+    except BaseException as error:
+        told = group._leave(error)
+        if told is not error:
+            raise told from error
+        if isinstance(error, (CraftError, StoppedError, OSError, KeyboardInterrupt)):
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _join(coordinator: str, count: int | None, index: int | None) -> ProcessGroup:
+    # It would take the handler of SIGTERM; how the processes agree to stop is `SharedStop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    local_device_ids = None
+    if coordinator == AUTO:
+        coordinator, count, index, local_device_ids = _detected(count, index)
+    if count is None or index is None:
+        raise UsageError(
+            f"--coordinator={coordinator} needs --num_processes, and --process_id from 0"
+        )
+    if not 0 <= index < count:
+        raise UsageError(
+            f"--process_id={index} is not one of --num_processes={count}, which are 0 to "
+            f"{count - 1}"
+        )
+    try:
+        host, _ = rendezvous.split(coordinator)
+    except ValueError as error:
+        raise UsageError(f"--coordinator={coordinator}: {error}, nor {AUTO}") from None
+    rendezvous.meet(coordinator, count, index)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            local_device_ids=local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(rendezvous.SECONDS),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            # By default it listens on all addresses of the machine.
+            coordinator_bind_address=coordinator if host in ("127.0.0.1", "localhost") else None,
+        )
+        jax.devices()  # A meeting as well: who has which.
+    except RuntimeError as error:
+        raise LostPeerError(_lost_words(index, error)) from error
+    if index:
+        logging.getLogger("craft_jax").setLevel(logging.WARNING)
+    return ProcessGroup(distributed.global_state.client, index, count)
+
+
+def _detected(count: int | None, index: int | None) -> tuple:
+    """Returns address, number of processes, number of this one, and its devices (None for all)."""
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        None, count, index, None, None, int(rendezvous.SECONDS)
+    )
+    if found[0] is None:
+        raise UsageError(
+            f"--coordinator={AUTO}: this is neither a TPU pod nor a job of SLURM or Open MPI; name "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
+        )
+    return found
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an error of JAX means that another process is gone."""
+    if isinstance(error, CraftError) or not isinstance(error, (ValueError, RuntimeError)):
+        return False
+    text = str(error).lower()
+    return any(sign in text for sign in _SIGNS_OF_LOSS)
+
+
+def _lost_words(index: int, error: BaseException) -> str:
+    text = str(error).strip()
+    reason = text.splitlines()[0][:200] if text else type(error).__name__
+    return (
+        f"process {index} has lost another one ({reason}); start all of them again: the run goes "
+        "on from its newest checkpoint"
+    )
+
+
+# What all processes know at the same step.
+
+
+class SharedStop(StopSignal):
+    """A stop signal that is set in all processes at the same step, whichever of them received it.
+
+    Args:
+      own: of this process.
+    """
+
+    def __init__(self, own: StopSignal):
+        super().__init__()
+        self._own = own
+
+    def defer(self) -> None:
+        self._own.defer()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Nothing is different: who leaves while it waits for data leaves the others alone."""
+        yield
+
+    def with_wishes(
+        self, batch: Mapping[str, jax.Array], mesh: Mesh, elapsed: float
+    ) -> dict[str, jax.Array]:
+        """Adds to a batch what this process wishes, for `agreeing`."""
+        wishes = np.array([[self._own.exit_code or 0, elapsed]], np.float32)
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        shape = (mesh.size, wishes.shape[1])
+        return dict(batch) | {
+            _WISHES: jax.make_array_from_callback(shape, sharding, lambda index: wishes)
+        }
+
+    @staticmethod
+    def agreeing(train_step: Callable) -> Callable:
+        """Returns a train step that also reduces the wishes of all processes."""
+
+        def step(state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, dict]:
+            own = {name: array for name, array in batch.items() if name != _WISHES}
+            state, metrics = train_step(state, own)
+            return state, metrics | {_AGREED: jnp.max(batch[_WISHES], axis=0)}
+
+        return step
+
+    def agree(self, numbers: dict[str, jax.Array]) -> float:
+        """Takes what all processes have agreed on out of a step's numbers.
+
+        Returns:
+          The seconds that the run has taken, the same in all processes.
+        """
+        exit_code, elapsed = np.asarray(numbers.pop(_AGREED)).tolist()
+        if exit_code and not self.is_set:
+            self.exit_code = int(exit_code)
+            own = self._own.name if self._own.exit_code == self.exit_code else ""
+            self.name = own or {INTERRUPTED: "SIGINT", PREEMPTED: "SIGTERM"}[self.exit_code]
+        return elapsed

@@ -1,0 +1,533 @@
+"""Verification: whether two models, wherever they live, are the same.
+
+`structure` compares what the models are, and loads the weights' names strictly into PyTorch's own
+module; `bits` compares every bit of every leaf; `logits` computes in float64 on both sides, at full
+context, and finds the first submodule that differs; `generate` compares greedy tokens and the
+tokenizers. Of a flow they compare velocities, and images made of the same noise. The torch side
+runs in a process of its own. The JAX side is imported when it is needed.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from craft_jax.errors import UsageError
+from interop.errors import InteropError, MissingDependencyError, listed
+from interop.mapping import dtypes, folds, pipeline
+from interop.mapping.spec import FlowSpec, ModelSpec, Spec
+from interop.mapping.table import Tap
+from interop.mapping.tensors import LazyTensor, bits
+from interop.sources import source
+from interop.sources.source import CRAFT, Options, Source
+from interop.targets.base import FILES
+from interop.targets.registry import TARGETS
+
+LEVELS = ("structure", "bits", "logits", "generate")
+TOLERANCE = 1e-10
+"""Times max(1, |logit|), in float64. Measured: equal models 4e-15, the smallest mistake 5e-4."""
+
+_SEED = 20260101
+_WORKER = Path(__file__).parents[1] / "pytorch" / "worker.py"
+_NEW = 64
+_STEPS = 20
+_IMAGE_TOLERANCE = 1e-8
+"""Of a whole sampling, for numbers of about [-1, 1]."""
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.\n",
+    "def f(x):\n\treturn  x ** 2  # squares\n\n",
+    "naïve café, 東京, Ωμέγα, \U0001f642\r\n",
+    "<|endoftext|> is text here\n",
+    "    indented    and   spaced   \n\n\n",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """How a comparison went.
+
+    Attributes:
+      passed: whether the models are the same, as far as the level looks.
+      level: how far that is.
+      summary: one line.
+      problems: one line for each difference.
+      figures: what was measured.
+    """
+
+    passed: bool
+    level: str
+    summary: str
+    problems: tuple[str, ...] = ()
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as plain JSON."""
+        return dataclasses.asdict(self)
+
+
+def verify(
+    a: Any,
+    b: Any,
+    level: str = "bits",
+    *,
+    seq_len: int | None = None,
+    options: Options | None = None,
+) -> Report:
+    """Compares two models.
+
+    Args:
+      a, b: runs, checkpoints, or anything else that `open_source` opens.
+      level: structure, bits, logits or generate.
+      seq_len: tokens of the context for logits; None for all of it.
+      options: how to read foreign sources.
+
+    Raises:
+      UsageError: there is no such level.
+      InteropError: one of them cannot be read.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"--level={level} is not one of {', '.join(LEVELS)}")
+    first, second = _open(a, options), _open(b, options)
+    first, second, notes = _as_exported(first, second)
+    return compare(first, second, level, seq_len=seq_len, notes=notes)
+
+
+def _open(model: Any, options: Options | None) -> Source:
+    return model if isinstance(model, Source) else source.open_source(model, options)
+
+
+def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
+    """Applies to one model what the other's manifest says that its export did on request."""
+    notes: list[str] = []
+
+    def follow(model: Source, manifest: Any) -> Source:
+        if not manifest:
+            return model
+        dtype = manifest.get("dtype", "keep")
+        if crossed := {folds.CROSS, folds.SCALE} & set(manifest.get("approximations", ())):
+            model = _folded(model, crossed)
+            notes.append(f"compared after the same {', '.join(sorted(crossed))}")
+        tokens = model.tokenizer.vocab_size if model.tokenizer else model.spec.vocab_size
+        if manifest.get("trimmed") and model.spec.vocab_size > tokens:
+            model, _ = source.trimmed(model)
+            notes.append("compared without the rows that --trim-vocab left out")
+        wanted = dtypes.named(dtype)
+        if wanted is not None and any(leaf.dtype != wanted for leaf in model.leaves.values()):
+            notes.append(f"compared after the same --dtype {dtype}")
+            model = dataclasses.replace(model, leaves=dtypes.as_dtype(model.leaves, wanted))
+        return model
+
+    return follow(a, b.manifest), follow(b, a.manifest), notes
+
+
+def _folded(model: Source, names: set[str]) -> Source:
+    spec = model.spec
+    if folds.CROSS in names and spec.cross_attention in folds.CONSTANT:
+        spec = folds.without_cross_attention(spec)
+    if folds.SCALE in names and spec.embedding_scale:
+        spec = dataclasses.replace(spec, embedding_scale=False, tie_embeddings=False)
+    found = folds.towards(model.spec, model.leaves, spec)
+    return dataclasses.replace(model, spec=spec, leaves=found)
+
+
+def compare(
+    a: Source,
+    b: Source,
+    level: str,
+    *,
+    seq_len: int | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Compares two models that are open; see `verify`."""
+    check = {
+        "structure": _structure,
+        "bits": _bits,
+        "logits": functools.partial(_logits, seq_len=seq_len),
+        "generate": _generate,
+    }[level]
+    problems, figures = check(a, b)
+    if notes:
+        figures["notes"] = list(notes)
+    names = f"{a.path} and {b.path}"
+    summary = (
+        f"{names} are the same: {figures.pop('said')}"
+        if not problems
+        else f"{names} differ: {problems[0]}"
+        + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+    )
+    figures.pop("said", None)
+    return Report(
+        passed=not problems,
+        level=level,
+        summary=summary,
+        problems=tuple(problems),
+        figures=figures,
+    )
+
+
+Checked = tuple[list[str], dict[str, Any]]
+
+
+# Structure.
+
+
+def _structure(a: Source, b: Source) -> Checked:
+    problems = a.spec.differences(b.spec)
+    for model in (a, b):
+        if model.kind != CRAFT:
+            problems += _strict_load(model)
+    return problems, {"said": f"the same architecture, {a.num_params:,} parameters"}
+
+
+def _strict_load(model: Source) -> list[str]:
+    """Compares names and shapes with those of PyTorch's own module, built without memory."""
+    assert model.tensors is not None and model.rules is not None
+    if not _can_run(model):
+        return []
+    answer, _ = _ask(model, {"what": "structure"})
+    wanted = {name: tuple(shape) for name, shape in answer["tensors"].items()}
+    extra = {one.name for one in (*model.rules.aliases, *model.rules.buffers)}
+    missing = [name for name in wanted if name not in model.tensors and name not in extra]
+    beyond = [name for name in model.tensors if name not in wanted and name not in extra]
+    shapes = [
+        f"{name} is {model.tensors[name].shape} in the file and {shape} in PyTorch"
+        for name, shape in wanted.items()
+        if name in model.tensors and model.tensors[name].shape != shape
+    ]
+    lines = [f"PyTorch's module has {name}, the file has not" for name in missing]
+    return lines + [f"the file has {name}, PyTorch's module has not" for name in beyond] + shapes
+
+
+# Bits.
+
+
+def _bits(a: Source, b: Source) -> Checked:
+    problems = a.spec.differences(b.spec)
+    rows = differences(a, b)
+    problems += [_in_words(row, a, b) for row in rows]
+    said = f"{len(a.leaves)} tensors, {a.num_params:,} parameters, bit for bit"
+    return problems, {"said": said, "tensors": len(a.leaves), "different": len(rows)}
+
+
+def differences(a: Source, b: Source) -> list[dict[str, Any]]:
+    """Returns one row for each leaf that is not the same, bit for bit, in both."""
+    found: list[dict[str, Any]] = []
+    for name in [*a.leaves, *(n for n in b.leaves if n not in a.leaves)]:
+        if name not in a.leaves or name not in b.leaves:
+            found.append({"name": name, "what": "only in one"})
+    both = [name for name in a.leaves if name in b.leaves]
+
+    def work(name: str) -> dict[str, Any] | None:
+        return _difference(name, a.leaves[name], b.leaves[name])
+
+    def cost(name: str) -> int:
+        return 2 * (a.leaves[name].nbytes + b.leaves[name].nbytes)
+
+    return found + [row for row in pipeline.ordered(work, both, cost) if row]
+
+
+def _difference(name: str, a: LazyTensor, b: LazyTensor) -> dict[str, Any] | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        what = f"{a.dtype.name} {list(a.shape)} and {b.dtype.name} {list(b.shape)}"
+        return {"name": name, "what": what}
+    x, y = a.read(), b.read()
+    unequal = bits(x) != bits(y)
+    count = int(np.count_nonzero(unequal))
+    if not count:
+        return None
+    where = tuple(int(i[0]) for i in np.nonzero(unequal))
+    with np.errstate(all="ignore"):
+        gap = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
+    return {
+        "name": name,
+        "what": f"{count} of {x.size} values",
+        "count": count,
+        "first": where,
+        "largest": float(np.max(gap)),
+        "values": [float(x[where]), float(y[where])],
+    }
+
+
+def _in_words(row: dict[str, Any], a: Source, b: Source) -> str:
+    places = [row["name"]]
+    for model in (a, b):
+        if model.rules and row["name"] in model.rules.rule_from:
+            places += [t for t in model.rules.rule_from[row["name"]].targets if t not in places]
+    name = places[0] + (f" ({', '.join(places[1:])})" if len(places) > 1 else "")
+    if "count" not in row:
+        return f"{name}: {row['what']}"
+    x, y = row["values"]
+    return (
+        f"{name}: {row['what']} differ, the first at {list(row['first'])}: {x!r} and {y!r}; the "
+        f"largest difference is {row['largest']:.3g}"
+    )
+
+
+# Logits.
+
+
+def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
+    if _differ_in_size(a.spec, b.spec):
+        return a.spec.differences(b.spec), {}
+    if not a.spec.is_of_tokens:
+        inputs = _points(a.spec)
+        return _compared(a, b, inputs, "velocities", f"of {len(inputs['x'])} images")
+    length = min(seq_len or a.spec.max_seq_len, a.spec.max_seq_len)
+    return _compared(a, b, _inputs(a.spec, length), "logits", f"at {length} positions")
+
+
+def _differ_in_size(a: Spec, b: Spec) -> bool:
+    """Whether two models cannot compute the same inputs."""
+    if not (a.is_of_tokens and b.is_of_tokens):
+        return bool(a.differences(b))
+    sizes = ("vocab_size", "max_seq_len", "num_decoder_layers")
+    return any(getattr(a, name) != getattr(b, name) for name in sizes)
+
+
+def _compared(
+    a: Source, b: Source, inputs: dict[str, np.ndarray], what: str, where_in_words: str
+) -> Checked:
+    """Compares what two models compute of inputs: `what`, whose last axis is of alternatives."""
+    taps = _taps(a, b)
+    x_BTV, x_states = _run(a, inputs, taps)
+    y_BTV, y_states = _run(b, inputs, taps)
+    ratio = np.abs(x_BTV - y_BTV) / np.maximum(1, np.maximum(np.abs(x_BTV), np.abs(y_BTV)))
+    worst = float(np.max(ratio)) if np.isfinite(ratio).all() else float("inf")
+    agree = float(np.mean(x_BTV.argmax(-1) == y_BTV.argmax(-1)))
+    unit = {"logits": "|logit|", "velocities": "|velocity|"}[what]
+    figures = {
+        "largest": worst,
+        "tolerance": TOLERANCE,
+        "said": f"float64 {what} {where_in_words}, largest difference {worst:.3g} x max(1, {unit})",
+    }
+    if what == "logits":
+        figures |= {"tokens": list(inputs["tokens"].shape), "same_top_token": agree}
+    if worst <= TOLERANCE:
+        return [], figures
+    where = np.unravel_index(int(np.nan_to_num(ratio, nan=np.inf).argmax()), ratio.shape)
+    place, more = f"row {where[1]}, column {where[2]}", ""
+    if what == "logits":
+        place = f"position {int(where[1])}, token id {int(where[2])}"
+        more = f", and {agree:.1%} of the likeliest tokens agree"
+    problems = [
+        f"float64 {what} differ by {worst:.3g} x max(1, {unit}), first of all at {place}; "
+        f"{TOLERANCE:g} is allowed{more}",
+        _bisected(taps, x_states, y_states),
+    ]
+    return problems, figures
+
+
+def _points(spec: FlowSpec) -> dict[str, np.ndarray]:
+    """Returns points on the way to three images: with the first label, the last one, and none."""
+    rng = np.random.default_rng(_SEED)
+    x_BHWC = rng.normal(size=(3, spec.height, spec.width, spec.channels))
+    labels_B = np.array([0, max(0, spec.num_classes - 1), spec.num_classes], np.int32)
+    return {"x": x_BHWC, "t": np.array([0.0, 0.37, 1.0]), "labels": labels_B}
+
+
+def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
+    """Returns ids of two rows, the least and the largest among them, and what an encoder reads."""
+    rng = np.random.default_rng(_SEED)
+    tokens_BT = rng.integers(0, spec.vocab_size, (2, length), np.int32)
+    tokens_BT[0, 0], tokens_BT[-1, -1] = 0, spec.vocab_size - 1
+    if not spec.num_decoder_layers:
+        return {"tokens": tokens_BT}
+    source_BS = rng.integers(0, spec.vocab_size, (2, spec.max_seq_len), np.int32)
+    mask_BS = np.ones(source_BS.shape, bool)
+    mask_BS[1, (spec.max_seq_len + 1) // 2 :] = False
+    return {"tokens": tokens_BT, "source": source_BS, "source_mask": mask_BS}
+
+
+def _taps(a: Source, b: Source) -> tuple[Tap, ...]:
+    """The places where both models can be looked into, in the order of the forward pass."""
+    places = [
+        {tap.source: tap for tap in TARGETS[model.kind].mapping(model.spec).taps}
+        for model in (a, b)
+        if model.kind != CRAFT
+    ] or [{tap.source: tap for tap in TARGETS["craft-torch"].mapping(a.spec).taps}]
+    return tuple(tap for name, tap in places[0].items() if all(name in p for p in places))
+
+
+def _run(
+    model: Source, inputs: dict[str, np.ndarray], taps: tuple[Tap, ...]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns float64 logits, and the states at the taps."""
+    if model.kind == CRAFT:
+        reference = _live().Reference(model.spec, model.leaves)
+        states = reference.states(inputs, tuple(tap.source for tap in taps))
+        return reference.logits(inputs), [states[tap.source] for tap in taps]
+    own = {tap.source: tap.target for tap in TARGETS[model.kind].mapping(model.spec).taps}
+    paths = [own[tap.source] for tap in taps]
+    request = {"what": "logits", "dtype": "float64", "taps": paths}
+    answer, arrays = _ask(model, request, inputs)
+    if answer["loading"]:
+        raise InteropError(f"{model.path} does not fill PyTorch's model: {answer['loading']}")
+    return arrays["logits"], [arrays[f"tap {path}"] for path in paths]
+
+
+def _bisected(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -> str:
+    for tap, x, y in zip(taps, a, b, strict=True):
+        # A table of positions may put out (T, D) or (1, T, D).
+        gap = (
+            float(np.max(np.abs(np.squeeze(x) - np.squeeze(y))))
+            if np.squeeze(x).shape == np.squeeze(y).shape
+            else float("inf")
+        )
+        if not gap <= TOLERANCE * max(1.0, float(np.max(np.abs(x)))):
+            return (
+                f"the first submodule that differs is {tap.source} ({tap.target}), by {gap:.3g}; "
+                f"look at {tap.causes}"
+            )
+    return "all blocks agree and the logits do not: look at the head"
+
+
+def _live() -> Any:
+    return importlib.import_module("interop.sources.live")
+
+
+def _can_run(model: Source) -> bool:
+    needed = ["torch"] + (["transformers"] if TARGETS[model.kind].container == "hf" else [])
+    return all(importlib.util.find_spec(name) is not None for name in needed)
+
+
+def _ask(
+    model: Source, request: dict[str, Any], inputs: dict[str, np.ndarray] | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Runs the torch side of a model in a process of its own.
+
+    Raises:
+      MissingDependencyError: torch or transformers is not installed.
+      InteropError: it failed; says how.
+    """
+    target = TARGETS[model.kind]
+    if not _can_run(model):
+        what = "torch and transformers" if target.container == "hf" else "torch"
+        raise MissingDependencyError(
+            f"running {model.path} needs {what}: pip install 'craft_jax[torch,hf]'"
+        )
+    if target.container not in FILES and not model.path.is_dir():
+        raise UsageError(
+            f"{model.path} is a file without a config, which PyTorch cannot run; import it, export "
+            "it to a folder, and verify that"
+        )
+    request = request | {
+        "container": target.container,
+        "target": target.name,
+        "path": str(model.path.absolute()),
+        "model": dataclasses.asdict(model.spec),
+        "names": {name: model.original.get(name, name) for name in _weights(model)},
+    }
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with tempfile.TemporaryDirectory(prefix="interop_") as folder:
+        place = Path(folder)
+        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        np.savez(place / "inputs.npz", **(inputs or {}))
+        done = subprocess.run(
+            [sys.executable, str(_WORKER), folder],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise InteropError(f"PyTorch cannot run {model.path}: {lines[-1][:500]}")
+        answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
+        with np.load(place / "arrays.npz") as arrays:
+            return answer, dict(arrays)
+
+
+def _weights(model: Source) -> list[str]:
+    """Returns the names of the tensors that PyTorch's module loads: all but constants."""
+    assert model.tensors is not None and model.rules is not None
+    constants = {buffer.name for buffer in model.rules.buffers}
+    return [name for name in model.tensors if name not in constants]
+
+
+# Generate.
+
+
+def _generate(a: Source, b: Source) -> Checked:
+    if not (a.spec.is_of_tokens and b.spec.is_of_tokens):
+        return _same_images(a, b)
+    problems = _tokenizer_problems(a, b)
+    context = min(a.spec.max_seq_len, b.spec.max_seq_len)
+    inputs = _inputs(a.spec, max(1, min(16, context // 2)))
+    prompt = inputs["tokens"][0].tolist()
+    count = min(_NEW, context - len(prompt))
+    x, y = (_greedy(model, prompt, count, inputs) for model in (a, b))
+    if x != y:
+        first = next((i for i, (s, t) in enumerate(zip(x, y, strict=False)) if s != t), 0)
+        problems.append(f"greedy tokens differ from number {first} on: {x[first:]} and {y[first:]}")
+    both = a.tokenizer is not None and b.tokenizer is not None
+    tokenizer = "the same tokenizer" if both else "no two tokenizers to compare"
+    return problems, {"said": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
+
+
+def _same_images(a: Source, b: Source) -> Checked:
+    if problems := a.spec.differences(b.spec):
+        return problems, {}
+    inputs = _points(a.spec)
+    x_BHWC, y_BHWC = (_images(model, inputs) for model in (a, b))
+    largest = float(np.max(np.abs(x_BHWC - y_BHWC)))
+    figures = {
+        "largest": largest,
+        "tolerance": _IMAGE_TOLERANCE,
+        "said": f"{len(x_BHWC)} images of the same noise in {_STEPS} steps, largest difference "
+        f"{largest:.3g}",
+    }
+    if largest <= _IMAGE_TOLERANCE:
+        return [], figures
+    problem = f"images of the same noise differ by {largest:.3g} after {_STEPS} steps; "
+    return [problem + f"{_IMAGE_TOLERANCE:g} is allowed"], figures
+
+
+def _images(model: Source, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    if model.kind == CRAFT:
+        return _live().Reference(model.spec, model.leaves).images(inputs, _STEPS)
+    request = {"what": "images", "dtype": "float64", "steps": _STEPS}
+    return _ask(model, request, inputs)[1]["images"]
+
+
+def _greedy(
+    model: Source, prompt: list[int], count: int, inputs: dict[str, np.ndarray]
+) -> list[int]:
+    if model.kind == CRAFT:
+        return _live().Reference(model.spec, model.leaves).greedy(prompt, count, inputs)
+    request = {"what": "greedy", "dtype": "float64", "prompt": prompt, "new": count}
+    return _ask(model, request, inputs)[0]["greedy"]
+
+
+def _tokenizer_problems(a: Source, b: Source) -> list[str]:
+    if a.tokenizer is None or b.tokenizer is None:
+        return []
+    sizes = [(model.tokenizer.vocab_size, model.tokenizer.end_id) for model in (a, b)]
+    problems = []
+    if sizes[0] != sizes[1]:
+        problems.append(f"the tokenizers differ in (size, id of the end): {sizes[0]}, {sizes[1]}")
+    for text in _TEXTS:
+        known = "".join(c for c in text if c not in a.tokenizer.unknown_characters(text))
+        known = "".join(c for c in known if c not in b.tokenizer.unknown_characters(known))
+        x, y = (model.tokenizer.encode(known).tolist() for model in (a, b))
+        if x != y:
+            problems.append(
+                f"the tokenizers differ: {known!r} is {listed(map(str, x))} and "
+                f"{listed(map(str, y))}"
+            )
+        elif a.tokenizer.decode(x) != b.tokenizer.decode(x):
+            problems.append(f"the tokenizers decode the ids of {known!r} to different texts")
+    return problems

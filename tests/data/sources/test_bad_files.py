@@ -1,0 +1,179 @@
+"""Every file that a person may name by mistake: it trains, or ends with 65 and one line."""
+
+import codecs
+import os
+import random
+import subprocess
+
+import pytest
+
+from craft_jax import main as cli
+from craft_jax.data import pipeline
+from craft_jax.data.settings import DataConfig
+from craft_jax.data.sources import files
+from tests.conftest import command, environment, micro
+
+TEXT = "the cat sees a dog and finds the red fox\n" * 60
+
+TRAINS = {
+    "newlines": b"\n" * 3000,
+    "bom": b"\xef\xbb\xbf" + TEXT.encode(),
+    "crlf": TEXT.replace("\n", "\r\n").encode(),
+    "one_letter_lines": b"a\nb\n" * 3000,
+    "nfd_and_nfc": ("caf\u00e9 cafe\u0301 \u00fc u\u0308\n" * 200).encode(),
+    "emoji": ("\U0001f468\u200d\U0001f469 \U0001f1e9\U0001f1ea \u05d0\u05d1\n" * 200).encode(),
+    "end_tokens": ("<|endoftext|> in a text <|endoftext|>\n" * 100).encode(),
+    "no_newline_at_the_end": TEXT.strip().encode(),
+}  # fmt: skip
+REFUSED = {
+    "empty": (b"", "the text is empty"),
+    "one_byte": (b"x", "needs at least"),
+    "shorter_than_a_window": (b"ab", "needs at least"),
+    "nul": (b"abc\0def" * 100, "NUL byte at offset 3"),
+    "binary": (random.Random(0).randbytes(1 << 20), "at offset"),
+    "not_utf8": (b"abc \xff\xfe def", "byte 0xff at offset 4"),
+    "utf16": (TEXT.encode("utf-16"), "is UTF-16 text: byte 0xff at offset 0; convert"),
+    "utf16_without_mark": (TEXT.encode("utf-16-le"), "is UTF-16LE text: NUL byte at offset 1"),
+    "utf16_big_endian": (TEXT.encode("utf-16-be"), "is UTF-16BE text: NUL byte at offset 0"),
+    "utf32": (TEXT.encode("utf-32"), "is UTF-32 text: byte 0xff at offset 0; convert"),
+    "latin1": ("caf\u00e9\n" * 300).encode("latin-1"),
+}
+REFUSED["latin1"] = (REFUSED["latin1"], "byte 0xe9 at offset 3")
+
+
+def train(path, workdir, capfd, **changes):
+    options = {"training__num_steps": 1, "training__sample_every": 0} | changes
+    code = cli.main([*micro(path, **options), f"--workdir={workdir}"])
+    return code, capfd.readouterr().err
+
+
+def refused(path, workdir, capfd, said):
+    before = set(workdir.glob("models/*"))
+    check_refused(*train(path, workdir, capfd), said)
+    assert set(workdir.glob("models/*")) == before
+
+
+def check_refused(code, errors, said):
+    assert code == 65, errors
+    assert said in errors
+    assert errors.startswith("data.")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_texts_that_train(tmp_path, workdir, name, capfd):
+    path = tmp_path / name
+    path.write_bytes(TRAINS[name])
+    # The programs are those of the test before: with a vocabulary that is always as large.
+    code, errors = train(path, workdir, capfd, data__tokenizer="byte")
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize("name", TRAINS)
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_texts_come_back(tmp_path, workdir, name, tokenizer):
+    path = tmp_path / name
+    path.write_bytes(TRAINS[name])
+    config = DataConfig(path=str(path), tokenizer=tokenizer, vocab_size=300)
+    (prepared,) = pipeline.prepare(config, workdir)
+    tokens = prepared.caches["train"]
+    ids = tokens.tokens.read(0, len(tokens.tokens))
+    if tokenizer != "char":
+        assert ids[-1] == tokens.tokenizer.end_id
+    assert tokens.tokenizer.decode(ids).encode() == TRAINS[name].removeprefix(codecs.BOM_UTF8)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_texts_that_do_not(tmp_path, workdir, name, capfd):
+    content, said = REFUSED[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(path, workdir, capfd, said)
+
+
+def test_what_is_no_file(tmp_path, workdir, capfd):
+    places = {
+        "nothing_here": "no such file or folder",
+        "*.nothing": "no file matches",
+        "folder": "holds no text file",
+        "pipe": "neither a file nor a folder",
+        "broken": "which leads nowhere",
+        "loop": "which leads nowhere",
+    }
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, said in places.items():
+        refused(tmp_path / name, workdir, capfd, said)
+
+
+ODD_NAMES = ["a space.txt", "\u6f22\u5b57.txt", "a\nline.txt", "x" * 200 + ".txt", b"caf\xe9.txt"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_odd_names(tmp_path, workdir, name, capfd):
+    # A config value need not be able to spell them: they can stand in a folder.
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    path = folder / os.fsdecode(name)
+    path.write_text(TEXT, encoding="utf-8")
+    code, errors = train(folder, workdir, capfd, data__tokenizer="byte")
+    assert code == 0, errors
+    path.write_bytes(b"abc\xff")
+    code, errors = train(folder, workdir, capfd)
+    assert (code, errors.count("\n")) == (65, 1), errors
+    assert "byte 0xff at offset 3" in errors
+    assert files.shown(path) in errors
+
+
+def test_names_are_shown_in_one_line():
+    assert files.shown("a b/\u6f22.txt") == "a b/\u6f22.txt"
+    assert files.shown(os.fsdecode(b"a\nb\t\xe9")) == r"a\nb\t\udce9"
+
+
+@pytest.mark.parametrize("name", ["a space.txt", "\u6f22\u5b57.txt", "x" * 200])
+def test_odd_names_in_the_config(tmp_path, workdir, name, capfd):
+    path = tmp_path / name
+    path.write_text(TEXT, encoding="utf-8")
+    code, errors = train(path, workdir, capfd, data__tokenizer="byte")
+    assert code == 0, errors
+    refused(path.with_name("y" + name[1:]), workdir, capfd, "no such file or folder")
+
+
+def test_an_unknown_home(workdir, capfd):
+    refused("~nobody_of_this_name/text.txt", workdir, capfd, "no such file or folder")
+
+
+def test_named_pipes_do_not_block(tmp_path, workdir, capfd):
+    os.mkfifo(tmp_path / "pipe.tsv")
+    words = micro("none", data__pairs=tmp_path / "pipe.tsv", data__tokenizer="char")
+    del words[words.index("--config.data.path=none")]
+    code = cli.main([*words, "--config.model.name=seq2seq", f"--workdir={workdir}"])
+    check_refused(code, capfd.readouterr().err, "is no file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path, workdir, capfd):
+    path = tmp_path / "secret.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    path.chmod(0)
+    refused(path, workdir, capfd, "Permission denied")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("CRAFT_FAULTS_FULL"), reason="a gigabyte; set CRAFT_FAULTS_FULL"
+)
+def test_a_line_of_a_gigabyte(tmp_path, workdir):
+    path = tmp_path / "long.txt"
+    with path.open("wb") as file:
+        for _ in range(1000):
+            file.write(b"the cat and the dog " * 50_000)
+    words = command("prepare", *micro(path, data__tokenizer="byte"), f"--workdir={workdir}")
+    process = subprocess.Popen(words, env=environment(), cwd=tmp_path)
+    # Not of all children so far, as `getrusage` has it: others were larger.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss < 500_000
