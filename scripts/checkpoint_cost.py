@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from craft_jax.runtime import process
+from craft_jax.runtime import cpu_memory
 
-process.keep_freed_memory()
+cpu_memory.keep_freed_memory()
 
 import jax
 import numpy as np

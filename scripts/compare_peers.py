@@ -243,9 +243,9 @@ def work(args: argparse.Namespace) -> None:
     """Is one of the programs: measures as often as each line of standard input says."""
     kind, setting, program = args.worker.split("/")
     if program.startswith("craft_jax") or program.endswith("+malloc"):
-        from craft_jax.runtime import process
+        from craft_jax.runtime import cpu_memory
 
-        process.keep_freed_memory()
+        cpu_memory.keep_freed_memory()
     if kind == "train":
         shape = _shape(setting, args)
         makers = {"craft_jax": our_step, "plain_nnx": plain_step}

@@ -27,7 +27,7 @@ from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.parallel import sharding
 from craft_jax.parallel.sharding import ParallelConfig
-from craft_jax.runtime import process
+from craft_jax.runtime import cpu_memory
 from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training.optim import OptimConfig
@@ -163,7 +163,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each size")
     args = parser.parse_args()
-    process.keep_freed_memory()
+    cpu_memory.keep_freed_memory()
     lines = measure(args.rounds)
     draw(lines, Path(args.out))
     print(table(lines))

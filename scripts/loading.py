@@ -25,7 +25,7 @@ from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Dataset
 from craft_jax.models import base
 from craft_jax.parallel import sharding
-from craft_jax.runtime import process
+from craft_jax.runtime import cpu_memory
 from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--workdir", help="where the token cache is kept; else it is thrown away")
     args = parser.parse_args()
-    process.keep_freed_memory()
+    cpu_memory.keep_freed_memory()
     config = configs.load(args.config)
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -25,8 +25,9 @@ from craft_jax.generation.generator import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import EncoderDecoderModel, LanguageModel, ModelDef
 from craft_jax.parallel import sharding
+from craft_jax.runtime import cpu_memory
 from craft_jax.runtime import hardware as profiling
-from craft_jax.runtime import process
+from craft_jax.runtime.logging import setup_logging
 from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir).expanduser().absolute()
     config = configs.load(args.config, args.overrides)
     outputs.check_writable(workdir)
-    process.setup_logging()
-    process.keep_freed_memory()
+    setup_logging()
+    cpu_memory.keep_freed_memory()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
     start = {"imports": profiling.seconds_since_start()}

@@ -8,7 +8,7 @@ from craft_jax import runs
 from craft_jax.config import ExperimentConfig
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
-from craft_jax.runtime import process
+from craft_jax.runtime.logging import setup_logging
 
 
 def choose(args: argparse.Namespace) -> tuple[ExperimentConfig, Tokenizer | None, Path]:
@@ -28,5 +28,5 @@ def choose(args: argparse.Namespace) -> tuple[ExperimentConfig, Tokenizer | None
         raise UsageError(
             f"{args.command} needs to know the data: --config=configs/gpt.py, or --run"
         )
-    process.setup_logging()
+    setup_logging()
     return *found, workdir

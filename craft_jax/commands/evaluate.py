@@ -15,7 +15,8 @@ from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.parallel import sharding
 from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.runs import Run
-from craft_jax.runtime import process
+from craft_jax.runtime import compilation_cache
+from craft_jax.runtime.logging import log_to, setup_logging
 from craft_jax.training import language
 from craft_jax.training.evaluation import Evaluator
 from craft_jax.training.precision import Policy
@@ -33,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         last=args.weights == "last",
     )
-    process.setup_logging()
-    process.keep_compiled()
+    setup_logging()
+    compilation_cache.keep_compiled()
     split = Path(args.text).name if args.text else args.split
     data = _data(opened, args, workdir)
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     word = report.model_word(opened.config)
     file = outputs.evaluation_file(workdir, word, data.name)
     outputs.write_json(file, result)
-    with process.log_to(outputs.eval_log(workdir, word)):
+    with log_to(outputs.eval_log(workdir, word)):
         for name, value in result.items():
             shown = f"{value:.6f}" if isinstance(value, float) else value
             logger.info("%-14s %s", name, shown)

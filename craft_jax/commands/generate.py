@@ -11,7 +11,7 @@ from craft_jax import outputs, runs
 from craft_jax.data.tokenizers import TextStream
 from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.generation.generator import SamplingConfig
-from craft_jax.runtime import process
+from craft_jax.runtime import compilation_cache
 
 _TEMPERATURE = 0.8
 _NEW_TOKENS = 200
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
     given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
     runs.check_beams(args.num_beams, args.length_penalty, given)
-    process.keep_compiled()
+    compilation_cache.keep_compiled()
     opened = runs.open(
         args.run or "latest",
         workdir=workdir,

@@ -18,7 +18,7 @@ from craft_jax.data.base import Dataset, vocab_size_of
 from craft_jax.data.pipeline import Datasets
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
-from craft_jax.runtime import process
+from craft_jax.runtime import hardware
 from craft_jax.training.callbacks import Sample
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def header(
     say = logger.info
     parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
     split = f", split as {' x '.join(parts)}" if parts else ""
-    say("devices    %s%s", process.devices_in_words(), split)
+    say("devices    %s%s", hardware.devices_in_words(), split)
     say("precision  %s products, float32 parameters", config.training.precision)
     if config.init_from:
         say("weights    %s", config.init_from)

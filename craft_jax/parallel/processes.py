@@ -37,7 +37,7 @@ from craft_jax.errors import (
     exit_code_of,
 )
 from craft_jax.parallel import rendezvous
-from craft_jax.runtime.process import StopSignal
+from craft_jax.runtime.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 

@@ -98,3 +98,13 @@ def seconds_since_start() -> float | None:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began
     except (OSError, AttributeError, ValueError, IndexError):
         return None
+
+
+def devices_in_words() -> str:
+    """Returns, for example, `1 cpu device` or `8 gpu devices (NVIDIA H200)`."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    words = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+    if jax.process_count() > 1:
+        words += f" of {jax.process_count()} processes"
+    return words if kind.lower() == devices[0].platform else f"{words} ({kind})"

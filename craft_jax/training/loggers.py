@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from craft_jax import outputs
-from craft_jax.runtime import process
+from craft_jax.runtime.logging import PLAIN_ONLY, progress
 from craft_jax.schema import Contradiction, setting
 from craft_jax.training.callbacks import Callback, StepRecord
 
@@ -132,9 +132,9 @@ class ConsoleLogger(Callback):
                 record.batch_index,
             )
         line = self._line(record)
-        process.progress(line)
+        progress(line)
         if record.step % self._every == 0 or record.is_last:
-            logger.info("%s", line, extra=process.PLAIN_ONLY)
+            logger.info("%s", line, extra=PLAIN_ONLY)
 
     def on_evaluate_end(self, record: StepRecord) -> None:
         values = {name: record.metrics.get(f"val_{name}") for name in _SHOWN}
@@ -144,7 +144,7 @@ class ConsoleLogger(Callback):
         logger.info("step %d: %s", record.step, shown)
 
     def on_train_end(self, record: StepRecord) -> None:
-        process.progress("")
+        progress("")
 
     def _line(self, record: StepRecord) -> str:
         metrics, done = record.metrics, record.step - self._first_step

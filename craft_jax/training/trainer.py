@@ -28,8 +28,8 @@ from craft_jax.models.base import ModelDef
 from craft_jax.models.losses import PLAIN, LossConfig
 from craft_jax.parallel import sharding
 from craft_jax.parallel.processes import SharedStop
-from craft_jax.runtime import fault_injection, process
-from craft_jax.runtime.process import StopSignal
+from craft_jax.runtime import cpu_memory, fault_injection
+from craft_jax.runtime.signals import StopSignal
 from craft_jax.runtime.watchdog import Watchdog
 from craft_jax.training import metrics
 from craft_jax.training import step as steps
@@ -336,7 +336,7 @@ class Trainer:
                 self._compiling.join()
                 self._compiling = None
                 if is_cpu:  # What compiling took is of no use to a step.
-                    process.return_freed_memory()
+                    cpu_memory.return_freed_memory()
             if pending and is_cpu:
                 # Handed over before, it would take its scratch memory now: twice as much.
                 jax.block_until_ready(pending.numbers)
@@ -346,7 +346,7 @@ class Trainer:
             self.state, numbers = train_step(self.state, self._with_wishes(batch))
             self._signal.defer()
             if is_cpu and step % _STEPS_WITHOUT_CLEANING == 0:
-                process.return_freed_memory()
+                cpu_memory.return_freed_memory()
             if pending:  # The numbers of the step before, while this one runs.
                 record = self._announce(pending)
             self._scale_learning_rate(step)

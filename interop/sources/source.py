@@ -45,8 +45,8 @@ from interop.mapping.shapes import leaves
 from interop.mapping.spec import Spec, read_spec
 from interop.mapping.table import Mapping as Rules
 from interop.mapping.tensors import LazyTensor, Tensors
-from interop.targets.base import Allowed, Reading
 from interop.targets import torch_stacks
+from interop.targets.base import Allowed, Reading
 from interop.targets.registry import GROUPS, TARGETS, Target
 
 CRAFT = "craft_jax"

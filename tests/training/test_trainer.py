@@ -11,7 +11,7 @@ from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.parallel import sharding
 from craft_jax.parallel.sharding import ParallelConfig
-from craft_jax.runtime.process import StopSignal
+from craft_jax.runtime.signals import StopSignal
 from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps

@@ -45,7 +45,8 @@ from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
 from craft_jax.parallel import memory, processes, sharding
 from craft_jax.parallel.processes import ProcessGroup
-from craft_jax.runtime import fault_injection, process
+from craft_jax.runtime import compilation_cache, cpu_memory, fault_injection, signals
+from craft_jax.runtime.logging import FILE_ONLY, log_to, setup_logging
 from craft_jax.runtime.watchdog import Watchdog
 from craft_jax.training import bad_steps, language, optim, trackers
 from craft_jax.training import state as states
@@ -79,16 +80,16 @@ _STATES = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     workdir = Path(args.workdir).expanduser().absolute()
-    process.setup_logging()
-    process.keep_compiled()
+    setup_logging()
+    compilation_cache.keep_compiled()
     if args.coordinator is None and (args.num_processes, args.process_id) != (None, None):
         raise UsageError("--num_processes and --process_id need --coordinator=HOST:PORT")
     if args.replay_step is not None:
         if args.coordinator:
             raise UsageError("--replay_step is for one process; leave --coordinator out")
         return _replay(args, workdir)
-    with process.stop_signals() as stop_signal:
-        process.keep_freed_memory()
+    with signals.stop_signals() as stop_signal:
+        cpu_memory.keep_freed_memory()
         with processes.joined(args.coordinator, args.num_processes, args.process_id) as group:
             return _run(args, workdir, stop_signal, group)
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(
     args: argparse.Namespace,
     workdir: Path,
-    stop_signal: process.StopSignal,
+    stop_signal: signals.StopSignal,
     group: ProcessGroup,
 ) -> int:
     config_choice.check_same_command(args, group)
@@ -225,7 +226,7 @@ class _Begun(NamedTuple):
 def _begin(
     args: argparse.Namespace,
     workdir: Path,
-    stop_signal: process.StopSignal,
+    stop_signal: signals.StopSignal,
     context: contextlib.ExitStack,
     group: ProcessGroup,
 ) -> _Begun:
@@ -294,7 +295,7 @@ def _replay(args: argparse.Namespace, workdir: Path) -> int:
             mesh,
             found,
             callbacks,
-            process.StopSignal(),
+            signals.StopSignal(),
             Watchdog(0),
             origin,
             processes.ALONE,
@@ -361,14 +362,14 @@ def _check_metrics(config: ExperimentConfig, model_def: ModelDef, datasets: Data
 def _recorded(
     paths: RunPaths,
     config: ExperimentConfig,
-    stop_signal: process.StopSignal,
+    stop_signal: signals.StopSignal,
     group: ProcessGroup,
 ) -> Iterator[StatusFile]:
     """Keeps the run's log and its `status.json` while the context lasts, whatever ends it."""
     status = StatusFile(paths.folder, config.training.num_steps)
     stop_signal.on_abort = lambda code: status.finish("interrupted", "a second signal", code)
     group.on_failure = lambda reason, code: status.finish(_STATES.get(code, "failed"), reason, code)
-    with process.log_to(paths.log):
+    with log_to(paths.log):
         try:
             yield status
         except StoppedError as error:
@@ -378,11 +379,11 @@ def _recorded(
             error = group.named(raised)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             status.finish("failed", reason, exit_code_of(error))
-            logger.error("failed: %s", error, extra=process.FILE_ONLY)
+            logger.error("failed: %s", error, extra=FILE_ONLY)
             raise
 
 
-def _ended(stop_signal: process.StopSignal, reason: str) -> tuple[str, str, int]:
+def _ended(stop_signal: signals.StopSignal, reason: str) -> tuple[str, str, int]:
     """Returns the state, reason and exit code of a run that was stopped early."""
     code = stop_signal.exit_code or OK
     return _STATES.get(code, "done"), reason, code
@@ -395,7 +396,7 @@ def _assemble(
     mesh: jax.sharding.Mesh,
     paths: RunPaths,
     callbacks: list[Callback],
-    stop_signal: process.StopSignal,
+    stop_signal: signals.StopSignal,
     watchdog: Watchdog,
     origin: config_choice.Origin | None,
     group: ProcessGroup,

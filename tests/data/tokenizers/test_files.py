@@ -5,11 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.data.tokenizers.test_sentencepiece_models import any_text, code, encode, mixed, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from craft_jax.data.tokenizers import files as tokenizer_files
 from craft_jax.errors import DataError
+from tests.data.tokenizers.test_sentencepiece_models import any_text, code, encode, mixed, train
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
