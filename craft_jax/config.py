@@ -35,9 +35,10 @@ from craft_jax.models.seq2seq import Transformer
 from craft_jax.models.transformer import TransformerLM
 from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.schema import Contradiction, setting
+from craft_jax.training.early_stopping import EarlyStoppingConfig
 from craft_jax.training.loggers import LogConfig
 from craft_jax.training.optim import OptimConfig
-from craft_jax.training.plateau import EarlyStoppingConfig, PlateauConfig
+from craft_jax.training.plateau import PlateauConfig
 from craft_jax.training.profiling import ProfileConfig
 from craft_jax.training.settings import TrainingConfig
 from craft_jax.values import coerce, cut, parse, shown, types_of

@@ -26,8 +26,9 @@ from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.pipeline import NO_TOKENIZER
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, StorageError, UsageError
-from craft_jax.generation.generator import Generator, SamplingConfig
+from craft_jax.generation.generator import Generator
 from craft_jax.generation.images import ImageGenerator
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import LanguageModel, ModelDef, Params
 from craft_jax.outputs import RunPaths

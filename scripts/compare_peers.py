@@ -163,7 +163,8 @@ def our_decoding(rows: int, dtype: str) -> Callable[[int], None]:
     """Returns a function that adds so many tokens to each of the rows, greedily, with ours."""
     import jax
 
-    from craft_jax.generation.generator import Generator, SamplingConfig
+    from craft_jax.generation.generator import Generator
+    from craft_jax.generation.sampling import SamplingConfig
     from craft_jax.models import base
     from craft_jax.models.gpt import GPT, GPTConfig
 

@@ -21,7 +21,7 @@ from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Batch, Dataset, sizes_of
 from craft_jax.errors import OK, UsageError
-from craft_jax.generation.generator import SamplingConfig
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import EncoderDecoderModel, LanguageModel, ModelDef
 from craft_jax.parallel import sharding

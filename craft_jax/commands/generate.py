@@ -10,7 +10,7 @@ from typing import Any
 from craft_jax import outputs, runs
 from craft_jax.data.tokenizers import TextStream
 from craft_jax.errors import OK, DataError, UsageError
-from craft_jax.generation.generator import SamplingConfig
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.runtime import compilation_cache
 
 _TEMPERATURE = 0.8

@@ -18,7 +18,8 @@ import numpy as np
 from craft_jax.data.images.arrays import to_uint8
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
-from craft_jax.generation.generator import Generator, SamplingConfig
+from craft_jax.generation.generator import Generator
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import losses
 from craft_jax.models.base import ImageModel, LanguageModel, ModelDef, Params
 

@@ -8,8 +8,8 @@ from craft_jax.data.images.arrays import shown
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
-from craft_jax.generation.generator import SamplingConfig
 from craft_jax.generation.images import ImageGenerator
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models.base import GenerativeModel, LanguageModel, ModelDef, Params
 from craft_jax.parallel import sharding
 from craft_jax.training.callbacks import Sample

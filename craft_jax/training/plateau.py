@@ -1,7 +1,7 @@
-"""Reactions to how training goes: a lower learning rate on a plateau or a spike, and an early end.
+"""A lower learning rate on a plateau of a metric, or on a spike of the loss.
 
-The policies are pure functions over small frozen values; the callbacks carry those from step to
-step and through checkpoints. A value that is not finite never counts, neither for nor against.
+The policies are pure functions over small frozen values; the callback carries those from step to
+step and through checkpoints. A value that is not finite is ignored.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from craft_jax.training.callbacks import (
     Request,
     ScaleLearningRate,
     StepRecord,
-    Stop,
     improves,
     metric,
 )
@@ -25,7 +24,7 @@ _ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Monitored:
+class MonitorConfig:
     """What both sections say of the metric that they watch."""
 
     monitor: str = setting("val_loss", "the metric that should improve")
@@ -38,7 +37,7 @@ class _Monitored:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlateauConfig(_Monitored):
+class PlateauConfig(MonitorConfig):
     """When the learning rate is reduced, beside its schedule."""
 
     patience: int = setting(
@@ -205,46 +204,3 @@ class ReduceLROnPlateauOrInstability(Callback):
         self._plateau = Plateau(**state["plateau"])
         self._spikes = Spikes(**state["spikes"])
         self._scale = state["scale"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlyStoppingConfig(_Monitored):
-    """When a run ends before its last step."""
-
-    patience: int = setting(
-        0, "evaluations without improvement that end the run; 0 for never", minimum=0
-    )
-    restore_best: bool = setting(True, "end with the parameters of the best evaluation")
-
-
-class EarlyStopping(Callback):
-    """Ends a run whose metric no longer improves."""
-
-    def __init__(self, config: EarlyStoppingConfig):
-        self._config = config
-        self._best: float | None = None
-        self._best_step, self._waited = 0, 0
-
-    def on_evaluate_end(self, record: StepRecord) -> Request | None:
-        config = self._config
-        value = metric(record, config.monitor, "early_stopping.monitor")
-        if not math.isfinite(value):
-            return None
-        if config.improves(value, self._best):
-            self._best, self._best_step, self._waited = value, record.step, 0
-            return None
-        self._waited += 1
-        if self._waited < config.patience:
-            return None
-        reason = (
-            f"early stopping: {config.monitor} has not improved on {self._best:.4g} of step "
-            f"{self._best_step}"
-        )
-        return Stop(reason, is_final=True, restore_best=config.restore_best)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "best_step": self._best_step, "waited": self._waited}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._best, self._best_step = state["best"], state["best_step"]
-        self._waited = state["waited"]

@@ -4,126 +4,43 @@
 written beside its place, read back and compared bit for bit, and only then renamed.
 """
 
+import argparse
 import collections
 import dataclasses
 import importlib
 import importlib.metadata
 import json
-import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from craft_jax import outputs
-from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
+from interop.commands import Result, reading_options
+from interop.commands.plan import Plan, as_source, plan
 from interop.craft import tokenizers
 from interop.errors import ParityError, listed
 from interop.files import atomic, hugging_face
 from interop.files.safetensors import SafetensorsWriter
 from interop.files.torch_writer import Placeholder, TorchFileWriter
-from interop.files.weights import INDEX, index_json, parse_size, plan_shards
-from interop.mapping import dtypes, folds, pipeline
-from interop.mapping.spec import Spec
-from interop.mapping.table import Mapping as Rules
-from interop.mapping.tensors import Abstract
-from interop.sources import source
-from interop.sources.source import MANIFEST, Options, Source
-from interop.targets.base import FILES, Allowed, Facts
-from interop.targets.registry import Target, choose
-
-logger = logging.getLogger(__name__)
+from interop.files.weights import INDEX, index_json, plan_shards
+from interop.mapping import dtypes, pipeline
+from interop.sources import opening
+from interop.sources.manifest import MANIFEST
+from interop.sources.source import Options, Source
+from interop.targets.base import FILES, Facts
 
 MANIFEST_VERSION = 1
+
 PROBE_LIMIT = 200_000_000
 """Parameters up to which `--probe auto` computes a probe."""
 
-_SHARD_SIZE = "5GB"
 _MODELING = Path(__file__).parents[1] / "pytorch" / "modeling_craft.py"
+
 _VERIFY = ("none", "bits", "logits")
+
 _PROBE = ("auto", "none", "always")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What an export will do; made from metadata alone.
-
-    Attributes:
-      source: the model, with dtype and rows as they will be written.
-      target: where it goes.
-      spec: what the target will hold.
-      rules: from leaves to tensors.
-      tensors: what will be written, by name, in order.
-      approximations: what changes, reason by name; empty for an exact export.
-      trimmed: rows that are left out, or None.
-      tokenizer: or None.
-      dtype: as it was asked for.
-      max_shard_size: in bytes.
-      budget: bytes under way at once.
-    """
-
-    source: Source
-    target: Target
-    spec: Spec
-    rules: Rules
-    tensors: dict[str, Abstract]
-    approximations: Mapping[str, str]
-    trimmed: Mapping[str, Any] | None
-    tokenizer: Tokenizer | None
-    dtype: str
-    max_shard_size: int
-    budget: int
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every bit and every number survives."""
-        return not self.approximations and self.dtype == "keep" and self.trimmed is None
-
-    @property
-    def stored(self) -> dict[str, Abstract]:
-        """The tensors that take room in the file: of tied names, the first."""
-        names = [one.targets[0] for one in self.rules.rules]
-        return {name: self.tensors[name] for name in names}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors in the output."""
-        return sum(tensor.nbytes for tensor in self.stored.values())
-
-    @property
-    def peak_bytes(self) -> int:
-        """An estimate of the arrays in memory at once."""
-        per_rule = [
-            2 * sum(self.source.leaves[name].nbytes for name in one.sources)
-            for one in self.rules.rules
-        ]
-        return max(min(self.budget, sum(per_rule)), *per_rule)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain JSON."""
-        return {
-            "source": str(self.source.path),
-            "step": self.source.step,
-            "target": self.target.name,
-            "exact": self.is_exact,
-            "approximations": dict(self.approximations),
-            "synthetic": list(self.rules.synthetic),
-            "trimmed_rows": (self.trimmed or {}).get("rows", 0),
-            "dtype": self.dtype,
-            "tokenizer": self.tokenizer is not None,
-            "parameters": self.source.num_params,
-            "bytes": self.num_bytes,
-            "peak_bytes": self.peak_bytes,
-            "warnings": list(self.source.notes),
-            "tensors": {
-                name: {
-                    "dtype": tensor.dtype.name,
-                    "shape": list(tensor.shape),
-                    "from": list(self.rules.rule_of[name].sources),
-                }
-                for name, tensor in self.tensors.items()
-            },
-        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,84 +73,6 @@ class Exported:
             "probe": self.manifest["probe"],
             "notes": list(self.notes),
         }
-
-
-def plan(
-    ckpt: "str | Path | Source",
-    target: str = "auto",
-    *,
-    family: str | None = None,
-    dtype: str = "keep",
-    max_shard_size: str | int = _SHARD_SIZE,
-    max_memory: str | int | None = None,
-    tokenizer: str | Path | None = None,
-    trim_vocab: bool = False,
-    allow_approx: Any = None,
-    options: Options | None = None,
-) -> Plan:
-    """Plans an export; reads configs and headers, and no array.
-
-    Args:
-      ckpt: a run, a checkpoint, or anything else that `open_source` opens.
-      target: the name of a target, `hf`, or `auto`.
-      family: of Hugging Face, such as `gpt2`; None for the best.
-      dtype: keep, fp32, bf16, fp16 or fp64.
-      max_shard_size: bytes of tensors in a safetensors file, such as `5GB`.
-      max_memory: bytes of arrays under way at once.
-      tokenizer: a folder or file that takes the place of the run's; `none` for none.
-      trim_vocab: leave out embedding rows that stand for no token.
-      allow_approx: True, or names; see docs/interop.md.
-      options: how to read a foreign source.
-
-    Raises:
-      UsageError, InteropError: it cannot be done; nothing was written.
-    """
-    opened = ckpt if isinstance(ckpt, Source) else source.open_source(ckpt, options)
-    if opened.kind == source.CRAFT and options is not None:
-        options.check_unused(str(ckpt))
-    opened = dataclasses.replace(opened, tokenizer=source.tokenizer_of(opened, tokenizer))
-    cut = None
-    if trim_vocab:
-        opened, cut = source.trimmed(opened)
-    opened = source.with_dtype(opened, dtypes.named(dtype))
-    allowed = Allowed.of(allow_approx)
-    chosen = choose(opened.spec, target, family, allowed)
-    reading = chosen.fit(opened.spec, allowed)
-    if reading.spec != opened.spec:
-        found = folds.towards(opened.spec, opened.leaves, reading.spec)
-        opened = dataclasses.replace(opened, spec=reading.spec, leaves=found)
-    rules = chosen.mapping(reading.spec)
-    if chosen.container in FILES and max_shard_size != _SHARD_SIZE:
-        raise UsageError(f"--max-shard-size={max_shard_size}: {chosen.name} is one file")
-    return Plan(
-        source=opened,
-        target=chosen,
-        spec=reading.spec,
-        rules=rules,
-        tensors=rules.shapes(opened.leaves),
-        approximations=reading.approximations,
-        trimmed=cut,
-        tokenizer=opened.tokenizer,
-        dtype=dtype,
-        max_shard_size=_size("--max-shard-size", max_shard_size),
-        budget=memory_size(max_memory),
-    )
-
-
-def memory_size(max_memory: str | int | None) -> int:
-    """Returns the bytes that `--max-memory` names; the default for None.
-
-    Raises:
-      UsageError: it names none.
-    """
-    return _size("--max-memory", max_memory or pipeline.DEFAULT_BUDGET)
-
-
-def _size(flag: str, size: str | int) -> int:
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from None
 
 
 def export_checkpoint(
@@ -466,7 +305,7 @@ def _facts(made: Plan) -> Facts:
 
 def _reopened(place: Path, made: Plan) -> Source:
     recorded = {"synthetic": list(made.rules.synthetic), "spec": dataclasses.asdict(made.spec)}
-    return source.open_source(place, Options(kind=made.target.name, recorded=recorded))
+    return opening.open_source(place, Options(kind=made.target.name, recorded=recorded))
 
 
 def _read_back(made: Plan, place: Path, record: _Record, workers: int | None) -> None:
@@ -500,10 +339,79 @@ def save_pretrained(
     return export_checkpoint(as_source(model), out_dir, target, **options)
 
 
-def as_source(model: Any) -> "str | Path | Source":
-    """Returns what can be exported from a path, a `Run`, or a model object."""
-    if isinstance(model, (str, Path, Source)):
-        return model
-    if hasattr(model, "paths") and hasattr(model, "step"):
-        return model.paths.checkpoints / str(model.step)
-    return importlib.import_module("interop.sources.live").source_of(model)
+def run(args: argparse.Namespace) -> Result:
+    """Runs the command."""
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers={args.workers} must be at least 1")
+    planned = {
+        "family": args.family,
+        "dtype": args.dtype,
+        "max_shard_size": args.max_shard_size,
+        "max_memory": args.max_memory,
+        "tokenizer": args.tokenizer,
+        "trim_vocab": args.trim_vocab,
+        "allow_approx": args.allow_approx,
+        "options": reading_options(args),
+    }
+    if args.dry_run:
+        made = plan(args.ckpt, args.to, **planned)
+        return Result(made.to_json(), _plan_lines(made))
+    done = export_checkpoint(
+        args.ckpt,
+        args.out,
+        args.to,
+        overwrite=args.overwrite,
+        verify=args.verify,
+        probe=args.probe,
+        workers=args.workers,
+        strict_finite=args.strict_finite,
+        **planned,
+    )
+    return Result(done.to_json(), _export_lines(done), tuple(done.notes))
+
+
+def _export_lines(done: Exported) -> list[str]:
+    plan = done.plan
+    exact = "exact" if plan.is_exact else "not exact, as allowed"
+    lines = [
+        f"{done.out}: {plan.target.name}, {plan.source.num_params:,} parameters, "
+        f"{plan.num_bytes:,} bytes, {exact}",
+        f"verified   {_VERIFIED[done.manifest['verified']]}",
+    ]
+    if done.manifest["probe"]:
+        script = shlex.quote(str(done.out / "verify.py"))
+        lines.append(f"probe      python {script} proves it wherever it is loaded")
+    folder = shlex.quote(str(done.out.parent))
+    model_class = (plan.target.write_config(plan.spec).get("architectures") or ["a model"])[0]
+    usage = {
+        "hf": f'AutoModelForCausalLM.from_pretrained("{done.out}")',
+        "craft-torch": f'{model_class}.from_pretrained("{done.out}"), in modeling_craft.py',
+        "nanogpt": f"python sample.py --init_from=resume --out_dir={folder}"
+        + ("" if done.out.name == "ckpt.pt" else ", with the file named ckpt.pt"),
+        "torch": f'module.load_state_dict(torch.load("{done.out}")), a module as docs/interop.md '
+        "builds it",
+        "craft": f'torch.load("{done.out}")["model_state_dict"], in Craft itself',
+    }
+    return [*lines, f"load       {usage[plan.target.container]}"]
+
+
+_VERIFIED = {
+    "none": "nothing (--verify none)",
+    "bits": "every bit of the files, read back, against the checkpoint",
+    "logits": "every bit of the files, and float64 logits of PyTorch against JAX",
+}
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    rows = [
+        f"  {name}  {tensor.dtype.name} {list(tensor.shape)}  from "
+        + (", ".join(plan.rules.rule_of[name].sources) or "nothing: zeros")
+        for name, tensor in plan.tensors.items()
+    ]
+    exact = "exact" if plan.is_exact else "not exact"
+    return [
+        f"{plan.source.path} to {plan.target.name}: {exact}, {plan.num_bytes:,} bytes in "
+        f"{len(plan.tensors)} tensors, about {plan.peak_bytes:,} bytes of arrays in memory",
+        *rows,
+        "nothing was written (--dry-run)",
+    ]

@@ -4,8 +4,10 @@ The run has one checkpoint, of step 0, with weights alone; `evaluate`, `generate
 on it, and `--config.init_from` begins a new run with it. Needs JAX, since Orbax writes it.
 """
 
+import argparse
 import dataclasses
 import importlib
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +19,14 @@ from craft_jax import outputs
 from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.errors import StorageError, UsageError
 from craft_jax.outputs import PARAMS, Checkpoints
+from interop.commands import Result, reading_options
 from interop.commands.export import PROBE_LIMIT, model_digest
+from interop.commands.plan import memory_size
 from interop.errors import DiskSpaceError, ParityError, listed
 from interop.files import atomic, orbax
 from interop.mapping import dtypes, pipeline
 from interop.mapping.tensors import LazyTensor, Tensors
-from interop.sources import live, source
+from interop.sources import live, opening, source
 from interop.sources.source import CRAFT, Options, Source
 
 
@@ -99,13 +103,13 @@ def import_checkpoint(
             raise UsageError(f"{flag}={value} is not one of {', '.join(choices)}")
     out = Path(out).expanduser()
     outputs.check_name(out.name)
-    opened = source.open_source(path, options)
+    opened = opening.open_source(path, options)
     if opened.kind == CRAFT:
         raise UsageError(
             f"{path} is a run of craft_jax already; begin a new run with its weights by "
             f"--config.init_from={path}"
         )
-    opened = dataclasses.replace(opened, tokenizer=source.tokenizer_of(opened, tokenizer))
+    opened = dataclasses.replace(opened, tokenizer=opening.tokenizer_of(opened, tokenizer))
     opened = source.with_dtype(opened, dtypes.named(dtype))
     atomic.check_place(out, [opened.path], overwrite)
     survey = pipeline.survey(
@@ -247,3 +251,35 @@ def _compare_probe(opened: Source, probe: str) -> int | None:
             raise UsageError(f"--probe always: {opened.path} has no probe.json")
         return None
     return importlib.import_module("interop.commands.probe").check(opened, file)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Runs the command."""
+    done = import_checkpoint(
+        args.src,
+        args.out,
+        options=reading_options(args),
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        overwrite=args.overwrite,
+        verify=args.verify,
+        probe=args.probe,
+        strict_finite=args.strict_finite,
+        workers=args.workers,
+        max_memory=memory_size(args.max_memory),
+    )
+    lines = [f"{done.out}: a run, from {done.source.kind}, {done.source.num_params:,} parameters"]
+    if done.model_sha256:
+        lines.append("verified   every bit of the checkpoint, read back, against the source")
+    if done.probe:
+        lines.append(f"probe      {done.probe} float64 logits agree with those that were recorded")
+    run = shlex.quote(f"--run={done.out}")
+    tokenizer = "" if done.source.tokenizer or done.source.images else " --tokenizer=PATH"
+    data = "pairs=FILE" if done.source.spec.num_decoder_layers else "path=TEXT"
+    if done.source.images:
+        data = "path=FOLDER"
+    lines += [
+        f"generate   python -m craft_jax.main generate {run}{tokenizer}",
+        f"train on   python -m craft_jax.main {run} --config.data.{data}{tokenizer}",
+    ]
+    return Result(done.to_json(), lines, tuple(done.notes))

@@ -1,19 +1,16 @@
-"""Looks at files without converting them: `inspect` reads headers, `diff` compares bit for bit."""
+"""inspect: what is at a path, from headers alone."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop.commands import verify
+from interop.commands import Result, reading_options
 from interop.errors import InteropError
 from interop.files.weights import open_weights
-from interop.mapping.spec import Spec
 from interop.mapping.tensors import LazyTensor, Tensors
-from interop.sources import source
+from interop.sources import opening
 from interop.sources.source import Options, Source
-from interop.targets import registry
-from interop.targets.base import Answer
-from interop.targets.registry import TARGETS
 
 
 def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
     """
     place = Path(path).expanduser()
     try:
-        opened = source.open_source(place, options)
+        opened = opening.open_source(place, options)
     except InteropError as error:
         tensors, notes = _listed(place, options or Options(), error)
         return {
@@ -96,47 +93,18 @@ def _exported(opened: Source) -> dict[str, Any] | None:
     return {name: opened.manifest.get(name) for name in names}
 
 
-def diff(a: Any, b: Any, options: Options | None = None) -> list[dict[str, Any]]:
-    """Returns one row for each leaf that two models do not have alike, bit for bit.
-
-    Any two forms can be compared: both are read as leaves of craft_jax.
-
-    Args:
-      a, b: runs, checkpoints, or anything else that `open_source` opens.
-      options: how to read foreign sources.
-
-    Returns:
-      Plain JSON: `name`, `what` and, for values, `count`, `first`, `values`, `largest`.
-    """
-    first, second = (
-        model if isinstance(model, Source) else source.open_source(model, options)
-        for model in (a, b)
-    )
-    return verify.differences(first, second)
-
-
-def spec_of(model: Any) -> Spec:
-    """Returns the spec of a path, or the spec itself."""
-    return model if isinstance(model, Spec) else source.open_source(model).spec
-
-
-def targets_for(model: Any) -> list[Answer]:
-    """Returns where a model can go: an answer for each target, the exact ones first.
-
-    Args:
-      model: a `ModelSpec`, or the path of a run or of any other source.
-    """
-    return registry.targets_for(spec_of(model))
-
-
-def explain(model: Any, target: str) -> list[str]:
-    """Returns what stands in the way of an exact export to a target; empty if nothing does.
-
-    Args:
-      model: a `ModelSpec`, or the path of a run or of any other source.
-      target: its name.
-
-    Raises:
-      KeyError: there is no such target.
-    """
-    return list(TARGETS[target].answer(spec_of(model)).reasons)
+def run(args: argparse.Namespace) -> Result:
+    """Runs the command."""
+    found = inspect(args.path, reading_options(args))
+    lines = [
+        f"{found['path']}: {found['kind'] or 'no model that interop knows'}, "
+        f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, "
+        f"{', '.join(found['dtypes'])}"
+    ]
+    if found["problem"]:
+        lines.append(f"problem: {found['problem']}")
+    if found["model"]:
+        lines.append("  ".join(f"{name}={value}" for name, value in found["model"].items()))
+    for name, tensor in found["tensors"].items():
+        lines.append(f"  {name}  {tensor['dtype']} {tensor['shape']}")
+    return Result(found, lines, tuple(found["notes"]))

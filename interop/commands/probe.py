@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from interop.commands.export import Plan
+from interop.commands.plan import Plan
 from interop.errors import CorruptFileError, ParityError
 from interop.files import hugging_face
 from interop.sources.live import Reference

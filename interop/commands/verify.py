@@ -7,6 +7,7 @@ tokenizers. Of a flow they compare velocities, and images made of the same noise
 runs in a process of its own. The JAX side is imported when it is needed.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib
@@ -21,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from craft_jax.errors import UsageError
+from craft_jax.errors import FAILED_CHECK, OK, UsageError
+from interop.commands import Result, reading_options
 from interop.errors import InteropError, MissingDependencyError, listed
 from interop.mapping import dtypes, folds, pipeline
 from interop.mapping.spec import FlowSpec, ModelSpec, Spec
 from interop.mapping.table import Tap
 from interop.mapping.tensors import LazyTensor, bits
-from interop.sources import source
+from interop.sources import opening, source
 from interop.sources.source import CRAFT, Options, Source
 from interop.targets.base import FILES
 from interop.targets.registry import TARGETS
@@ -102,7 +104,7 @@ def verify(
 
 
 def _open(model: Any, options: Options | None) -> Source:
-    return model if isinstance(model, Source) else source.open_source(model, options)
+    return model if isinstance(model, Source) else opening.open_source(model, options)
 
 
 def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
@@ -531,3 +533,17 @@ def _tokenizer_problems(a: Source, b: Source) -> list[str]:
         elif a.tokenizer.decode(x) != b.tokenizer.decode(x):
             problems.append(f"the tokenizers decode the ids of {known!r} to different texts")
     return problems
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Runs the command."""
+    report = verify(args.a, args.b, args.level, seq_len=args.seq_len, options=reading_options(args))
+    word = "OK" if report.passed else "FAILED"
+    lines = [f"{word}: {report.summary}", *_first(report.problems)]
+    notes = tuple(report.figures.get("notes", ()))
+    return Result(report.to_json(), lines, notes, OK if report.passed else FAILED_CHECK)
+
+
+def _first(problems: Sequence[str], limit: int = 10) -> list[str]:
+    more = [f"  and {len(problems) - limit} more"] if len(problems) > limit else []
+    return [f"  {problem}" for problem in problems[1:limit]] + more

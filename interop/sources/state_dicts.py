@@ -9,13 +9,14 @@ import numpy as np
 
 from craft_jax.errors import UsageError
 from craft_jax.models.base import Model
-from interop.commands.export import as_source
+from interop.commands.plan import as_source
 from interop.mapping import dtypes
 from interop.mapping.keys import cleaned
 from interop.mapping.shapes import leaves
 from interop.mapping.tensors import LazyTensor, Tensors, lazy
 from interop.sources import live
-from interop.sources.source import Options, Source, open_source
+from interop.sources.opening import open_source
+from interop.sources.source import Options, Source
 from interop.targets.base import Allowed
 from interop.targets.registry import TARGETS, Target
 

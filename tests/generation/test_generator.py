@@ -9,7 +9,8 @@ import pytest
 
 from craft_jax.errors import UsageError
 from craft_jax.generation import generator as generation
-from craft_jax.generation.generator import Generator, SamplingConfig, choose
+from craft_jax.generation.generator import Generator
+from craft_jax.generation.sampling import SamplingConfig, choose
 from craft_jax.models import base, layers
 from craft_jax.models.base import LanguageModel
 from craft_jax.models.gpt import GPT, GPTConfig

@@ -8,8 +8,9 @@ import pytest
 
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
-from craft_jax.generation.generator import SamplingConfig, generate
+from craft_jax.generation.generator import generate
 from craft_jax.generation.images import AT_ONCE, ImageGenerator
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.flow import Flow, FlowConfig
 from craft_jax.models.gpt import GPT, GPTConfig

@@ -19,7 +19,7 @@ from interop import __main__ as cli
 from interop.files.safetensors import SafetensorsWriter
 from interop.files.torch_writer import Placeholder, TorchFileWriter
 from interop.mapping.tensors import Abstract, same_bits
-from interop.sources.source import open_source
+from interop.sources.opening import open_source
 from interop.targets.registry import TARGETS
 from tests.interop.models import make_run, random_leaves, spec
 

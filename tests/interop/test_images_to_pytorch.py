@@ -17,13 +17,13 @@ from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
 from craft_jax.models import base
 from craft_jax.models.flow import Flow, FlowConfig
-from interop.commands import export, verify
+from interop.commands import export, plan, verify
 from interop.commands import import_ as imports
 from interop.errors import InteropError, NotRepresentableError
 from interop.mapping.shapes import leaves
 from interop.mapping.spec import FlowSpec, read_spec
 from interop.mapping.tensors import lazy
-from interop.sources import source
+from interop.sources import opening, source
 from interop.sources.live import Reference
 from interop.sources.source import Source
 from interop.targets.registry import TARGETS
@@ -180,7 +180,7 @@ def test_out_and_back_bit_for_bit(dtype, tmp_path):
     export.export_checkpoint(model, tmp_path / "out", "craft-torch", verify="logits")
     done = imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     assert done.probe == 2 * min(512, 2 * 6 * 9 * 3)
-    back = source.open_source(tmp_path / "models" / "back")
+    back = opening.open_source(tmp_path / "models" / "back")
     assert not verify.differences(model, back)
     assert back.images == model.images
     assert back.spec == model.spec
@@ -231,7 +231,7 @@ def test_other_targets_refuse_it():
         assert answer.exact == (name == "craft-torch")
         assert name == "craft-torch" or "name=flow" in answer.reasons[0]
     with pytest.raises(NotRepresentableError, match="exact targets: craft-torch"):
-        export.plan(model_of("flow"), "hf")
+        plan.plan(model_of("flow"), "hf")
     assert spec_of_tokens().differences(SPEC) == ["one is a gpt and the other a flow"]
 
 
@@ -268,7 +268,7 @@ def test_a_damaged_description_of_images(images, folder, tmp_path):
     config["images"] = images if images == 5 else config["images"] | images
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(InteropError, match="its `images` cannot be understood"):
-        source.open_source(place)
+        opening.open_source(place)
 
 
 def test_what_pytorch_refuses(folder):
@@ -317,7 +317,7 @@ def test_a_palette_goes_with_a_model_of_pixels(target, tmp_path):
     done = export.export_checkpoint(model, tmp_path / "out", target)
     assert any("palette" in note for note in done.notes) == (target != "craft-torch")
     imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
-    back = source.open_source(tmp_path / "models" / "back")
+    back = opening.open_source(tmp_path / "models" / "back")
     assert back.images == PIXELS
     assert not verify.differences(model, back)
 
@@ -345,4 +345,4 @@ def test_a_tokenizer_is_not_for_a_flow(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(tokenizers.characters("abc", end_token=False).json, encoding="utf-8")
     with pytest.raises((UsageError, InteropError), match="tokens"):
-        export.plan(model_of("flow"), "craft-torch", tokenizer=file)
+        plan.plan(model_of("flow"), "craft-torch", tokenizer=file)

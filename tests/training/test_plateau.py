@@ -5,10 +5,8 @@ import pytest
 
 from craft_jax import schema
 from craft_jax.errors import ConfigError
-from craft_jax.training.callbacks import ScaleLearningRate, StepRecord, Stop
+from craft_jax.training.callbacks import ScaleLearningRate, StepRecord
 from craft_jax.training.plateau import (
-    EarlyStopping,
-    EarlyStoppingConfig,
     Plateau,
     PlateauConfig,
     ReduceLROnPlateauOrInstability,
@@ -132,18 +130,3 @@ def test_impossible_and_unknown():
     callback = ReduceLROnPlateauOrInstability(PlateauConfig(patience=1, monitor="val_acuracy"))
     with pytest.raises(ConfigError, match=r"plateau.monitor=val_acuracy .* there are val_loss"):
         callback.on_evaluate_end(record(1, val_loss=1.0))
-
-
-def test_early_stopping():
-    callback = EarlyStopping(EarlyStoppingConfig(patience=2, min_delta=0.1))
-    answers = [
-        callback.on_evaluate_end(record(step, val_loss=loss))
-        for step, loss in enumerate([5, 4, NAN, 3.95, NAN])
-    ]
-    assert answers == [None] * 5
-    again = EarlyStopping(EarlyStoppingConfig(patience=2, min_delta=0.1))
-    again.load_state_dict(json.loads(json.dumps(callback.state_dict())))
-    reason = "early stopping: val_loss has not improved on 4 of step 1"
-    assert again.on_evaluate_end(record(5, val_loss=4.0)) == Stop(
-        reason, is_final=True, restore_best=True
-    )

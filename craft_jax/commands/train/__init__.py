@@ -58,6 +58,7 @@ from craft_jax.training.callbacks import (
     Sample,
     SampleCallback,
 )
+from craft_jax.training.early_stopping import EarlyStopping
 from craft_jax.training.loggers import (
     ConsoleLogger,
     ExactLogger,
@@ -65,7 +66,7 @@ from craft_jax.training.loggers import (
     StatusFile,
     TensorBoardLogger,
 )
-from craft_jax.training.plateau import EarlyStopping, ReduceLROnPlateauOrInstability
+from craft_jax.training.plateau import ReduceLROnPlateauOrInstability
 from craft_jax.training.precision import Policy
 from craft_jax.training.profiling import Profile
 from craft_jax.training.state import TrainState

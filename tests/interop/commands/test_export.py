@@ -16,7 +16,7 @@ from interop import __main__ as cli
 from interop.errors import NotRepresentableError, OutputExistsError, ParityError
 from interop.files.safetensors import SafetensorsWriter
 from interop.mapping.tensors import lazy, same_bits
-from interop.sources.source import open_source
+from interop.sources.opening import open_source
 from interop.targets.registry import TARGETS
 from tests.conftest import environment
 from tests.interop.models import DTYPES, SPECS, array, make_run, random_leaves, spec

@@ -19,7 +19,8 @@ from interop.commands.verify import TOLERANCE
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 from interop.mapping.tensors import same_bits
 from interop.sources.live import Reference
-from interop.sources.source import Options, open_source
+from interop.sources.opening import open_source
+from interop.sources.source import Options
 from tests.interop.models import SPECS, spec
 
 torch = pytest.importorskip("torch")

@@ -13,7 +13,9 @@ import pytest
 
 import interop
 from craft_jax.generation import generator as generation
-from craft_jax.generation.generator import Generator, SamplingConfig
+from craft_jax.generation import sampling
+from craft_jax.generation.generator import Generator
+from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
 from interop.mapping.shapes import leaves
 from interop.mapping.tensors import lazy
@@ -318,7 +320,7 @@ def test_what_may_be_chosen_is_what_craft_jax_may_choose(options, rng, monkeypat
     monkeypatch.setattr(generation.jax, "vmap", lambda f: lambda keys, x: draw(keys[0], x[0])[None])
     mask = np.zeros((1, 97), bool)
     mask[0, seen] = True
-    generation.choose(logits[None], mask, jax.random.split(jax.random.key(0), 1),
+    sampling.choose(logits[None], mask, jax.random.split(jax.random.key(0), 1),
                       SamplingConfig(**options))  # fmt: skip
     ours = np.asarray(drawn["logits"])
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))

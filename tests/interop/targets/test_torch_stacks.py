@@ -11,7 +11,8 @@ from interop import __main__ as cli
 from interop.commands.verify import TOLERANCE
 from interop.errors import CorruptFileError
 from interop.sources.live import Reference
-from interop.sources.source import Options, open_source
+from interop.sources.opening import open_source
+from interop.sources.source import Options
 from tests.interop.models import SPECS, make_run, spec
 
 torch = pytest.importorskip("torch")

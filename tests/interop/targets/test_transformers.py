@@ -16,7 +16,7 @@ from interop.commands.verify import TOLERANCE
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 from interop.mapping.tensors import same_bits
 from interop.sources.live import Reference
-from interop.sources.source import open_source
+from interop.sources.opening import open_source
 from tests.conftest import command, environment, micro
 from tests.interop.models import SPECS, make_run, spec
 

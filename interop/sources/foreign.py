@@ -1,0 +1,336 @@
+"""Opens a folder or a file of any target."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from craft_jax.data.images.format import ImageFormat
+from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.errors import UsageError
+from interop.craft import lineages, tokenizers
+from interop.errors import (
+    AmbiguousSourceError,
+    CollidingKeysError,
+    CorruptFileError,
+    InteropError,
+    NotRepresentableError,
+    UnknownArchitectureError,
+    listed,
+    nearest,
+)
+from interop.files import hugging_face
+from interop.files.pickles import Stub
+from interop.files.plain import plain
+from interop.files.weights import Weights, open_weights
+from interop.mapping import folds
+from interop.mapping.keys import cleaned
+from interop.mapping.shapes import leaves
+from interop.mapping.spec import Spec
+from interop.mapping.tensors import LazyTensor, Tensors
+from interop.sources.manifest import as_recorded, manifest_in, manifest_of, without_made_up
+from interop.sources.source import Options, Source, check_layers, images_of
+from interop.targets import torch_stacks
+from interop.targets.base import Allowed, Reading
+from interop.targets.registry import TARGETS, Target
+
+# Where training frameworks keep the weights inside a pickled checkpoint.
+_STATE_DICTS = ("model", "state_dict", "model_state_dict", "module", "net")
+
+_EMA = ("ema", "model_ema", "ema_state_dict", "ema_model")
+
+
+# Everything else.
+
+
+def open_foreign(place: Path, options: Options) -> Source:
+    """Opens a folder or a file that is no run of craft_jax.
+
+    Raises:
+      InteropError: it cannot be read; see docs/interop.md for the cases.
+    """
+    if place.is_dir():
+        config: Mapping[str, Any] | None = _folder_config(place, options)
+        declared = _declared(config, place, options)
+        weights = open_weights(place, options.allow_globals)
+        raw: Tensors = weights.tensors
+        target = declared or _recognised(raw, place, dataclasses.replace(options, kind="craft"))
+        manifest, around = manifest_in(place), {}
+        step, metrics = (manifest or {}).get("source", {}).get("step", 0), {}
+    else:
+        weights = open_weights(place, options.allow_globals)
+        raw, found = _state_dict(weights, place)
+        around = plain(found or {})
+        manifest = manifest_of(place)
+        target, config = _of_file(raw, around, manifest, place, options)
+        step, metrics = _progress(around)
+    names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
+    notes = list(weights.notes)
+    if names.found:
+        notes.append(f"names: took away {', '.join(names.found)}")
+    complete, reading = _understood(target, config, names.tensors, options, place)
+    _check_heads(reading.spec, options, place)
+    notes += reading.notes
+    if config is None:
+        notes.append(f"no config: {json.dumps(complete)}, the rest as {target.name} has it")
+    check_layers(reading.spec, len(names.tensors), place)
+    _check_allowed(reading.approximations, options.allow_approx, place)
+    spec = as_recorded(reading.spec, manifest)
+    spec, tensors = without_made_up(spec, target, names.tensors, manifest, options, notes)
+    rules = target.mapping(spec)
+    expected = leaves(spec)
+    try:
+        inverse = rules.inverse(tensors, expected)
+    except InteropError as error:
+        raise type(error)(f"{place}: {error}", **error.details) from None
+    if checked := [buffer.name for buffer in rules.buffers if buffer.name in tensors]:
+        notes.append(f"buffers: {listed(checked)}, with the values that they must have")
+    approximations = dict(reading.approximations)
+    if _wants_fold(spec, options):
+        folded = folds.without_cross_attention(spec)
+        inverse = folds.towards(spec, inverse, folded)
+        approximations[folds.CROSS] = "the constant of the cross-attention is now in a bias"
+        spec, rules, expected = folded, None, leaves(folded)
+    return Source(
+        path=place,
+        run=(manifest or {}).get("source", {}).get("run"),
+        kind=target.name,
+        spec=spec,
+        leaves={name: inverse[name] for name in expected},
+        tokenizer=_tokenizer_in(place, around, target, notes),
+        images=_images_in(place, config, manifest),
+        step=step,
+        metrics=metrics,
+        rules=rules,
+        tensors=tensors,
+        original=names.original,
+        manifest=manifest,
+        approximations=approximations,
+        notes=tuple(notes),
+    )
+
+
+def _understood(
+    target: Target,
+    config: Mapping[str, Any] | None,
+    tensors: Tensors,
+    options: Options,
+    place: Path,
+) -> tuple[Mapping[str, Any], Reading]:
+    """Returns the config, completed by what tensors and person say, and what it means."""
+    try:
+        _check_given(target, options)
+        complete = target.complete_config(config, tensors, options.num_heads)
+        reading = target.read_config(complete)
+    except (InteropError, UsageError) as error:
+        details = getattr(error, "details", {})
+        raise type(error)(f"{place}: {error}", **details) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = (
+            f"without a config, the sizes of {target.name} are read from its tensors, and {error} "
+            "is missing or has another shape"
+            if config is None or isinstance(error, KeyError)
+            else f"its config cannot be understood: {error}"
+        )
+        raise CorruptFileError(f"{place}: {what}") from error
+    return complete, reading
+
+
+def _wants_fold(spec: Spec, options: Options) -> bool:
+    """Whether the cross-attention is to be folded; allowing everything does not ask for that."""
+    asked = folds.CROSS in Allowed.of(options.allow_approx).names
+    return asked and spec.cross_attention in folds.CONSTANT
+
+
+def _check_heads(spec: Spec, options: Options, place: Path) -> None:
+    if options.num_heads not in (None, spec.num_heads):
+        raise UsageError(
+            f"{place}: --n-head={options.num_heads}, but its config says {spec.num_heads}; leave "
+            "it out, or give the config that is right with --config"
+        )
+
+
+def _check_given(target: Target, options: Options) -> None:
+    """Checks that a config which a person gave says nothing in vain.
+
+    Raises:
+      UsageError: it has a name that means nothing to the target.
+    """
+    given = options.given_config() or {}
+    if unknown := target.unknown_settings(given):
+        known = [
+            n
+            for n in (*torch_stacks.FIELDS, *lineages.SETTINGS)
+            if not target.unknown_settings({n: None})
+        ]
+        raise UsageError(
+            f"--config: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
+            f"there are {', '.join(known)}"
+        )
+
+
+def _folder_config(folder: Path, options: Options) -> dict[str, Any]:
+    given = options.given_config()
+    if given is not None:
+        return given
+    file = folder / hugging_face.CONFIG
+    if file.is_file():
+        return hugging_face.read_json(file)
+    there = listed(sorted(p.name for p in folder.iterdir())) or "nothing"
+    if (folder / "adapter_config.json").is_file():
+        raise UnknownArchitectureError(
+            f"{folder} holds an adapter, not a model; merge it into its base model first"
+        )
+    raise CorruptFileError(
+        f"{folder} is no run of craft_jax and has no {hugging_face.CONFIG}; it holds {there}"
+    )
+
+
+def _declared(config: Mapping[str, Any], place: Path, options: Options) -> Target | None:
+    """Returns the target that a config names; None for one of Craft's, which name no library."""
+    kind = config.get("model_type")
+    if options.kind in TARGETS:
+        return TARGETS[options.kind]
+    for target in options.targets:
+        if kind is not None and target.model_type == kind:
+            return target
+    if options.kind == "craft" or {"d_model", "n_head"} <= set(lineages.settings_in(config) or ()):
+        return None
+    known = ", ".join(t.model_type for t in TARGETS.values() if t.model_type)
+    architectures = ", ".join(config.get("architectures") or ["unnamed"])
+    raise UnknownArchitectureError(
+        f"{place} is a {kind!r} model ({architectures}); interop reads {known}"
+    )
+
+
+def _state_dict(weights: Weights, place: Path) -> tuple[Tensors, Mapping[str, Any] | None]:
+    """Finds the tensors in a file, and the dict around them if there is one."""
+    if weights.tensors:
+        return weights.tensors, None
+    value = weights.container
+    if isinstance(value, Stub):
+        raise CorruptFileError(
+            f"{place} holds an object of {value.name}, not weights; save its state_dict() instead"
+        )
+    if not isinstance(value, Mapping):
+        what = "no tensors" if value is None else f"{type(value).__name__}, not weights"
+        raise CorruptFileError(f"{place} holds {what}")
+    found = [name for name in _STATE_DICTS if _is_state_dict(value.get(name))]
+    if len(found) > 1:
+        raise AmbiguousSourceError(
+            f"{place} holds several sets of weights: {', '.join(found)}; save one of them alone"
+        )
+    if not found:
+        ema = [name for name in _EMA if _is_state_dict(value.get(name))]
+        also = f" (averaged weights alone: {', '.join(ema)})" if ema else ""
+        raise CorruptFileError(
+            f"{place} holds no weights under {', '.join(_STATE_DICTS)}{also}; it has "
+            + listed(map(str, value))
+        )
+    return value[found[0]], value
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(v, LazyTensor) for v in value.values())
+    )
+
+
+def _of_file(
+    raw: Tensors,
+    around: Mapping[str, Any],
+    manifest: Mapping[str, Any] | None,
+    place: Path,
+    options: Options,
+) -> tuple[Target, Mapping[str, Any] | None]:
+    """Finds the target that a file is in the form of, and its config if it has one."""
+    config = options.given_config()
+    written_by = (manifest or {}).get("target")
+    if options.kind in TARGETS:
+        target = TARGETS[options.kind]
+    elif written_by in TARGETS and TARGETS[written_by] in options.targets:
+        target = TARGETS[written_by]
+    else:
+        declared = _declared(config, place, options) if config and "model_type" in config else None
+        target = declared or _recognised(raw, place, options)
+    if config is None:
+        config = target.config_in(around)
+    if config is None and manifest is not None and written_by == target.name:
+        config = manifest.get("spec") if target.container == "torch" else None
+    return target, config
+
+
+def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
+    problem: InteropError | None = None
+    for target in options.targets:
+        try:
+            names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
+            if target.recognises({name: tensor.shape for name, tensor in names.tensors.items()}):
+                return target
+        except (AmbiguousSourceError, CollidingKeysError) as error:
+            # The anchor of one target may stand inside of another's names.
+            problem = problem or type(error)(f"{place}: {error}", **error.details)
+    if problem is not None:
+        raise problem
+    raise UnknownArchitectureError(
+        f"{place}: no architecture that interop knows has tensors like {listed(raw)}; it reads "
+        + ", ".join(target.name for target in options.targets)
+        + "; if it is one of these, --from NAME says what is lacking"
+    )
+
+
+def _anchors(target: Target) -> list[tuple[str, str]]:
+    """The names by which a target is found: with, and without, what some files leave out."""
+    prefix = target.optional_prefix
+    short = [(target.anchor.removeprefix(prefix), prefix)] if prefix else []
+    return [(target.anchor, ""), *short, *((anchor, "") for anchor in target.other_anchors)]
+
+
+def _progress(around: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Returns the step and the validation loss of a training checkpoint."""
+    step = around.get("iter_num", around.get("global_step", 0))
+    loss = around.get("best_val_loss", around.get("best_val_metric"))
+    metrics = {"val_loss": loss} if isinstance(loss, float) else {}
+    return (step if isinstance(step, int) else 0), metrics
+
+
+def _tokenizer_in(
+    place: Path, around: Mapping[str, Any], target: Target, notes: list[str]
+) -> Tokenizer | None:
+    """Returns the tokenizer that a file holds or a folder has, or None."""
+    folder = place if place.is_dir() else place.parent
+    found = hugging_face.read_tokenizer(place) if place.is_dir() else None
+    if found is not None or target.container != "craft":
+        return found
+    found = tokenizers.of_container(around) or tokenizers.read_folder(folder)
+    if found is None and (note := tokenizers.sentencepiece_note(folder)):
+        notes.append(note)
+    return found
+
+
+def _images_in(
+    place: Path, config: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
+) -> ImageFormat | None:
+    """Returns what config or manifest say of images, None if neither does.
+
+    Raises:
+      CorruptFileError: it cannot be understood.
+    """
+    try:
+        return images_of(config or {}) or images_of(manifest or {})
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{place}: its `images` cannot be understood: {error!r}") from error
+
+
+def _check_allowed(crossed: Mapping[str, str], allow_approx: Any, place: Path) -> None:
+    allowed = Allowed.of(allow_approx)
+    refused = {name: why for name, why in crossed.items() if not allowed.covers(name)}
+    if refused:
+        raise NotRepresentableError(
+            f"{place} cannot be read exactly: {'; '.join(refused.values())}; --allow-approx="
+            f"{','.join(refused)} accepts that",
+            reasons=list(refused.values()),
+        )
