@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from interop.pytorch import stacks
+from interop.pytorch import builders
 from interop.pytorch.modeling_craft import read_safetensors
 from interop.pytorch.nanogpt import NanoGPT
 
@@ -136,8 +136,8 @@ def _load_nanogpt(request: Request) -> tuple[Any, Forward, dict]:
 def _load_stack(request: Request) -> tuple[Any, Forward, dict]:
     if request["what"] == "structure":
         with torch.device("meta"):
-            return stacks.build(request["target"], request["model"]), _no_forward, {}
-    model = stacks.build(request["target"], request["model"]).to(getattr(torch, request["dtype"]))
+            return builders.build(request["target"], request["model"]), _no_forward, {}
+    model = builders.build(request["target"], request["model"]).to(getattr(torch, request["dtype"]))
     found = _state_dict(Path(request["path"]))
     weights = {clean: found[name] for clean, name in request["names"].items()}
     # What a module counts for itself, such as numbers of positions, need not be among the names.

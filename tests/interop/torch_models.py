@@ -8,7 +8,7 @@ import torch
 from interop.mapping.spec import ModelSpec
 from interop.mapping.table import Mapping
 from interop.mapping.tensors import Tensors
-from interop.pytorch import stacks
+from interop.pytorch import builders
 from interop.pytorch.modeling_craft import CraftConfig, CraftForCausalLM, CraftForSeq2Seq
 from interop.pytorch.nanogpt import NanoGPT
 from interop.pytorch.tensors import to_torch
@@ -49,7 +49,7 @@ def empty(target: str, spec: ModelSpec, **changes: Any) -> torch.nn.Module:
     if target == "craft-torch":
         cls = CraftForSeq2Seq if spec.num_decoder_layers else CraftForCausalLM
         return cls(CraftConfig(**(config["model"] | changes)))
-    return stacks.build(target, dataclasses.asdict(spec) | changes)
+    return builders.build(target, dataclasses.asdict(spec) | changes)
 
 
 def forward(target: str, spec: ModelSpec, leaves: Tensors) -> Tensors:

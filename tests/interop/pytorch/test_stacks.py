@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from interop.mapping.shapes import leaves as leaves_of  # noqa: E402
-from interop.pytorch import stacks  # noqa: E402
+from interop.pytorch import builders  # noqa: E402
 from tests.interop.models import random_leaves  # noqa: E402
 from tests.interop.pytorch import reference  # noqa: E402
 from tests.interop.pytorch.reference import gap, gpt, ids, lm, mask, pair  # noqa: E402
@@ -201,7 +201,7 @@ def values_of(known):
 
 def built(kind, known):
     """Returns a kind's module in float64, and the values of craft_jax that are in it."""
-    model = stacks.build(kind, dataclasses.asdict(known)).double().eval()
+    model = builders.build(kind, dataclasses.asdict(known)).double().eval()
     values = values_of(known)
     state = {name: torch.tensor(array) for name, array in mapped(kind, known, values).items()}
     model.load_state_dict(state, strict=True)
@@ -250,7 +250,7 @@ def test_names_and_shapes(kind, name):
     """On the meta device too, of models with other sizes."""
     known = dataclasses.replace(KINDS[kind][2][name], num_layers=2, d_model=18, num_heads=3)
     with torch.device("meta"):
-        model = stacks.build(kind, dataclasses.asdict(known))
+        model = builders.build(kind, dataclasses.asdict(known))
     values = {leaf: np.zeros(shape.shape) for leaf, shape in leaves_of(known).items()}
     wanted = {n: a.shape for n, a in mapped(kind, known, values).items()}
     assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == wanted
@@ -261,7 +261,7 @@ def test_names_of_crafts_lineages():
 
     def names(kind, name):
         known = dataclasses.replace(KINDS[kind][2][name], num_layers=1)
-        return set(stacks.build(kind, dataclasses.asdict(known)).state_dict())
+        return set(builders.build(kind, dataclasses.asdict(known)).state_dict())
 
     def both(*modules):
         return {f"{module}.{tail}" for module in modules for tail in ("weight", "bias")}
@@ -315,13 +315,13 @@ def test_a_mask_appears_in_d():
     wanted = torch.full((9, 9), -torch.inf).triu(1)
     assert all(torch.equal(t, wanted) for t in masks.values())
     with pytest.raises(RuntimeError, match="causal_mask"):
-        stacks.build("craft-d", dataclasses.asdict(known)).load_state_dict(state)
+        builders.build("craft-d", dataclasses.asdict(known)).load_state_dict(state)
     assert torch.isfinite(again).all()
 
 
 def test_the_sines_of_b_are_those_of_its_files():
     known = KINDS["craft-b"][2]["sinusoidal"]
-    table = stacks.build("craft-b", dataclasses.asdict(known)).positional_encoding.pe
+    table = builders.build("craft-b", dataclasses.asdict(known)).positional_encoding.pe
     assert table.dtype == torch.float32 and table.shape == (1, 33, 48)
     rates = torch.exp(torch.arange(0, 48, 2).float() * (-np.log(10000.0) / 48))
     angles = torch.arange(33, dtype=torch.float32)[:, None] * rates
@@ -378,4 +378,4 @@ def test_tied_tables_are_one():
 )
 def test_what_a_kind_cannot_be(kind, known, words):
     with pytest.raises(ValueError, match=words):
-        stacks.build(kind, dataclasses.asdict(known))
+        builders.build(kind, dataclasses.asdict(known))
