@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from craft_jax import plugins, schema
+from craft_jax import models, plugins, schema
 from craft_jax.checkpoint.store import CheckpointConfig
 from craft_jax.data import pipeline
 from craft_jax.data.pairs import TASKS
@@ -27,12 +27,9 @@ from craft_jax.data.pipeline import is_pairs_path, is_tokenizer_path
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.tokenizers import KINDS
 from craft_jax.errors import ConfigError, UsageError
+from craft_jax.models import MODELS
 from craft_jax.models.base import EncoderDecoderModel, Model
-from craft_jax.models.flow import Flow
-from craft_jax.models.gpt import GPT
 from craft_jax.models.losses import LossConfig
-from craft_jax.models.seq2seq import Transformer
-from craft_jax.models.transformer import TransformerLM
 from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.schema import Contradiction, setting
 from craft_jax.training.early_stopping import EarlyStoppingConfig
@@ -42,13 +39,6 @@ from craft_jax.training.plateau import PlateauConfig
 from craft_jax.training.profiling import ProfileConfig
 from craft_jax.training.settings import TrainingConfig
 from craft_jax.values import coerce, cut, parse, shown, types_of
-
-MODELS: dict[str, type[Model]] = {
-    "gpt": GPT,
-    "transformer": TransformerLM,
-    "seq2seq": Transformer,
-    "flow": Flow,
-}
 
 # What users of other frameworks type, for "did you mean".
 _ALIASES = {
@@ -200,7 +190,7 @@ def model_class(name: str) -> type[Model]:
       ConfigError: there is none.
     """
     if name in MODELS:
-        return MODELS[name]
+        return models.model_class(name)
     if plugins.is_reference(name):
         found = plugins.load(name, "model.name", Model)
         config = getattr(found, "Config", None)
@@ -376,7 +366,7 @@ def from_values(
     found = _Mistakes()
     flat = dict(_flatten(values, found, origin or "the config"))
     cli = {override.field: override.text for override in overrides}
-    model: type[Model] = GPT
+    model = models.model_class("gpt")
     try:
         model = model_class(coerce(cli.get("model.name", flat.get("model.name", "gpt")), str))
     except ValueError:  # `_assign` says so.

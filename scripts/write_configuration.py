@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from craft_jax import config as configs
+from craft_jax.models import MODELS, model_class
 
 PAGE = ROOT / "docs/configuration.md"
 MARK = "<!-- tables -->"
@@ -25,8 +26,8 @@ def tables() -> str:
         if section != "model":
             parts.append(_table(type(getattr(defaults, section))))
             continue
-        for name, model in configs.MODELS.items():
-            parts += [f"### model.name={name}", _table(model.Config)]
+        for name in MODELS:
+            parts += [f"### model.name={name}", _table(model_class(name).Config)]
     return "\n\n".join(parts) + "\n"
 
 

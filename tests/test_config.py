@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from craft_jax import config as configs
 from craft_jax.config import ExperimentConfig, Override
 from craft_jax.errors import ConfigError, UsageError
+from craft_jax.models import MODELS, model_class
 from tests.conftest import ROOT, command, environment
 
 MISTAKES = """
@@ -397,6 +398,6 @@ def test_any_single_mutation_ends_in_a_config_or_in_one_line_each():
 def test_every_field_has_a_help_text():
     defaults = configs.from_values({})
     sections = [getattr(defaults, section) for section in configs.SECTIONS]
-    for value in (*sections, *(model.Config for model in configs.MODELS.values())):
+    for value in (*sections, *(model_class(name).Config for name in MODELS)):
         for field in dataclasses.fields(value):
             assert field.metadata["help"], f"{value}: {field.name}"

@@ -11,7 +11,6 @@ from craft_jax import config as configs
 from craft_jax import runs
 from craft_jax.checkpoint import manager
 from craft_jax.checkpoint.store import CheckpointStore
-from craft_jax.commands import report
 from craft_jax.config import ExperimentConfig
 from craft_jax.data.base import Dataset
 from craft_jax.data.pipeline import is_tokenizer_path
@@ -162,7 +161,7 @@ def say_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
     store = CheckpointStore(paths.checkpoints)
     environment = store.meta(step).get("environment") if step in store.steps() else None
     if environment:
-        for difference in _differences(environment, report.environment()):
+        for difference in _differences(environment, environment.environment()):
             logger.warning("not bit-exact: %s", difference)
     logger.info("continuing %s at step %d", paths.name, step)
 

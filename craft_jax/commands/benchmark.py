@@ -25,7 +25,7 @@ from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.base import EncoderDecoderModel, LanguageModel, ModelDef
 from craft_jax.parallel import sharding
-from craft_jax.runtime import cpu_memory
+from craft_jax.runtime import cpu_memory, environment
 from craft_jax.runtime import hardware as profiling
 from craft_jax.runtime.logging import setup_logging
 from craft_jax.training import optim
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         "device_peak_bytes": profiling.peak_device_bytes(device),
         "host_peak_bytes": profiling.peak_host_bytes(),
     }
-    measured |= {"config": config.to_json(), "environment": report.environment()}
+    measured |= {"config": config.to_json(), "environment": environment.environment()}
     word, hardware = report.model_word(config), device.device_kind.replace(" ", "-").lower()
     size = report.size_word(model_def.num_params)
     file = outputs.benchmark_file(workdir, f"{word}_{size}", hardware)

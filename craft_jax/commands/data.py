@@ -12,7 +12,7 @@ from craft_jax.commands import data_config
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.images.arrays import shown
+from craft_jax.data.images.conversion import shown
 from craft_jax.data.pipeline import Datasets, Prepared
 from craft_jax.data.text import TextBatches
 from craft_jax.data.tokenizers import Tokenizer

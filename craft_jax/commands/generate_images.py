@@ -12,7 +12,7 @@ import numpy as np
 from craft_jax import outputs, runs
 from craft_jax.data import pipeline
 from craft_jax.data.images import sources
-from craft_jax.data.images.arrays import shown
+from craft_jax.data.images.conversion import shown
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.images.pixels import ImageProcessor, decode, save_png
 from craft_jax.errors import OK, DataError, UsageError

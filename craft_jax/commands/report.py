@@ -1,11 +1,8 @@
-"""What the commands say: header and ending of a training run, tables, names, versions."""
+"""What the commands print: header and ending of a training run, tables, names."""
 
-import contextlib
 import importlib
 import importlib.metadata
 import logging
-import os
-import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +20,6 @@ from craft_jax.training.callbacks import Sample
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
-
 
 def model_word(config: ExperimentConfig) -> str:
     """Returns the model's name as a word for file names."""
@@ -35,31 +30,6 @@ def size_word(num_params: int) -> str:
     """Returns a number of parameters in millions: `0.8m`, `124m`."""
     millions = num_params / 1e6
     return f"{millions:.1f}m" if millions < 10 else f"{millions:.0f}m"
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what a run's numbers depend on."""
-    installed = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
-
-
-def environment() -> dict[str, Any]:
-    """Returns what the bits of a run's numbers depend on beside its config and data."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0]
-    return {
-        "versions": versions(),
-        "backend": device.platform,
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "cpu cores": cores,
-        "machine": platform.machine(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
 
 
 def header(

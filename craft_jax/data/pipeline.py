@@ -21,7 +21,7 @@ import numpy as np
 from craft_jax import plugins
 from craft_jax.data import examples, pairs, splits, text
 from craft_jax.data.base import Dataset, Recipe
-from craft_jax.data.cache import token_cache as cache
+from craft_jax.data.cache import builder
 from craft_jax.data.cache.token_cache import TokenCache
 from craft_jax.data.sampling import mix
 from craft_jax.data.settings import DataConfig, Ingredient, mixture_of
@@ -143,7 +143,7 @@ def prepare(
 
     Raises:
       UsageError: the run has no tokenizer.
-      DataError, StorageError: see `cache.build`.
+      DataError, StorageError: see `builder.build`.
     """
     if config.source == "files" and not config.path and not config.mixture:
         raise UsageError("data.path is empty: name your text with --config.data.path=PATH")
@@ -157,7 +157,7 @@ def prepare(
     prepared = []
     for ingredient, found in opened:
         build = {"tokenizer": tokenizer, "format": config.format, "folder": workdir / "data"}
-        caches = {name: cache.build(source, **build) for name, source in found.items()}
+        caches = {name: builder.build(source, **build) for name, source in found.items()}
         prepared.append(Prepared(ingredient, caches))
     return prepared
 

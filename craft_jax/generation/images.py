@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from craft_jax.data.images.arrays import to_uint8
+from craft_jax.data.images.conversion import to_uint8
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
 from craft_jax.generation.generator import Generator

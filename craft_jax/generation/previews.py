@@ -4,7 +4,7 @@ from itertools import groupby
 
 from craft_jax import runs
 from craft_jax.config import ExperimentConfig
-from craft_jax.data.images.arrays import shown
+from craft_jax.data.images.conversion import shown
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from craft_jax.data import loading, pipeline, text, tokenizers
-from craft_jax.data.cache import token_cache
+from craft_jax.data.cache import builder
 from craft_jax.data.sampling import Share
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.sources import files
@@ -315,7 +315,7 @@ def test_many_files_give_the_batches_of_one(tmp_path, monkeypatch, layout, order
         folder = tmp_path / str(size)
         folder.mkdir()
         monkeypatch.setattr(files, "PART_BYTES", size)
-        monkeypatch.setattr(token_cache, "_SHARD_BYTES", size)
+        monkeypatch.setattr(builder, "_SHARD_BYTES", size)
         tokens, config = prepared_cache(folder, LENGTHS * 3, **options)
         assert (len(tokens.tokens.files) > 3) == (size == 30)
         train = pipeline.open_datasets(config, workdir=folder / "outputs", seed=0).train

@@ -45,7 +45,7 @@ from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
 from craft_jax.parallel import memory, processes, sharding
 from craft_jax.parallel.processes import ProcessGroup
-from craft_jax.runtime import compilation_cache, cpu_memory, fault_injection, signals
+from craft_jax.runtime import compilation_cache, cpu_memory, environment, fault_injection, signals
 from craft_jax.runtime.logging import FILE_ONLY, log_to, setup_logging
 from craft_jax.runtime.watchdog import Watchdog
 from craft_jax.training import bad_steps, language, optim, trackers
@@ -420,7 +420,7 @@ def _assemble(
             "vocab_size": vocab_size_of(datasets.train),
             "images": images.to_json() if images else None,
             "data_fingerprint": datasets.train.fingerprint,
-            "environment": report.environment(),
+            "environment": environment.environment(),
         }
         return {
             "meta": meta,

@@ -20,7 +20,7 @@ import numpy as np
 
 from craft_jax.data import sampling, splits
 from craft_jax.data.base import Batch, Dataset
-from craft_jax.data.images.arrays import to_uint8
+from craft_jax.data.images.conversion import to_uint8
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.images.pixels import ImageProcessor, fit_palette
 from craft_jax.data.images.sources import ImageSource

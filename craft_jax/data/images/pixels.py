@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from craft_jax.checkpoint import atomic
-from craft_jax.data.images.arrays import normalize
+from craft_jax.data.images.conversion import normalize
 from craft_jax.data.sources.documents import one_line
 from craft_jax.errors import ConfigError, DataError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from craft_jax.data import tokenizers
-from craft_jax.data.cache import encoding, token_cache
+from craft_jax.data.cache import builder, encoding
 from craft_jax.data.sources import documents, files
 from craft_jax.data.sources.documents import Document
 from craft_jax.data.sources.files import open_files
@@ -37,7 +37,7 @@ def tokenizer(kind, *texts):
 
 
 def ids_of(path, made, folder, format=PLAIN, separator=None):
-    built = token_cache.build(
+    built = builder.build(
         open_files(str(path), separator), tokenizer=made, format=format, folder=folder
     )
     return built.tokens.read(0, len(built.tokens)).tolist()
@@ -93,7 +93,7 @@ def test_documents_begin_where_they_begin(tmp_path, monkeypatch):
     path.write_text("<|endoftext|>".join(texts), encoding="utf-8")
     made = tokenizers.bytes_()
     source = open_files(str(path), "<|endoftext|>")
-    built = token_cache.build(source, tokenizer=made, format=Format(), folder=tmp_path / "cache")
+    built = builder.build(source, tokenizer=made, format=Format(), folder=tmp_path / "cache")
     assert built.documents["bytes"].tolist() == [len(text.encode()) for text in texts]
     bounds = [*built.documents["start"], len(built.tokens)]
     for text, start, stop in zip(texts, bounds, bounds[1:], strict=False):
@@ -110,7 +110,7 @@ def test_the_bytes_of_a_document_that_goes_on_in_other_parts(tmp_path, monkeypat
         (tmp_path / name).write_bytes(text.encode())
     folder = tmp_path / "cache"
     source = open_files(str(tmp_path / "*.txt"))
-    built = token_cache.build(source, tokenizer=tokenizers.bytes_(), format=Format(), folder=folder)
+    built = builder.build(source, tokenizer=tokenizers.bytes_(), format=Format(), folder=folder)
     sizes = [len(text.encode()) for text in texts.values()]
     assert built.documents["bytes"].tolist() == sizes
     assert built.documents["start"].tolist() == [0, sizes[0] + 1, sizes[0] + 1 + sizes[1] + 1]
@@ -170,7 +170,7 @@ def test_one_process_and_two_make_the_same(tmp_path, monkeypatch, kind):
     for size in (1 << 40, 0):
         monkeypatch.setattr(encoding, "_IN_ONE_PROCESS", size)
         place = tmp_path / f"cache{size}"
-        built.append(token_cache.build(source, tokenizer=made, format=Format(), folder=place).path)
+        built.append(builder.build(source, tokenizer=made, format=Format(), folder=place).path)
     assert content(built[0]) == content(built[1])
 
 
@@ -183,7 +183,7 @@ def test_errors_come_from_other_processes(tmp_path, monkeypatch):
         file.write("\n[]")
     source = open_files(str(folder))
     with pytest.raises(DataError, match=r"^data.path: .*z.jsonl line 2001 is a list"):
-        token_cache.build(
+        builder.build(
             source, tokenizer=tokenizers.bytes_(), format=Format(), folder=tmp_path / "cache"
         )
 
@@ -209,10 +209,12 @@ def test_the_markup_of_a_template_that_a_character_vocabulary_lacks(tmp_path):
 SLOWLY = """
 import os, signal, sys
 from pathlib import Path
-from craft_jax.data import cache, encoding, sources, tokenizers
+from craft_jax.data import tokenizers
+from craft_jax.data.cache import builder, encoding
+from craft_jax.data.sources import files
 from craft_jax.data.sources.formats import Format
 
-sources.PART_BYTES, encoding._IN_ONE_PROCESS = 4000, 1 << 40
+files.PART_BYTES, encoding._IN_ONE_PROCESS = 4000, 1 << 40
 encode, count = encoding.Encoding._encode, 0
 
 def slowly(self, number, part):
@@ -224,9 +226,9 @@ def slowly(self, number, part):
     count += 1
 
 encoding.Encoding._encode = slowly
-source = sources.open_files(sys.argv[1])
+source = files.open_files(sys.argv[1])
 made = tokenizers.bytes_()
-cache.build(source, tokenizer=made, format=Format(), folder=Path(sys.argv[2]))
+builder.build(source, tokenizer=made, format=Format(), folder=Path(sys.argv[2]))
 """
 
 
@@ -252,12 +254,12 @@ def test_what_is_done_stays_done(tmp_path, monkeypatch, name, caplog):
     monkeypatch.setattr(encoding.Encoding, "_encode", noted)
     source, options = open_files(str(path)), {"tokenizer": tokenizers.bytes_(), "format": Format()}
     with caplog.at_level("INFO"):
-        resumed = token_cache.build(source, folder=folder, **options)
+        resumed = builder.build(source, folder=folder, **options)
     assert again == list(range(3, len(source.parts())))
     assert f"3 of {len(source.parts())} parts are done" in caplog.text
     assert list(folder.iterdir()) == [resumed.path]
     assert made
-    whole = token_cache.build(source, folder=tmp_path / "whole", **options)
+    whole = builder.build(source, folder=tmp_path / "whole", **options)
     assert content(resumed.path) == content(whole.path)
 
 

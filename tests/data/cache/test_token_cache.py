@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from craft_jax.data import tokenizers
-from craft_jax.data.cache import encoding, token_cache
+from craft_jax.data.cache import builder, encoding, token_cache
 from craft_jax.data.cache.token_cache import Shards
 from craft_jax.data.sources import files as sources
 from craft_jax.data.sources.files import open_files
@@ -35,7 +35,7 @@ def build(path, workdir, kind="char", format=PLAIN, **options):
             folder=workdir / "tokenizers",
             **{"vocab_size": 300} | options,
         )
-    return token_cache.build(source, tokenizer=kind, format=format, folder=folder)
+    return builder.build(source, tokenizer=kind, format=format, folder=folder)
 
 
 def ids_of(tokens) -> list[int]:
@@ -205,7 +205,7 @@ def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
     ids.tofile(file)
     first.manifest["files"][file.name]["crc32"] = f"{zlib.crc32(ids):08x}"
     first.manifest["largest"] = 60_000
-    first.manifest["checksum"] = token_cache._checksum(first.manifest)
+    first.manifest["checksum"] = token_cache.checksum_of(first.manifest)
     (first.path / "manifest.json").write_text(json.dumps(first.manifest), encoding="utf-8")
     assert ids_of(build(text_file, workdir)) == expected
     assert "has ids up to 60000" in caplog.text
@@ -230,7 +230,7 @@ def unfinished(path, workdir, made, monkeypatch):
 
     monkeypatch.setattr(sources, "PART_BYTES", 700)
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache, "_joined", interrupted)
+        patch.setattr(builder, "_joined", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(path, workdir, made, MASKED)
     (partial,) = (workdir / "data").iterdir()
@@ -314,11 +314,11 @@ def test_what_is_gone_on_with_after_a_month_stays(text_file, workdir, monkeypatc
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    joined = token_cache._joined
-    monkeypatch.setattr(token_cache, "_joined", interrupted)
+    joined = builder._joined
+    monkeypatch.setattr(builder, "_joined", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(text_file, workdir)
-    monkeypatch.setattr(token_cache, "_joined", joined)
+    monkeypatch.setattr(builder, "_joined", joined)
     (partial,) = (workdir / "data").iterdir()
     month_ago = time.time() - 31 * 24 * 3600
     os.utime(partial, (month_ago, month_ago))
@@ -399,8 +399,9 @@ def test_one_line_of_fifty_megabytes_in_bounded_memory(tmp_path, packed):
         path = path.with_suffix(".txt.gz")
     program = (
         "import re, sys; from pathlib import Path\n"
-        "from craft_jax.data import cache, formats, sources, tokenizers\n"
-        "c = cache.build(sources.open_files(sys.argv[1]), tokenizer=tokenizers.bytes_(),\n"
+        "from craft_jax.data import tokenizers; from craft_jax.data.cache import builder\n"
+        "from craft_jax.data.sources import files, formats\n"
+        "c = builder.build(files.open_files(sys.argv[1]), tokenizer=tokenizers.bytes_(),\n"
         "    format=formats.Format(), folder=Path(sys.argv[2]))\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
         "print(c.manifest['bytes'], peak[1])"
@@ -424,12 +425,14 @@ def test_one_line_of_fifty_megabytes_in_bounded_memory(tmp_path, packed):
 def test_builders_beside_each_other_agree(text_file, workdir):
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from craft_jax.data import cache, encoding, formats, sources, tokenizers\n"
-        "sources.PART_BYTES = 3000\n"
+        "from craft_jax.data import tokenizers\n"
+        "from craft_jax.data.cache import builder, encoding\n"
+        "from craft_jax.data.sources import files, formats\n"
+        "files.PART_BYTES = 3000\n"
         "encode, count = encoding.Encoding._encode, [0]\n"
         "def counted(*args): count[0] += 1; encode(*args)\n"
         "encoding.Encoding._encode = counted\n"
-        "c = cache.build(sources.open_files(sys.argv[1]), tokenizer=tokenizers.bytes_(),\n"
+        "c = builder.build(files.open_files(sys.argv[1]), tokenizer=tokenizers.bytes_(),\n"
         "    format=formats.Format(), folder=Path(sys.argv[2]))\n"
         "print(c.path.name, len(c.tokens), count[0])"
     )
@@ -459,7 +462,7 @@ def test_many_files_hold_what_one_does(tmp_path, monkeypatch, size):
     made = tokenizers.bytes_()
     one = build(path, tmp_path / "one", made, MASKED)
     monkeypatch.setattr(sources, "PART_BYTES", 200)
-    monkeypatch.setattr(token_cache, "_SHARD_BYTES", size)
+    monkeypatch.setattr(builder, "_SHARD_BYTES", size)
     many = build(path, tmp_path / "many", made, MASKED)
     assert (len(many.tokens.files) > 10) == (size == 1)
     assert everything(many) == everything(one)
@@ -478,7 +481,7 @@ def test_many_files_hold_what_one_does(tmp_path, monkeypatch, size):
 
 def test_a_last_part_without_text_makes_no_file(tmp_path, workdir, monkeypatch):
     monkeypatch.setattr(sources, "PART_BYTES", 60)
-    monkeypatch.setattr(token_cache, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(builder, "_SHARD_BYTES", 1)
     lines = [json.dumps({"text": "some words"})] * 20
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n" * 300, encoding="utf-8")
     tokens = build(tmp_path / "a.jsonl", workdir, "byte")

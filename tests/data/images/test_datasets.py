@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from craft_jax.data import loading, splits
-from craft_jax.data.images import arrays, datasets, pixels, sources
+from craft_jax.data.images import conversion, datasets, pixels, sources
 from craft_jax.data.images import tfds as tfds_images
 from craft_jax.data.images.datasets import TrainingImages, ValidationImages
 from craft_jax.data.images.pixels import ImageProcessor
@@ -170,15 +170,15 @@ def test_a_flipped_bit_of_a_png_is_found():
 
 def test_the_inverse_is_exact():
     values = np.arange(256, dtype=np.uint8)
-    found = arrays.normalize(values)
+    found = conversion.normalize(values)
     assert found.dtype == np.float32 and found[0] == -1 and found[-1] == 1
-    assert np.array_equal(arrays.to_uint8(found), values)
-    assert np.array_equal(arrays.to_uint8(found.astype(np.float64)), values)
-    assert np.array_equal(arrays.to_uint8(found + np.float32(0.0039)), values)
+    assert np.array_equal(conversion.to_uint8(found), values)
+    assert np.array_equal(conversion.to_uint8(found.astype(np.float64)), values)
+    assert np.array_equal(conversion.to_uint8(found + np.float32(0.0039)), values)
 
 
 def test_what_lies_outside_is_clipped():
-    found = arrays.to_uint8(np.array([-7, 7, np.inf, -np.inf, np.nan], np.float32))
+    found = conversion.to_uint8(np.array([-7, 7, np.inf, -np.inf, np.nan], np.float32))
     assert found.tolist() == [0, 255, 255, 0, 0]
 
 
@@ -533,7 +533,7 @@ def test_validation_fills_up_the_last_batch():
     weights = np.concatenate([batch["weights"] for batch in batches])
     assert weights.tolist() == [1.0] * 10 + [0.0] * 2
     rows = np.concatenate([batch["images"] for batch in batches])
-    assert np.array_equal(rows[:10], arrays.normalize(data.source.images_NHWC))
+    assert np.array_equal(rows[:10], conversion.normalize(data.source.images_NHWC))
     assert (rows[10:] == 0).all()
     labels = np.concatenate([batch["labels"] for batch in batches])
     assert labels.tolist() == [i % 3 for i in range(10)] + [0, 0]
@@ -543,7 +543,7 @@ def test_nothing_of_validation_is_left_to_chance():
     processor = ImageProcessor(size=4, channels=1, crop="random", flip=True)
     data = training(array_source(9, 4, 9, 1), processor=processor).one_pass()
     for image, row in zip(data.source.images_NHWC, data.batch(0)["images"], strict=False):
-        assert np.array_equal(row, arrays.normalize(image[:, 2:6]))
+        assert np.array_equal(row, conversion.normalize(image[:, 2:6]))
 
 
 def test_an_example_is_changed_anew_in_each_epoch():
@@ -698,12 +698,12 @@ def test_images_of_several_sizes_need_one(tmp_path):
 
 def test_a_grid(tmp_path):
     many = noise(5, 3, 4, 3)
-    found = arrays.grid(many, 2)
+    found = conversion.grid(many, 2)
     assert found.shape == (3 * 4 - 1, 2 * 5 - 1, 3)
     assert np.array_equal(found[4:7, 5:9], many[3])
     assert (found[8:, 5:] == 255).all() and (found[3] == 255).all()
-    assert np.array_equal(arrays.grid(arrays.normalize(many), 2), found)
-    assert arrays.grid(many[:1], 8, gap=0).shape == (3, 4, 3)
+    assert np.array_equal(conversion.grid(conversion.normalize(many), 2), found)
+    assert conversion.grid(many[:1], 8, gap=0).shape == (3, 4, 3)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 1), (3, 4, 3), (3, 4, 4)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from craft_jax.data import tokenizers
-from craft_jax.data.cache import token_cache
+from craft_jax.data.cache import builder
 from craft_jax.data.sources import documents, files
 from craft_jax.data.sources.documents import Document
 from craft_jax.data.sources.files import open_files
@@ -153,7 +153,7 @@ def built(tmp_path, records, format, kind, **options):
         kind = vocabulary.make(
             kind, [source], format, fractions=Fractions(), vocab_size=330, folder=tmp_path / "t"
         )
-    return token_cache.build(source, tokenizer=kind, format=format, folder=tmp_path / "cache")
+    return builder.build(source, tokenizer=kind, format=format, folder=tmp_path / "cache")
 
 
 def learned(tokens, start=0, stop=None) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 import pytest
 
-from craft_jax.config import MODELS
-from craft_jax.models import base
+from craft_jax.models import base, model_class
 from interop.mapping.shapes import leaves
 from tests.interop.models import SPECS, spec
 
@@ -9,7 +8,7 @@ from tests.interop.models import SPECS, spec
 @pytest.mark.parametrize("name", SPECS)
 def test_they_are_those_of_the_model(name):
     known = spec(**SPECS[name])
-    cls = MODELS[known.name]
+    cls = model_class(known.name)
     shapes = base.define(cls, cls.Config(**known.model_config())).shapes
     found = leaves(known)
     assert {n: (leaf.shape, leaf.dtype) for n, leaf in found.items()} == {

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from craft_jax.config import MODELS
+from craft_jax.models import MODELS, model_class
 from craft_jax.models.gpt import GPTConfig
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 from interop.mapping.spec import FAMILIES, FlowSpec, ModelSpec, read_spec
@@ -13,15 +13,15 @@ SAVED = dataclasses.asdict(GPTConfig(num_layers=2, num_heads=2, d_model=16))
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_knows_every_field_of_every_model(name):
-    fields = {field.name for field in dataclasses.fields(MODELS[name].Config)}
+    fields = {field.name for field in dataclasses.fields(model_class(name).Config)}
     sizes = {"vocab_size": 77, "height": 4, "width": 6, "channels": 1, "num_classes": 0}
-    model = dataclasses.asdict(MODELS[name].Config(num_heads=2, d_model=16))
+    model = dataclasses.asdict(model_class(name).Config(num_heads=2, d_model=16))
     found = read_spec(model, sizes)
     if name in FAMILIES:
         assert fields == set(FAMILIES[name].fields)
     else:
         assert fields == {field.name for field in dataclasses.fields(FlowSpec)}
-    assert MODELS[name].Config(**found.model_config()).hidden_width == 64
+    assert model_class(name).Config(**found.model_config()).hidden_width == 64
 
 
 def test_no_other_family_than_the_registry():

@@ -1,0 +1,37 @@
+"""What a run's numbers depend on beside its config and data: versions, devices, cores."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what a run's numbers depend on."""
+    installed = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
+def environment() -> dict[str, Any]:
+    """Returns what the bits of a run's numbers depend on beside its config and data."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    return {
+        "versions": versions(),
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu cores": cores,
+        "machine": platform.machine(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
