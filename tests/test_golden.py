@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from craft_jax.data import tokenizers
-from craft_jax.data.text import TrainingWindows
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.parallel import sharding
@@ -22,6 +21,7 @@ from craft_jax.training.optim import OptimConfig
 from craft_jax.training.precision import Policy
 from craft_jax.training.step import make_train_step
 from tests.conftest import ROOT, words
+from tests.data.windows import TrainingWindows
 
 FILE = ROOT / "tests/golden/first_steps.json"
 STEPS = 5

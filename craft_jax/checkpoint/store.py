@@ -327,10 +327,6 @@ class CheckpointStore(Checkpoints):
             return False
         return False
 
-    def restore_state(self, step: int, abstract: Any) -> Any:
-        """Reads a whole state onto the devices that `abstract` names; see `read_state`."""
-        return sharding.spread(self.read_state(step, abstract), abstract)
-
     def read_state(self, step: int, abstract: Any) -> Any:
         """Reads a whole state, and compares it with the checksums taken before it was written.
 

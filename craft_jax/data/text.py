@@ -409,26 +409,6 @@ def _zeros(num_rows: int, seq_len: int, is_packed: bool) -> Batch:
     return out | {"weights": np.zeros((num_rows, seq_len), np.float32)}
 
 
-class TrainingWindows(TextBatches):
-    """Windows of an array, shuffled, epoch after epoch; see `Windows`.
-
-    Args:
-      tokens_N: the ids, any integer dtype (N,).
-      seq_len: T.
-      batch_size: B.
-      seed: of the order.
-
-    Raises:
-      DataError: fewer than `seq_len + 1` tokens.
-    """
-
-    def __init__(self, tokens_N: np.ndarray, *, seq_len: int, batch_size: int, seed: int):
-        need_tokens(len(tokens_N), seq_len, seq_len, "training")
-        windows = Windows(Stream.of(tokens_N), seq_len, seed)
-        options = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-        super().__init__([windows], [Share.parse("1")], **options)
-
-
 class ValidationWindows(ValidationRows):
     """All windows of an array, once, in order; see `Windows`.
 

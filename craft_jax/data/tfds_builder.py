@@ -32,31 +32,6 @@ _COLOR_TYPE = 25
 _MAX_WORDS = 300
 
 
-def build_text(
-    name: str,
-    data_dir: str | os.PathLike[str],
-    splits: Mapping[str, Iterable[str]],
-    field: str = "text",
-) -> Path:
-    """Writes texts, each a record with one field.
-
-    Args:
-      name: what to call the dataset: lowercase letters, digits and underscores.
-      data_dir: the folder that datasets are in.
-      splits: the texts of each split, such as `train`.
-      field: what to call the field.
-
-    Returns:
-      The folder that was written.
-
-    Raises:
-      DataError: a name is not allowed, or a split is empty.
-      OutputError: the dataset exists.
-    """
-    rows = {split: ({field: text} for text in texts) for split, texts in _checked(splits).items()}
-    return build_records(name, data_dir, rows)
-
-
 def build_records(
     name: str, data_dir: str | os.PathLike[str], splits: Mapping[str, Iterable[Mapping[str, Any]]]
 ) -> Path:

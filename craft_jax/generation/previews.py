@@ -10,7 +10,7 @@ from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.generation.images import ImageGenerator
 from craft_jax.generation.sampling import SamplingConfig
-from craft_jax.models.base import GenerativeModel, LanguageModel, ModelDef, Params
+from craft_jax.models.base import ImageModel, LanguageModel, ModelDef, Params
 from craft_jax.parallel import sharding
 from craft_jax.training.callbacks import Sample
 from craft_jax.training.precision import Policy
@@ -116,7 +116,7 @@ Sampler = TextSampler | PairSampler | ImageSampler
 
 def make(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> Sampler | None:
     """Returns a sampler, or None where nothing can be shown, or the model does not generate."""
-    if not issubclass(config.model_class, GenerativeModel):
+    if not issubclass(config.model_class, (ImageModel, LanguageModel)):
         return None
     images, tokenizer = datasets.train.image_format, datasets.train.tokenizer
     if images is not None:

@@ -63,20 +63,7 @@ class Model(nnx.Module):
         """
 
 
-class GenerativeModel(Model):
-    """A model that makes examples like those that it was trained on."""
-
-    @abc.abstractmethod
-    def generate(self, given: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns new examples, one for each that is given; a pure function, to be jitted.
-
-        Args:
-          given: what each begins with, or is about: a prompt, a label.
-          key: the randomness; None is deterministic, where a model can be.
-        """
-
-
-class ImageModel(GenerativeModel):
+class ImageModel(Model):
     """A model of images, float32 (B, H, W, C) in [-1, 1].
 
     It trains on the batches of `data.source=digits`, `images` and `tfds`: `images`, `weights` (B,),
@@ -98,7 +85,7 @@ class ImageModel(GenerativeModel):
         """
 
 
-class LanguageModel(GenerativeModel):
+class LanguageModel(Model):
     """A model of token sequences: hidden states, and a head that turns them into logits.
 
     The two are apart because a prompt needs the logits of its last position only.
@@ -149,50 +136,6 @@ class LanguageModel(GenerativeModel):
         """Returns logits_BTV, in at least float32, and the cache with these tokens added."""
         x_BTD, cache = self.hidden(tokens_BT, cache, key=key)
         return self.logits(x_BTD), cache
-
-    def generate(
-        self,
-        given: jax.Array,
-        key: jax.Array | None = None,
-        *,
-        max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        **source: jax.Array,
-    ) -> jax.Array:
-        """Returns the new tokens of prompts of one length, int32 (B, N): the plain algorithm.
-
-        `generation.Generator` is what commands use: prompts of any lengths, ends, filters, beams.
-
-        Args:
-          given: tokens_BT; at least one, and with the new ones at most the context.
-          key: the randomness; None takes the likeliest token.
-          max_new_tokens: N.
-          temperature: divides the logits.
-          **source: of an encoder-decoder: `source_BS`, `source_mask_BS`.
-        """
-        B, T = given.shape
-        dtype = jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
-        cache = self._begin(B, T + max_new_tokens, dtype, **source)
-
-        def choose(logits_BV: jax.Array, number: jax.Array | int) -> jax.Array:
-            if key is None:
-                return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-            drawn = jax.random.categorical(jax.random.fold_in(key, number), logits_BV / temperature)
-            return drawn.astype(jnp.int32)
-
-        def step(carry: tuple, number: jax.Array) -> tuple[tuple, jax.Array]:
-            token_B, cache = carry
-            logits_B1V, cache = self(token_B[:, None], cache)
-            chosen_B = choose(logits_B1V[:, 0], number)
-            return (chosen_B, cache), chosen_B
-
-        logits_BTV, cache = self(given, cache)
-        first_B = choose(logits_BTV[:, -1], 0)
-        _, rest_NB = jax.lax.scan(step, (first_B, cache), jnp.arange(1, max_new_tokens))
-        return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)
-
-    def _begin(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
-        return self.init_cache(batch_size, max_len, dtype)
 
     def loss(
         self,
@@ -269,18 +212,6 @@ class EncoderDecoderModel(LanguageModel):
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
         return self.init_cache_from(jnp.zeros((batch_size, 0), jnp.int32), None, max_len, dtype)
-
-    def _begin(
-        self,
-        batch_size: int,
-        max_len: int,
-        dtype: Any,
-        *,
-        source_BS: jax.Array,
-        source_mask_BS: jax.Array | None = None,
-    ) -> Cache:
-        del batch_size  # That of the source.
-        return self.init_cache_from(source_BS, source_mask_BS, max_len, dtype)
 
     def __call__(
         self,

@@ -110,15 +110,8 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
-def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the sharding of each parameter path, for leaves that have a `shape`.
-
-    An axis that does not divide its dimension is left out of the spec.
-    """
-    return {path: NamedSharding(mesh, _spec(path, s.shape, mesh)) for path, s in shapes.items()}
-
-
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns the spec of a parameter, without axes that do not divide their dimension."""
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(spec) == len(shape):
             return PartitionSpec(

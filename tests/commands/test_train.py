@@ -37,7 +37,7 @@ def final_digest(paths: outputs.RunPaths) -> str:
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
     optimizer = optim.make_optimizer(run.config.optim)
     abstract = states.abstract_state(run.model_def, optimizer, mesh)
-    return store.digest(run.store.restore_state(run.step, abstract))
+    return store.digest(run.store.read_state(run.step, abstract))
 
 
 def losses(paths: outputs.RunPaths) -> dict[int, str]:

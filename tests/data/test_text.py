@@ -15,13 +15,13 @@ from craft_jax.data.text import (
     RandomWindows,
     Stream,
     TextBatches,
-    TrainingWindows,
     ValidationRows,
     ValidationWindows,
     Windows,
 )
 from craft_jax.errors import DataError
 from tests.conftest import words
+from tests.data.windows import TrainingWindows
 
 WHOLE = slice(None)
 

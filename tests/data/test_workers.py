@@ -12,9 +12,10 @@ import pytest
 from craft_jax.data import loading, pipeline, text
 from craft_jax.data.cache import token_cache
 from craft_jax.data.settings import DataConfig
-from craft_jax.data.text import TrainingWindows, ValidationWindows
+from craft_jax.data.text import ValidationWindows
 from craft_jax.errors import ConfigError, DataError, UsageError
 from tests.conftest import environment
+from tests.data.windows import TrainingWindows
 
 SOURCE = """
 import ctypes, os, signal, sys

@@ -8,14 +8,10 @@ import pytest
 
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
-from craft_jax.generation.generator import generate
 from craft_jax.generation.images import AT_ONCE, ImageGenerator
-from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
 from craft_jax.models.flow import Flow, FlowConfig
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.models.seq2seq import Seq2SeqConfig
-from craft_jax.models.seq2seq import Transformer as Seq2Seq
 
 PALETTE = ((0,), (100,), (200,))
 IMAGES = ImageFormat(height=4, width=3, channels=1, label_names=("x", "y"), palette=PALETTE)
@@ -128,35 +124,3 @@ def test_a_flow_completes_nothing():
 def test_a_model_that_makes_nothing(cls):
     with pytest.raises(UsageError, match="no model that makes images"):
         ImageGenerator(cls, base.define(Flow, MODELS["flow"][1]), IMAGES)
-
-
-def test_every_language_model_generates_by_the_plain_algorithm():
-    """`LanguageModel.generate` is the reference of `generation.Generator`: the likeliest tokens."""
-    cls, config = MODELS["gpt"]
-    model = base.define(cls, config).merge(build("gpt")[1])
-    prompts = np.array([[1, 2, 0], [4, 4, 1]], np.int32)
-    plain = model.generate(prompts, max_new_tokens=8)
-    greedy = SamplingConfig(temperature=0.0)
-    ours = generate(model, prompts.tolist(), max_new_tokens=8, config=greedy)
-    np.testing.assert_array_equal(plain, ours)
-    drawn = model.generate(prompts, jax.random.key(0), max_new_tokens=8)
-    assert drawn.shape == (2, 8) and not np.array_equal(drawn, plain)
-
-
-def test_an_encoder_decoder_generates_by_the_plain_algorithm():
-    config = Seq2SeqConfig(vocab_size=9, max_seq_len=8, **SMALL)
-    model = base.define(Seq2Seq, config).merge(
-        jax.jit(lambda k: base.init_params(Seq2Seq, config, k))(jax.random.key(1))
-    )
-    sources = [[1, 2, 3], [4, 5, 6]]
-    plain = model.generate(
-        np.array([[0], [0]], np.int32), max_new_tokens=5, source_BS=np.array(sources, np.int32)
-    )
-    ours = generate(
-        model,
-        [[0], [0]],
-        sources=sources,
-        max_new_tokens=5,
-        config=SamplingConfig(temperature=0.0),
-    )
-    np.testing.assert_array_equal(plain, ours)

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from craft_jax.models import base
-from craft_jax.models.base import GenerativeModel, LanguageModel, Model
+from craft_jax.models.base import ImageModel, LanguageModel, Model
 from craft_jax.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=11, num_layers=2, num_heads=2, d_model=8, max_seq_len=8)
@@ -45,7 +45,7 @@ def test_a_model_has_no_state_but_parameters():
         base.define(Stateful, None)
 
 
-@pytest.mark.parametrize("cls", [Model, GenerativeModel, LanguageModel])
+@pytest.mark.parametrize("cls", [Model, ImageModel, LanguageModel])
 def test_interfaces_are_abstract(cls):
     with pytest.raises(TypeError, match="abstract"):
         cls(CONFIG, rngs=nnx.Rngs(0))

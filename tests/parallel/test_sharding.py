@@ -94,13 +94,13 @@ def bytes_of_first_device(array):
 def test_rules():
     mesh = sharding.make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2), jax.devices())
     shapes = base.define(GPT, KINDS["gpt"].config).shapes
-    specs = {path: s.spec for path, s in sharding.param_shardings(shapes, mesh).items()}
+    specs = {path: s.spec for path, s in sharding.tree_shardings(shapes, mesh).items()}
     assert specs["token_embedding.embedding"] == PartitionSpec("fsdp", None)
     assert specs["blocks.0.attn.query.kernel"] == PartitionSpec("fsdp", "tensor")
     assert specs["blocks.0.attn.out.kernel"] == PartitionSpec("tensor", "fsdp")
     assert specs["blocks.1.mlp_norm.scale"] == PartitionSpec()
     odd = {"token_embedding.embedding": jax.ShapeDtypeStruct((15, 16), jnp.float32)}
-    assert sharding.param_shardings(odd, mesh)["token_embedding.embedding"].spec == PartitionSpec(
+    assert sharding.tree_shardings(odd, mesh)["token_embedding.embedding"].spec == PartitionSpec(
         None, None
     )
 

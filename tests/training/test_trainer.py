@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax.data.text import TrainingWindows, ValidationWindows
+from craft_jax.data.text import ValidationWindows
 from craft_jax.errors import DataError, DivergedError
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig
@@ -30,6 +30,7 @@ from craft_jax.training.optim import OptimConfig
 from craft_jax.training.precision import Policy
 from craft_jax.training.settings import TrainingConfig
 from craft_jax.training.trainer import Trainer
+from tests.data.windows import TrainingWindows
 
 CONFIG = GPTConfig(vocab_size=16, num_layers=1, num_heads=2, d_model=16, max_seq_len=8)
 TOKENS = np.tile(np.arange(16, dtype=np.uint16), 50)

@@ -36,10 +36,16 @@ CHATS = [
 ]
 
 
+def build_text(name, data_dir, splits):
+    """Writes texts, each a record with one field."""
+    rows = {split: ({"text": text} for text in texts) for split, texts in splits.items()}
+    return tfds_builder.build_records(name, data_dir, rows)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tfds")
-    tfds_builder.build_text("my_texts", root, {"train": TEXTS, "validation": iter(["one"])})
+    build_text("my_texts", root, {"train": TEXTS, "validation": iter(["one"])})
     return root
 
 
@@ -105,7 +111,7 @@ def test_records_of_all_kinds(tmp_path):
 
 
 def test_the_same_texts_give_the_same_bytes_and_digest(built, tmp_path):
-    tfds_builder.build_text("my_texts", tmp_path, {"train": TEXTS, "validation": ["one"]})
+    build_text("my_texts", tmp_path, {"train": TEXTS, "validation": ["one"]})
     assert shard(tmp_path).read_bytes() == shard(built).read_bytes()
     names = sorted(p.name for p in tmp_path.rglob("*"))
     assert names == sorted(p.name for p in built.rglob("*"))
@@ -251,7 +257,7 @@ def test_the_digest_notices_what_changed(built, tmp_path):
 
 
 def test_text_that_is_not_utf8_names_the_record(tmp_path):
-    tfds_builder.build_text("latin", tmp_path, {"train": ["fine", b"M\xfcnchen"]})
+    build_text("latin", tmp_path, {"train": ["fine", b"M\xfcnchen"]})
     with pytest.raises(DataError, match=r"record 1, field 'text', has text .* 0xfc at offset 1"):
         fields(TfdsSource("latin", str(tmp_path)))
 
@@ -268,7 +274,7 @@ def test_text_that_is_not_utf8_names_the_record(tmp_path):
 )
 def test_what_cannot_be_built(tmp_path, name, splits, message):
     with pytest.raises(DataError, match=message):
-        tfds_builder.build_text(name, tmp_path / "root", splits)
+        build_text(name, tmp_path / "root", splits)
 
 
 def test_records_unlike_the_first_are_refused(tmp_path):
@@ -287,7 +293,7 @@ def test_records_unlike_the_first_are_refused(tmp_path):
 def test_a_dataset_that_exists_is_not_replaced(built):
     before = shard(built).read_bytes()
     with pytest.raises(OutputError, match="exists; remove it"):
-        tfds_builder.build_text("my_texts", built, {"train": ["new"]})
+        build_text("my_texts", built, {"train": ["new"]})
     assert shard(built).read_bytes() == before
 
 
