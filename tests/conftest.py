@@ -2,37 +2,44 @@
 
 import importlib.util
 import os
-import tempfile
+from pathlib import Path
 
 # Before jax is imported: several devices, so that sharding is real; and a quarter of the time to
 # compile, since a test computes little.
 QUICK_COMPILE = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 
-# Many tests compile the same program, some of them in processes of their own.
-_CACHE = tempfile.TemporaryDirectory(prefix="craft_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Many tests compile the same program, some of them in processes of their own: all workers share a
+# cache, which stays for the next run.
+ROOT = Path(__file__).parent.parent
+_CACHE = ROOT / ".pytest_cache/xla"
+_CACHE.mkdir(parents=True, exist_ok=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # What is set up once in a process holds for all tests in it.
 os.environ["WANDB_MODE"] = "offline"
 
+# torch's bfloat16 products use instructions that some processors announce and do not have.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
 import random
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from craft_jax.checkpoint import manifest as manifests
-
-ROOT = Path(__file__).parent.parent
+from craft_jax.runtime import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_MAX_WORKER_BYTES = 2 << 30
+_MAX_CACHE_BYTES = 1 << 30
 
 # A model that compiles in a second.
 MICRO = {
@@ -59,6 +66,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    """Drops compiled programs after a file where they fill the worker."""
+    yield
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > _MAX_WORKER_BYTES:
+        jax.clear_caches()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keeps the newest compiled programs for the next run."""
+    if not hasattr(session.config, "workerinput"):
+        compilation_cache.keep_newest(_CACHE, _MAX_CACHE_BYTES)
 
 
 def words(count: int, seed: int = 0) -> str:

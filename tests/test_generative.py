@@ -30,7 +30,7 @@ def figures(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1]), workdir
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_samples_of_a_flow_are_what_was_asked_for_and_no_copies(figures):
     found, _ = figures
     assert found["classifier_on_held_out"] > 0.97
@@ -42,14 +42,14 @@ def test_the_samples_of_a_flow_are_what_was_asked_for_and_no_copies(figures):
     assert median > 0.8 * real_median
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_gpt_of_pixels_knows_more_than_a_histogram(figures):
     found, _ = figures
     assert 2.3 < found["histogram_bits_per_dim"] < 2.6
     assert found["bits_ratio"] <= BITS_RATIO
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_completions_of_held_out_digits(figures, capsys):
     _, workdir = figures
     words = ["generate", "--run=image_gpt", f"--workdir={workdir}", "--image=val"]

@@ -35,7 +35,7 @@ def keep_compiled() -> None:
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
             raise PermissionError(f"{folder} is another's")
         folder.chmod(0o700)
-        _keep_newest(folder, _CACHE_BYTES)
+        keep_newest(folder, _CACHE_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home.
         logging.getLogger(__name__).debug("compiled programs are not kept: %s", error)
         return
@@ -58,7 +58,7 @@ def _processor() -> str:
     return hashlib.sha256("".join(words).encode()).hexdigest()[:12]
 
 
-def _keep_newest(folder: Path, limit: int) -> None:
+def keep_newest(folder: Path, limit: int) -> None:
     """Removes the files of a folder that were used longest ago, until the rest fits a limit."""
     found = sorted(
         ((max(i.st_atime, i.st_mtime), i.st_size, path) for path, i in _files(folder)), reverse=True

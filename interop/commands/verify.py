@@ -428,29 +428,38 @@ def _ask(
         "model": dataclasses.asdict(model.spec),
         "names": {name: model.original.get(name, name) for name in _weights(model)},
     }
+    with tempfile.TemporaryDirectory(prefix="interop_") as folder:
+        place = Path(folder)
+        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        np.savez(place / "inputs.npz", **(inputs or {}))
+        if problem := _run_worker(place):
+            raise InteropError(f"PyTorch cannot run {model.path}: {problem[:500]}")
+        answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
+        with np.load(place / "arrays.npz") as arrays:
+            return answer, dict(arrays)
+
+
+def _run_worker(folder: Path) -> str | None:
+    """Answers the request in a folder, in a process of its own; returns what went wrong, or None.
+
+    A process may run out of memory, or meet an instruction that the CPU does not have.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    with tempfile.TemporaryDirectory(prefix="interop_") as folder:
-        place = Path(folder)
-        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        np.savez(place / "inputs.npz", **(inputs or {}))
-        done = subprocess.run(
-            [sys.executable, str(_WORKER), folder],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise InteropError(f"PyTorch cannot run {model.path}: {lines[-1][:500]}")
-        answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
-        with np.load(place / "arrays.npz") as arrays:
-            return answer, dict(arrays)
+    done = subprocess.run(
+        [sys.executable, str(_WORKER), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not done.returncode:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _weights(model: Source) -> list[str]:

@@ -38,7 +38,7 @@ def peak(*words):
     return largest * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("target", ["hf", "nanogpt"])
 def test_memory_is_bounded_both_ways(run, tmp_path, target):
     out = tmp_path / "out"

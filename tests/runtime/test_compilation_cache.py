@@ -67,7 +67,7 @@ def test_old_programs_are_removed(tmp_path):
         file = tmp_path / str(number)
         file.write_bytes(bytes(10))
         os.utime(file, (1000 + number, 1000 + number))
-    compilation_cache._keep_newest(tmp_path, 25)
+    compilation_cache.keep_newest(tmp_path, 25)
     assert sorted(os.listdir(tmp_path)) == ["3", "4"]
 
 

@@ -161,7 +161,7 @@ def test_a_file_that_may_not_be_read(tmp_path, workdir, capfd):
     refused(path, workdir, capfd, "Permission denied")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(
     not os.environ.get("CRAFT_FAULTS_FULL"), reason="a gigabyte; set CRAFT_FAULTS_FULL"
 )
