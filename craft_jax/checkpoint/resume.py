@@ -17,6 +17,7 @@ from craft_jax.data.pipeline import is_tokenizer_path
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, StorageError
 from craft_jax.outputs import RunPaths
+from craft_jax.runtime import environment
 from craft_jax.training import optim
 
 logger = logging.getLogger(__name__)
@@ -159,9 +160,9 @@ def say_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
                 new,
             )
     store = CheckpointStore(paths.checkpoints)
-    environment = store.meta(step).get("environment") if step in store.steps() else None
-    if environment:
-        for difference in _differences(environment, environment.environment()):
+    saved_environment = store.meta(step).get("environment") if step in store.steps() else None
+    if saved_environment:
+        for difference in _differences(saved_environment, environment.environment()):
             logger.warning("not bit-exact: %s", difference)
     logger.info("continuing %s at step %d", paths.name, step)
 
