@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from craft_jax import config as configs
 from craft_jax import main as cli
 from craft_jax.config import SECTIONS, ExperimentConfig
 from craft_jax.models.gpt import GPTConfig
-from tests.conftest import micro
+from tests.conftest import micro, words
 
-TRIALS = 500 if os.environ.get("CRAFT_FAULTS_FULL") else 60
 # These make a run long, or leave files elsewhere; their values are checked, and not trained with.
 ONLY_CHECKED = {"training.num_steps", "training.sample_tokens", "data.num_pairs", "data.workers"}
 TEXTS = [
@@ -58,22 +56,27 @@ def problems(values: dict) -> list[str]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("fuzz") / "words.txt"
-    path.write_text("the cat sees a dog and finds the fox\n" * 60, encoding="utf-8")
+    path.write_text(words(2500), encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_on_the_command_line(text, workdir, part, capfd, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "count"),
+    [(part, 6) for part in range(10)]
+    + [pytest.param(part, 50, marks=pytest.mark.soak) for part in range(100, 110)],
+)
+def test_on_the_command_line(text, workdir, part, count, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for number, (field, value) in enumerate(changes(TEXTS, part, TRIALS // 10)):
+    for number, (field, value) in enumerate(changes(TEXTS, part, count)):
         if field in ONLY_CHECKED:
             with contextlib.suppress(configs.ConfigError):
                 configs.load(None, [configs.Override(field, value)])
             continue
-        words = micro(text, training__num_steps=1, training__sample_every=0)
+        # The program is one that other tests compile, too.
+        line = micro(text, model__vocab_size=300, training__sample_every=0)
         # The last one counts.
-        words += [f"--config.{field}={value}", f"--workdir={workdir / str(number)}"]
-        code = cli.main(words)
+        line += [f"--config.{field}={value}", f"--workdir={workdir / str(number)}"]
+        code = cli.main(line)
         said = capfd.readouterr()
         what = f"{field}={value!r}: {said.err}"
         assert code in (0, 2, 65, 78), what
@@ -86,7 +89,7 @@ def test_on_the_command_line(text, workdir, part, capfd, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("part", range(10))
 def test_in_the_config_file(part):
-    for field, value in changes(VALUES, 100 + part, TRIALS // 2):
+    for field, value in changes(VALUES, 100 + part, 100):
         section, _, name = field.rpartition(".")
         values: dict[str, Any] = {section: {name: value}} if section else {name: value}
         lines = problems(values)

@@ -1,4 +1,7 @@
 import os
+import re
+import shutil
+import time
 
 import pytest
 
@@ -9,16 +12,17 @@ from craft_jax.config import Override
 from craft_jax.data import tokenizers
 from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError
 from craft_jax.models.gpt import GPT, GPTConfig
-from tests.conftest import micro
+from tests.conftest import micro, words
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "text.txt"
-    text.write_text("the cat and the dog\n" * 100, encoding="utf-8")
+    text.write_text(words(2500), encoding="utf-8")
+    options = {"training__eval_every": 6, "training__sample_every": 0}
     for name in ("first", "second"):
-        assert cli.main([*micro(text), f"--workdir={folder}", f"--run={name}"]) == 0
+        assert cli.main([*micro(text, **options), f"--workdir={folder}", f"--run={name}"]) == 0
     return folder
 
 
@@ -40,6 +44,21 @@ def test_what_is_not_there(workdir):
         runs.open("latest", workdir=workdir / "nowhere")
     with pytest.raises(StorageError, match="no checkpoint of step 4"):
         runs.open(workdir / "models/first/checkpoints/4")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "age"), [(7, "7 s"), (125, "2 min"), (3 * 3600, "3 h"), (5 * 86400, "5 d")]
+)
+def test_how_old_a_run_is(workdir, tmp_path, capsys, seconds, age):
+    folder = tmp_path / "models/old"
+    shutil.copytree(workdir / "models/first", folder)
+    then = time.time() - seconds
+    for path in folder.rglob("*"):
+        os.utime(path, (then, then))
+    assert cli.main(["runs", f"--workdir={tmp_path}"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("old "))
+    # A second or two may go by.
+    assert age in line or (seconds < 60 and re.search(r"\b(8|9) s\b", line)), line
 
 
 def test_a_run_rebuilds_itself(workdir):

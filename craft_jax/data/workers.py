@@ -62,7 +62,8 @@ class Workers:
         rows: slice = WHOLE,
     ):
         try:
-            self._pickled = ForkingPickler.dumps((_Sent(dataset), rows))
+            # Bytes, since a view of the buffer outlives it in an exception's cycle of references.
+            self._pickled = bytes(ForkingPickler.dumps((_Sent(dataset), rows)))
         except Exception as error:
             raise ConfigError(
                 f"data.workers={count}: the dataset {origin(dataset)} cannot be sent to processes "

@@ -42,8 +42,15 @@ REFUSED["latin1"] = (REFUSED["latin1"], "byte 0xe9 at offset 3")
 
 
 def train(path, workdir, capfd, **changes):
-    options = {"training__num_steps": 1, "training__sample_every": 0} | changes
+    """Trains: by one program, whatever the tokenizer, that other tests compile, too."""
+    options = {"training__sample_every": 0, "model__vocab_size": 300} | changes
     code = cli.main([*micro(path, **options), f"--workdir={workdir}"])
+    return code, capfd.readouterr().err
+
+
+def read(path, workdir, capfd, **changes):
+    """Reads all that a training would read, and trains nothing."""
+    code = cli.main(["data", *micro(path, **changes), f"--workdir={workdir}"])
     return code, capfd.readouterr().err
 
 
@@ -60,12 +67,25 @@ def check_refused(code, errors, said):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", TRAINS)
+# Batches of all of them are made by default; these train, too, and the others on request.
+TRAINED = ["newlines", "emoji"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in TRAINED else pytest.mark.soak) for n in TRAINS]
+)
 def test_texts_that_train(tmp_path, workdir, name, capfd):
     path = tmp_path / name
     path.write_bytes(TRAINS[name])
-    # The programs are those of the test before: with a vocabulary that is always as large.
     code, errors = train(path, workdir, capfd, data__tokenizer="byte")
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_batches_of_texts_that_train(tmp_path, workdir, name, capfd):
+    path = tmp_path / name
+    path.write_bytes(TRAINS[name])
+    code, errors = read(path, workdir, capfd, data__tokenizer="byte")
     assert code == 0, errors
 
 
@@ -118,7 +138,7 @@ def test_odd_names(tmp_path, workdir, name, capfd):
     folder.mkdir()
     path = folder / os.fsdecode(name)
     path.write_text(TEXT, encoding="utf-8")
-    code, errors = train(folder, workdir, capfd, data__tokenizer="byte")
+    code, errors = read(folder, workdir, capfd, data__tokenizer="byte")
     assert code == 0, errors
     path.write_bytes(b"abc\xff")
     code, errors = train(folder, workdir, capfd)
@@ -136,7 +156,7 @@ def test_names_are_shown_in_one_line():
 def test_odd_names_in_the_config(tmp_path, workdir, name, capfd):
     path = tmp_path / name
     path.write_text(TEXT, encoding="utf-8")
-    code, errors = train(path, workdir, capfd, data__tokenizer="byte")
+    code, errors = read(path, workdir, capfd, data__tokenizer="byte")
     assert code == 0, errors
     refused(path.with_name("y" + name[1:]), workdir, capfd, "no such file or folder")
 
@@ -162,9 +182,6 @@ def test_a_file_that_may_not_be_read(tmp_path, workdir, capfd):
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(
-    not os.environ.get("CRAFT_FAULTS_FULL"), reason="a gigabyte; set CRAFT_FAULTS_FULL"
-)
 def test_a_line_of_a_gigabyte(tmp_path, workdir):
     path = tmp_path / "long.txt"
     with path.open("wb") as file:

@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from craft_jax.data import tokenizers
 from craft_jax.data.tokenizers import END_TOKEN, Tokenizer
@@ -62,7 +63,7 @@ def test_characters_keep_the_ids_that_they_are_given():
     assert (tokenizer.vocab_size, tokenizer.end_id) == (8, 4)
     assert tokenizer.encode("b\n[b").tolist() == [7, 0, 2, 7]
     assert tokenizer.decode([4, 7, 2, 0]) == "b\n"
-    again = Tokenizer(tokenizers.tokenizers.Tokenizer.from_str(tokenizer.json))
+    again = Tokenizer(HuggingFaceTokenizer.from_str(tokenizer.json))
     for one in (tokenizer, again):
         assert one.unknown_characters("xyz") == []
         assert [ids.tolist() for ids in one.encode_batch(["x", "b"])] == [[2], [7]]
@@ -107,4 +108,4 @@ def test_end_tokens_of_other_tokenizers_are_found():
     inner = tokenizers.bytes_()
     assert END_TOKEN in inner.json
     renamed = inner.json.replace(END_TOKEN, "</s>")
-    assert Tokenizer(tokenizers.tokenizers.Tokenizer.from_str(renamed)).end_id == 256
+    assert Tokenizer(HuggingFaceTokenizer.from_str(renamed)).end_id == 256
