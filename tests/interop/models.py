@@ -14,7 +14,7 @@ from interop.files.weights import open_weights
 from interop.mapping.shapes import leaves
 from interop.mapping.spec import ModelSpec
 from interop.mapping.tensors import LazyTensor, lazy
-from interop.sources.source import Source
+from interop.sources.source import CRAFT, Source
 from interop.targets.registry import TARGETS
 
 SPEC = ModelSpec(
@@ -155,6 +155,20 @@ def make_run(
     )
     write_run(source, folder, folder, spill=False)
     return folder
+
+
+def in_memory(
+    model: ModelSpec, dtype: str = "float32", *, tokenizer: Tokenizer | None = None
+) -> Source:
+    """Returns what `open_source` finds in a run that `make_run` makes, without writing one."""
+    return Source(
+        path=Path("<model>"),
+        run="run",
+        kind=CRAFT,
+        spec=model,
+        leaves=random_leaves(model, dtype),
+        tokenizer=tokenizer,
+    )
 
 
 def array(path: Path, name: str) -> np.ndarray:

@@ -133,8 +133,19 @@ def test_float64_is_kept_or_rounded_when_asked(tmp_path, capsys):
     assert {leaf.dtype.name for leaf in opened.leaves.values()} == {"float32"}
 
 
-@pytest.mark.parametrize("wrap", ["model", "state_dict", "model_state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "model."])
+WRAPS = ["model", "state_dict", "model_state_dict", None]
+PREFIXES = ["model.", "", "_orig_mod.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrap"),
+    [
+        # By default each of them once; `model` is both at the same time.
+        pytest.param(prefix, wrap, marks=[] if i == j else pytest.mark.soak)
+        for i, prefix in enumerate(PREFIXES)
+        for j, wrap in enumerate(WRAPS)
+    ],
+)
 def test_wrappers_and_prefixes_are_taken_away(tmp_path, capsys, wrap, prefix):
     weights = {f"{prefix}{name}": values for name, values in tensors("nanogpt").items()}
     value = {wrap: weights, "epoch": 3} if wrap else weights

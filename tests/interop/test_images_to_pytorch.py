@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +27,7 @@ from interop.sources.source import Source
 from interop.targets.registry import TARGETS
 from tests.interop.models import random_leaves
 from tests.interop.models import spec as spec_of_tokens
+from tests.interop.proofs import prove, prove_alone
 
 torch = pytest.importorskip("torch")
 from interop.pytorch import modeling_craft  # noqa: E402
@@ -209,19 +208,14 @@ def test_the_folder_proves_itself_and_notices_a_change(folder, tmp_path):
     place = tmp_path / "copy"
     shutil.copytree(folder("flow"), place)
 
-    def proof():
-        return subprocess.run(
-            [sys.executable, "verify.py"], cwd=place, capture_output=True, text=True, check=False
-        )
-
-    done = proof()
+    done = prove_alone(place)
     assert done.returncode == 0, done.stderr
     assert "velocities agree in float64" in done.stdout
     text = (place / "modeling_craft.py").read_text(encoding="utf-8")
     for old, new in (("1e-6, 1.5", "1e-5, 1.5"), ("start, end = number", "end, start = number")):
         assert old in text
         (place / "modeling_craft.py").write_text(text.replace(old, new), encoding="utf-8")
-        done = proof()
+        done = prove(place)
         assert done.returncode == 1 and "FAILED" in done.stderr, old
 
 

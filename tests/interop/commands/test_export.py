@@ -19,7 +19,7 @@ from interop.mapping.tensors import lazy, same_bits
 from interop.sources.opening import open_source
 from interop.targets.registry import TARGETS
 from tests.conftest import environment
-from tests.interop.models import DTYPES, SPECS, array, make_run, random_leaves, spec
+from tests.interop.models import DTYPES, SPECS, array, in_memory, make_run, spec
 
 QUICK = {"probe": "none"}
 TEXT = "the quick brown fox jumps over the lazy dog\n"
@@ -51,6 +51,39 @@ CASES += [
     if ("craft" in name or "seq2seq" in name or "post" in name)
     and TARGETS[target].answer(spec(**SPECS[name])).exact
 ]
+# By default through a run and a second export: every target, architecture and dtype, not every
+# combination. All combinations are written and opened in `test_what_is_written_is_opened_again`,
+# and mapped both ways in tests/interop/mapping/test_table.py.
+BOTH_WAYS = {
+    ("gpt2", "plain", "float32"),
+    ("gpt2", "untied", "bfloat16"),
+    ("gpt2", "no bias", "float16"),
+    ("gpt2", "nanogpt, no bias", "mixed"),
+    ("craft-torch", "nanogpt, no bias", "bfloat16"),
+    ("nanogpt", "nanogpt, no bias", "mixed"),
+    ("gpt2", "twelve layers", "mixed"),
+    ("biogpt", "craft e", "mixed"),
+    ("biogpt", "craft d, no bias, relu", "mixed"),
+    ("opt", "post-norm, nothing after it", "mixed"),
+    ("torch-encoder", "craft b, sinusoidal", "bfloat16"),
+    ("torch-encoder", "craft e, no bias", "bfloat16"),
+    ("torch-decoder", "craft f, post-norm", "bfloat16"),
+    ("torch-transformer", "seq2seq", "bfloat16"),
+    ("craft-torch", "seq2seq, post-norm, no bias, all apart", "mixed"),
+    ("craft-e", "craft e, post-norm, relu", "bfloat16"),
+    ("craft-f", "craft f", "bfloat16"),
+    ("craft-f", "craft f, no bias", "bfloat16"),
+    ("craft-d", "craft d", "mixed"),
+    ("craft-d0", "craft d, no bias, relu", "mixed"),
+    ("craft-c", "craft c", "bfloat16"),
+    ("craft-b", "craft b", "bfloat16"),
+}
+
+
+def test_each_target_architecture_and_dtype_goes_both_ways_by_default():
+    assert set(CASES) > BOTH_WAYS
+    for column in range(3):
+        assert {case[column] for case in BOTH_WAYS} == {case[column] for case in CASES}
 
 
 def tree(folder):
@@ -64,22 +97,50 @@ def run_of(tmp_path, name="run", dtype="float32", tokenizer=None, **changes):
     return make_run(tmp_path / "models" / name, spec(**changes), dtype, tokenizer=tokenizer)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run, for tests that do not change it."""
+    return run_of(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    """A run that nanoGPT can hold, for tests that do not change it."""
+    return run_of(tmp_path_factory.mktemp("nano"), d_ff=192)
+
+
 @pytest.mark.parametrize(("target", "name", "dtype"), CASES)
+def test_what_is_written_is_opened_again(tmp_path, target, name, dtype):
+    """The architecture and every bit."""
+    known = spec(**SPECS[name])
+    model = in_memory(known, dtype)
+    done = interop.export_checkpoint(model, tmp_path / "a", target, **QUICK)
+    again = open_source(done.out)
+    assert again.kind == target and again.spec == known
+    assert set(again.leaves) == set(model.leaves)
+    for leaf, tensor in model.leaves.items():
+        assert same_bits(tensor.read(), again.leaves[leaf].read()), leaf
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "dtype"),
+    [pytest.param(*case, marks=[] if case in BOTH_WAYS else pytest.mark.soak) for case in CASES],
+)
 def test_out_back_and_out_again(tmp_path, target, name, dtype):
     """Bit-identical in every leaf, and the second export is the first, byte for byte."""
     known = spec(**SPECS[name])
-    run = make_run(tmp_path / "models" / "run", known, dtype)
-    first = interop.export_checkpoint(run, tmp_path / "a", target, **QUICK)
+    model = in_memory(known, dtype)
+    first = interop.export_checkpoint(model, tmp_path / "a", target, **QUICK)
     imported = tmp_path / "models" / "again"
     interop.import_checkpoint(first.out, imported)
     again = open_source(imported)
     assert again.spec == known
-    for leaf, tensor in random_leaves(known, dtype).items():
+    for leaf, tensor in model.leaves.items():
         assert same_bits(tensor.read(), again.leaves[leaf].read()), leaf
     second = interop.export_checkpoint(imported, tmp_path / "b", target, **QUICK)
     made, remade = tree(first.out), tree(second.out)
     assert made == remade
-    assert tree(interop.export_checkpoint(run, tmp_path / "c", target, **QUICK).out) == made
+    assert tree(interop.export_checkpoint(model, tmp_path / "c", target, **QUICK).out) == made
 
 
 def test_bits_that_arithmetic_would_change(tmp_path):
@@ -102,24 +163,24 @@ def test_bits_that_arithmetic_would_change(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_shards(tmp_path):
-    run = run_of(tmp_path)
-    whole = interop.export_checkpoint(run, tmp_path / "whole", "gpt2", **QUICK)
+def test_shards(plain, tmp_path):
+    whole = interop.export_checkpoint(plain, tmp_path / "whole", "gpt2", **QUICK)
     for size in ("1", "20KB", "50000"):
         out = tmp_path / f"s{size}"
-        done = interop.export_checkpoint(run, out, "gpt2", max_shard_size=size, workers=4, **QUICK)
+        done = interop.export_checkpoint(
+            plain, out, "gpt2", max_shard_size=size, workers=4, **QUICK
+        )
         assert len(list(out.glob("*.safetensors"))) > 1
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == done.plan.num_bytes
         assert interop.diff(whole.out, out) == []
     with pytest.raises(CraftError, match="max-shard-size"):
-        interop.export_checkpoint(run, tmp_path / "z", "gpt2", max_shard_size="0")
+        interop.export_checkpoint(plain, tmp_path / "z", "gpt2", max_shard_size="0")
 
 
-def test_the_number_of_threads_changes_nothing(tmp_path):
-    run = run_of(tmp_path)
+def test_the_number_of_threads_changes_nothing(plain, tmp_path):
     for workers in (1, 4):
-        interop.export_checkpoint(run, tmp_path / str(workers), "gpt2", workers=workers, **QUICK)
+        interop.export_checkpoint(plain, tmp_path / str(workers), "gpt2", workers=workers, **QUICK)
     assert tree(tmp_path / "1") == tree(tmp_path / "4")
 
 
@@ -137,17 +198,15 @@ def test_what_a_target_cannot_hold_is_refused_with_reasons(tmp_path):
     assert interop.explain(run, "nanogpt") and not interop.explain(run, "gpt2")
 
 
-def test_auto_takes_the_best_that_is_exact(tmp_path):
-    run = run_of(tmp_path)
-    assert interop.plan(run).target.name == "gpt2"
+def test_auto_takes_the_best_that_is_exact(plain):
+    assert interop.plan(plain).target.name == "gpt2"
     exact = ["gpt2", "biogpt", "opt", "craft-torch", "torch-encoder", "torch-decoder"]
-    assert [a.target for a in interop.targets_for(run) if a.exact] == exact
-    assert interop.plan(run, "hf").target.name == "gpt2"
+    assert [a.target for a in interop.targets_for(plain) if a.exact] == exact
+    assert interop.plan(plain, "hf").target.name == "gpt2"
 
 
-def test_a_plan_reads_no_array_and_writes_nothing(tmp_path):
-    run = run_of(tmp_path)
-    model = open_source(run)
+def test_a_plan_reads_no_array_and_writes_nothing(plain):
+    model = open_source(plain)
 
     def forbidden():
         raise AssertionError("a plan reads no array")
@@ -191,15 +250,14 @@ def test_a_run_without_tokenizer_says_so(tmp_path):
     assert config["eos_token_id"] is None and config["bos_token_id"] is None
 
 
-def test_nothing_is_overwritten_unless_asked(tmp_path):
-    run = run_of(tmp_path)
+def test_nothing_is_overwritten_unless_asked(plain, tmp_path):
     out = tmp_path / "out"
-    interop.export_checkpoint(run, out, "gpt2", max_shard_size="20KB", **QUICK)
+    interop.export_checkpoint(plain, out, "gpt2", max_shard_size="20KB", **QUICK)
     before = tree(out)
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        interop.export_checkpoint(run, out, "gpt2", **QUICK)
+        interop.export_checkpoint(plain, out, "gpt2", **QUICK)
     assert tree(out) == before
-    interop.export_checkpoint(run, out, "craft-torch", overwrite=True, **QUICK)
+    interop.export_checkpoint(plain, out, "craft-torch", overwrite=True, **QUICK)
     # No shard of the earlier model may be left beside the new one.
     assert sorted(p.name for p in out.glob("model*")) == ["model.safetensors", "modeling_craft.py"]
 
@@ -229,18 +287,17 @@ def test_the_source_is_never_written_to(tmp_path, place):
     assert tree(run) == before
 
 
-def test_what_is_read_back_must_be_what_was_read(tmp_path, monkeypatch):
+def test_what_is_read_back_must_be_what_was_read(plain, tmp_path, monkeypatch):
     honest = SafetensorsWriter.write
 
     def careless(self, name, values):
         honest(self, name, values.T.copy().reshape(values.shape) if values.ndim == 2 else values)
 
     monkeypatch.setattr(SafetensorsWriter, "write", careless)
-    run = run_of(tmp_path)
     with pytest.raises(ParityError, match="differ from the source"):
-        interop.export_checkpoint(run, tmp_path / "out", "gpt2", **QUICK)
+        interop.export_checkpoint(plain, tmp_path / "out", "gpt2", **QUICK)
     assert not (tmp_path / "out").exists()
-    interop.export_checkpoint(run, tmp_path / "out", "gpt2", verify="none", **QUICK)
+    interop.export_checkpoint(plain, tmp_path / "out", "gpt2", verify="none", **QUICK)
 
 
 def test_a_model_in_memory_a_checkpoint_and_a_run_are_the_same(tmp_path):
@@ -336,7 +393,14 @@ def large_folder(large, tmp_path_factory):
     return interop.export_checkpoint(large, out, "gpt2", **QUICK).out
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        # How SIGINT becomes an exit code, `test_stopped_by_a_signal` shows.
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak),
+        (signal.SIGTERM, 143),
+    ],
+)
 def test_an_import_is_stopped_by_a_signal(large_folder, tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "interop", "import", str(large_folder), str(tmp_path / "new")],
@@ -414,15 +478,14 @@ for words in steps:
             (tmp_path / "out").rmdir()
 
 
-def test_the_command_line_in_words_and_as_json(tmp_path, capsys):
-    run = run_of(tmp_path, d_ff=192)
+def test_the_command_line_in_words_and_as_json(nano, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["export", str(run), str(out), "--to", "hf", "--json", "--probe=none"]) == 0
+    assert cli.main(["export", str(nano), str(out), "--to", "hf", "--json", "--probe=none"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["exact"] and shown["target"] == "gpt2" and shown["verified"] == "bits"
-    assert cli.main(["targets", str(run), "--json"]) == 0
+    assert cli.main(["targets", str(nano), "--json"]) == 0
     assert [row["target"] for row in json.loads(capsys.readouterr().out)] == list(TARGETS)
-    assert cli.main(["export", str(run), str(tmp_path / "x"), "--dry-run"]) == 0
+    assert cli.main(["export", str(nano), str(tmp_path / "x"), "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "x").exists()
     assert cli.main(["inspect", str(out)]) == 0
     assert "transformer.wte.weight" in capsys.readouterr().out
@@ -459,20 +522,19 @@ def test_the_command_line_in_words_and_as_json(tmp_path, capsys):
         ([], 2, "COMMAND"),
     ],
 )
-def test_wrong_words(tmp_path, capsys, words, code, said):
-    run = run_of(tmp_path, d_ff=192)
-    places = {"RUN": str(run), "OUT": str(tmp_path / "out"), "OUT.pt": str(tmp_path / "o.pt")}
+def test_wrong_words(nano, tmp_path, capsys, words, code, said):
+    before = tree(nano)
+    places = {"RUN": str(nano), "OUT": str(tmp_path / "out"), "OUT.pt": str(tmp_path / "o.pt")}
     assert cli.main([places.get(word, word) for word in words]) == code
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
+    assert list(tmp_path.iterdir()) == [] and tree(nano) == before
 
 
 @pytest.mark.parametrize(("stdout", "code"), [(">&-", 0), ("> /dev/full", 74), ("| head -c1", 0)])
-def test_standard_output_that_takes_nothing(tmp_path, stdout, code):
-    run = run_of(tmp_path)
+def test_standard_output_that_takes_nothing(plain, stdout, code):
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m interop inspect {run} {stdout}"],
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m interop inspect {plain} {stdout}"],
         env=environment(),
         capture_output=True,
         text=True,

@@ -1,8 +1,7 @@
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,8 +9,9 @@ import pytest
 import interop
 from craft_jax.data import tokenizers
 from interop import __main__ as cli
-from interop.errors import MissingDependencyError, ParityError
-from tests.interop.models import SPECS, flip, make_run, spec
+from interop.errors import InteropError, MissingDependencyError, ParityError
+from tests.interop.models import SPECS, flip, in_memory, make_run, spec
+from tests.interop.proofs import prove, prove_alone
 
 QUICK = {"probe": "none"}
 
@@ -55,6 +55,20 @@ def test_every_level_passes(exported, target, level):
 
 
 @pytest.mark.torch
+@pytest.mark.own_process
+def test_torch_has_a_process_of_its_own(exported, copied):
+    """And what goes wrong there is told."""
+    report = interop.verify(exported["run"], exported["craft-torch"], "logits")
+    assert report.passed and report.figures["largest"] < 1e-12
+    out = copied("craft-torch")
+    (out / "modeling_craft.py").write_text("import os\nraise RuntimeError(f'of {os.getpid()}')\n")
+    with pytest.raises(InteropError, match=r"PyTorch cannot run .*: RuntimeError: of \d+$") as told:
+        interop.verify(exported["run"], out, "structure")
+    assert not str(told.value).endswith(f" {os.getpid()}")
+    assert not list(out.glob("__pycache__"))
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("target", "name", "level"),
     [
@@ -70,9 +84,9 @@ def test_every_level_passes(exported, target, level):
     ],
 )
 def test_the_other_targets(tmp_path, target, name, level):
-    run = make_run(tmp_path / "models" / "run", spec(**SPECS[name]))
-    out = interop.export_checkpoint(run, tmp_path / "out", target, **QUICK).out
-    report = interop.verify(run, out, level)
+    model = in_memory(spec(**SPECS[name]))
+    out = interop.export_checkpoint(model, tmp_path / "out", target, **QUICK).out
+    report = interop.verify(model, out, level)
     assert report.passed, report.problems
     if level == "logits":
         assert report.figures["largest"] < 1e-12
@@ -81,11 +95,8 @@ def test_the_other_targets(tmp_path, target, name, level):
 @pytest.mark.torch
 def test_a_folder_of_an_encoder_decoder_proves_itself(tmp_path):
     known = spec(**SPECS["seq2seq"])
-    run = make_run(tmp_path / "models" / "run", known)
-    out = interop.export_checkpoint(run, tmp_path / "out", "craft-torch").out
-    done = subprocess.run(
-        [sys.executable, out / "verify.py"], capture_output=True, text=True, check=False
-    )
+    out = interop.export_checkpoint(in_memory(known), tmp_path / "out", "craft-torch").out
+    done = prove(out)
     assert done.returncode == 0 and "logits agree" in done.stdout, done.stderr
     imported = interop.import_checkpoint(out, tmp_path / "models" / "again")
     assert imported.probe > 97
@@ -180,28 +191,29 @@ def damage(file, name):
 @pytest.mark.parametrize("target", ["gpt2", "craft-torch"])
 def test_the_folder_proves_itself(exported, copied, target):
     out = copied(target)
-    assert "OK: " in prove(out, 0).stdout
+    assert "OK: " in proved(prove(out), 0).stdout
     change = {"gpt2": {"layer_norm_epsilon": 1e-6}, "craft-torch": None}[target]
     if change:
         edit(out / "config.json", **change)
     else:
         described = json.loads((out / "config.json").read_text())
         edit(out / "config.json", model=described["model"] | {"norm_eps": 1e-6})
-    assert "FAILED: these are not the logits" in prove(out, 1).stderr
+    assert "FAILED: these are not the logits" in proved(prove(out), 1).stderr
     assert not list(out.glob("__pycache__"))
 
 
 @pytest.mark.torch
 def test_the_folder_sees_a_changed_weight(copied):
+    """As its users run it, in a process of its own."""
     out = copied("craft-torch")
+    assert "OK: " in proved(prove_alone(out), 0).stdout
+    assert not list(out.glob("__pycache__"))
     flip(out / "model.safetensors", "blocks.1.mlp.down.bias")
-    assert "1 tensors are not those exported: blocks.1.mlp.down.bias" in prove(out, 1).stderr
+    told = proved(prove_alone(out), 1).stderr
+    assert "1 tensors are not those exported: blocks.1.mlp.down.bias" in told
 
 
-def prove(out, code):
-    done = subprocess.run(
-        [sys.executable, str(out / "verify.py")], capture_output=True, text=True, check=False
-    )
+def proved(done, code):
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

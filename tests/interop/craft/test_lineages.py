@@ -114,8 +114,9 @@ def test_a_checkpoint_of_every_generation(tmp_path, target):
     assert opened.spec.dropout == 0.1
     assert same_logits(tmp_path / "c.pt", model, known)
     done = interop.import_checkpoint(tmp_path / "c.pt", tmp_path / "models" / "run")
+    imported = open_source(done.out)
     for name, leaf in opened.leaves.items():
-        assert same_bits(open_source(done.out).leaves[name].read(), leaf.read())
+        assert same_bits(imported.leaves[name].read(), leaf.read())
 
 
 def test_sinusoidal_positions_keep_their_bits(tmp_path):

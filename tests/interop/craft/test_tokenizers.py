@@ -5,6 +5,7 @@ import pickle
 import random
 
 import pytest
+import tokenizers as hugging_face
 
 from craft_jax.data import tokenizers
 from craft_jax.data.tokenizers import Tokenizer
@@ -357,11 +358,11 @@ def test_a_character_tokenizer_of_craft_jax_becomes_a_vocabulary():
 
 
 def test_tokenizers_that_are_not_by_characters_have_no_vocabulary_of_them():
-    words = tokenizers.tokenizers.models.WordLevel({"some": 0, "words": 1}, unk_token="some")
+    words = hugging_face.models.WordLevel({"some": 0, "words": 1}, unk_token="some")
     for other in (
         tokenizers.bytes_(),
         tokenizers.train_bpe([ALPHABET * 9], 280),
-        Tokenizer(tokenizers.tokenizers.Tokenizer(words)),
+        Tokenizer(hugging_face.Tokenizer(words)),
     ):
         assert vocabulary_of(other) is None
         assert special_of(other) is None

@@ -76,7 +76,7 @@ def test_what_the_dead_left_is_removed_and_what_they_moved_comes_back(tmp_path):
 
 
 def test_without_exchange_of_the_system(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic.durable, "exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic.atomic, "exchange", lambda a, b: False)
     for text in ("one", "two"):
         with atomic.output(tmp_path / "out", overwrite=True) as place:
             place.mkdir()

@@ -234,6 +234,10 @@ def test_logits(kind, name):
     can_pad = kind.startswith("torch") and known.name != "gpt"
     for masks in (False, True) if can_pad else (False,):
         jax_inputs, inputs = inputs_of(known, masks)
+        if can_pad and not masks:
+            # Masks that are all true: the same in craft_jax, and compiled once.
+            whole, _ = inputs_of(known, True)
+            jax_inputs = {n: np.ones_like(a) if "mask" in n else a for n, a in whole.items()}
         expected = ours(known, values, **jax_inputs)
         with torch.no_grad():
             assert gap(expected, model(tokens, **inputs)) <= EXACT

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from interop.pytorch import modeling_craft, verify_folder  # noqa: E402
 from tests.interop.models import flip, random_leaves  # noqa: E402
+from tests.interop.proofs import prove, prove_alone  # noqa: E402
 from tests.interop.pytorch import reference  # noqa: E402
 from tests.interop.pytorch.reference import LMS, PAIRS, ids, saved  # noqa: E402
 
@@ -51,15 +50,16 @@ def write_manifest(folder, leaves):
     (folder / "interop_manifest.json").write_text(json.dumps({"tensors": digests}))
 
 
-def run(folder):
-    command = [sys.executable, "-I", str(folder / "verify.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(folder, by=prove):
+    done = by(folder)
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("known", [LMS["empty, post-norm, no bias"], PAIRS["apart"]])
-def test_a_folder_proves_itself(known, tmp_path):
-    code, said = run(made(tmp_path / "out", known))
+@pytest.mark.parametrize(
+    ("known", "by"), [(LMS["empty, post-norm, no bias"], prove), (PAIRS["apart"], prove_alone)]
+)
+def test_a_folder_proves_itself(known, by, tmp_path):
+    code, said = run(made(tmp_path / "out", known), by)
     assert code == 0 and "OK: 99 logits agree in float64" in said and "4 greedy tokens" in said
 
 

@@ -29,7 +29,7 @@ PAIR_INPUTS = INPUTS | {
 
 
 @pytest.fixture
-def ask(tmp_path):
+def ask(tmp_path, monkeypatch):
     """Asks a worker in this process, or in one of its own."""
 
     def asked(known, inputs=INPUTS, *, alone=False, **request):
@@ -50,7 +50,12 @@ def ask(tmp_path):
             )
             assert done.returncode == 0, done.stderr
         else:
-            worker.main(place)
+            with monkeypatch.context() as here:
+                # What the worker changes for a folder's own file.
+                here.setattr(sys, "path", list(sys.path))
+                here.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+                sys.modules.pop("modeling_craft", None)
+                worker.main(place)
         with np.load(place / "arrays.npz") as arrays:
             return json.loads((place / "answer.json").read_text()), dict(arrays)
 
@@ -172,8 +177,10 @@ def test_a_file_of_float64_keeps_its_bits(ask, tmp_path):
     assert np.array_equal(arrays["tap token_embedding"], rows.numpy())
 
 
-@pytest.mark.parametrize("known", [LMS["zeros, post-norm"], PAIRS["sinusoidal"]])
-def test_a_folder_of_craft_torch(ask, tmp_path, known):
+@pytest.mark.parametrize(
+    ("known", "alone"), [(LMS["zeros, post-norm"], True), (PAIRS["sinusoidal"], False)]
+)
+def test_a_folder_of_craft_torch(ask, tmp_path, known, alone):
     folder = saved(tmp_path / "out", known)
     shutil.copy(modeling_craft.__file__, folder / "modeling_craft.py")
     inputs = PAIR_INPUTS if known.name == "seq2seq" else INPUTS
@@ -183,7 +190,7 @@ def test_a_folder_of_craft_torch(ask, tmp_path, known):
     answer, arrays = ask(
         known,
         inputs,
-        alone=True,
+        alone=alone,
         container="craft-torch",
         target="craft-torch",
         path=folder,
@@ -195,9 +202,7 @@ def test_a_folder_of_craft_torch(ask, tmp_path, known):
     assert set(arrays) == {"logits", *(f"tap {path}" for path in taps)}
     assert answer["greedy"] == continued(known, inputs, [5, 6], 3)
     assert not list(folder.rglob("__pycache__"))
-    answer, _ = ask(
-        known, {}, alone=True, what="structure", container="craft-torch", target="", path=folder
-    )
+    answer, _ = ask(known, {}, what="structure", container="craft-torch", target="", path=folder)
     assert set(answer["tensors"]) == set(random_leaves(known))
 
 

@@ -2,23 +2,23 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import interop
+from craft_jax import main as cli
 from craft_jax import runs
 from craft_jax.data import tokenizers
+from interop import __main__ as interop_cli
 from interop.commands.verify import TOLERANCE
 from interop.errors import NotRepresentableError, UnknownArchitectureError
 from interop.mapping.tensors import same_bits
 from interop.sources.live import Reference
 from interop.sources.opening import open_source
-from tests.conftest import command, environment, micro
-from tests.interop.models import SPECS, make_run, spec
+from tests.conftest import micro
+from tests.interop.models import SPECS, in_memory, make_run, spec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -55,8 +55,8 @@ FAMILIES = [
 )
 def test_it_loads_without_a_word(tmp_path, target, changes, dtype, caplog, capfd):
     tokenizer = tokenizers.characters("the quick\n", end_token=True)
-    run = make_run(tmp_path / "models" / "run", spec(**changes), dtype, tokenizer=tokenizer)
-    out = interop.export_checkpoint(run, tmp_path / "out", target, probe="none").out
+    model = in_memory(spec(**changes), dtype, tokenizer=tokenizer)
+    out = interop.export_checkpoint(model, tmp_path / "out", target, probe="none").out
     transformers.logging.enable_propagation()
     with caplog.at_level("INFO"):
         model, info = load(out)
@@ -221,35 +221,29 @@ def test_the_tokenizer_reads_as_ours(tmp_path, kind):
     assert runs.open(again).tokenizer.digest == ours.digest
 
 
-def test_a_trained_run_makes_the_same_100_tokens(tmp_path, text_file):
+def test_a_trained_run_makes_the_same_100_tokens(tmp_path, text_file, capsys):
     workdir = tmp_path / "outputs"
 
     def craft(*words):
-        return subprocess.run(
-            [*command(*words), f"--workdir={workdir}"],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        capsys.readouterr()
+        assert cli.main([*words, f"--workdir={workdir}"]) == 0
+        return capsys.readouterr().out
 
-    craft("--run=r", *micro(text_file, model__max_seq_len=128, training__num_steps=3))
+    craft(
+        "--run=r",
+        *micro(text_file, model__max_seq_len=128, training__num_steps=3),
+    )
     prompt = "the red "
     text = craft(
         "generate", "--run=r", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=100"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "interop", "export", workdir / "models" / "r", tmp_path / "out"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    model, _ = load(tmp_path / "out")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    run, out = str(workdir / "models" / "r"), str(tmp_path / "out")
+    assert interop_cli.main(["export", run, out]) == 0
+    said = capsys.readouterr().out
+    model, _ = load(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer(prompt, return_tensors="pt")
     made = model.generate(**ids, do_sample=False, max_new_tokens=100)
     assert made.shape[1] == ids.input_ids.shape[1] + 100
     assert tokenizer.decode(made[0]) + "\n" == text
-    assert Path(done.stdout.split(":")[0]).name == "out"
+    assert Path(said.split(":")[0]).name == "out"
