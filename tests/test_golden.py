@@ -23,6 +23,8 @@ from craft_jax.training.step import make_train_step
 from tests.conftest import ROOT, words
 from tests.data.windows import TrainingWindows
 
+pytestmark = pytest.mark.frozen
+
 FILE = ROOT / "tests/golden/first_steps.json"
 STEPS = 5
 CASES = {

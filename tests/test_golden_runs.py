@@ -15,6 +15,8 @@ from craft_jax import runs
 from interop import __main__ as interop_cli
 from tests.conftest import ROOT, seal
 
+pytestmark = pytest.mark.frozen
+
 GOLDEN = ROOT / "tests/golden/runs"
 RUNS = [
     pytest.param(folder, id=f"{folder.parent.name}-{folder.name}")

@@ -36,7 +36,8 @@ def test_the_tokenizer_command(text_file, workdir, tmp_path, capfd):
     assert found == pytest.approx(expected, abs=0.01)
     assert "sample split" in said
     # Training takes the same one.
-    assert run(capfd, *config, "--config.training.num_steps=1")[0] == 0
+    few = ["--config.training.num_steps=1", "--config.training.sample_every=0"]
+    assert run(capfd, *config, *few)[0] == 0
     (kept,) = (workdir / "data/tokenizers").iterdir()
     assert Tokenizer.load(kept).digest == made.digest
     code, _, errors = run(capfd, "tokenizer", *config, f"--out={out}")
@@ -70,7 +71,8 @@ def test_the_data_command_shows_a_mixture(text_file, workdir, tmp_path, capfd):
     [
         ([], 2, "needs to know the data"),
         ([CONFIG, "--step=-1"], 2, "--step=-1"),
-        ([CONFIG, "--split=test"], 65, "nothing is held out"),
+        ([CONFIG, f"--config.data.path={__file__}", "--config.data.tokenizer=byte", "--split=test"],
+         65, "nothing is held out"),
         ([CONFIG, "--config.data.source=digit"], 78, "did you mean 'digits'?"),
         ([CONFIG, "--config.data.source=tfds"], 78, "needs data.name"),
         ([CONFIG, "--config.data.mixture=x"], 78, "'x' is not SOURCE=WEIGHT"),
@@ -78,7 +80,7 @@ def test_the_data_command_shows_a_mixture(text_file, workdir, tmp_path, capfd):
         ([CONFIG, "--config.data.mixture=stdlib=0"], 78, "weights of batch 0 are all 0"),
         ([CONFIG, "--config.data.test_fraction=0.99"], 78, "leave nothing to train on"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_shown(workdir, capfd, words_, code, expected):
     got, _, errors = run(capfd, "data", *words_, f"--workdir={workdir}")
     assert (got, errors.count("\n")) == (code, 1) or code == 2

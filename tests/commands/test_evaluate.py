@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 
@@ -8,10 +9,20 @@ from craft_jax.training.loggers import read_json_lines
 from tests.conftest import micro, words
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    text = folder / "words.txt"
+    text.write_text(words(2500), encoding="utf-8")
+    config = micro(text, training__sample_every=0)
+    assert cli.main([*config, f"--workdir={folder / 'outputs'}"]) == 0
+    return folder / "outputs"
+
+
 @pytest.fixture
-def trained(text_file, workdir, capsys):
-    assert cli.main([*micro(text_file), f"--workdir={workdir}"]) == 0
-    capsys.readouterr()
+def trained(trained_once, workdir):
+    """A copy of outputs with one run."""
+    shutil.copytree(trained_once, workdir)
     return workdir
 
 
@@ -60,6 +71,7 @@ def test_bits_per_byte_compare_tokenizers(text_file, workdir, capsys):
     """An untrained model of V tokens spends log2(V) bits on each, whatever a token is."""
     got = {}
     changes = {"training__num_steps": 1, "optim__learning_rate": 1e-9}
+    changes |= {"training__sample_every": 0, "training__eval_every": 0}
     for kind in ("char", "byte"):
         config = micro(text_file, data__tokenizer=kind, optim__min_learning_rate=0, **changes)
         assert cli.main([*config, f"--run={kind}", f"--workdir={workdir}"]) == 0

@@ -24,12 +24,16 @@ def place(tmp_path_factory):
     text = workdir / "words.txt"
     text.write_text("the cat sees the dog and the fox. " * 100, encoding="utf-8")
     for kind in KINDS:
-        words = command_words(kind, text)
+        # What is asked of the one of text is only what it refuses.
+        changes = NO_SAMPLES if kind == "gpt" else {}
+        words = command_words(kind, text, **changes)
         assert cli.main([*words, f"--workdir={workdir}", f"--run={kind}"]) == 0
     return workdir
 
 
 IMAGES = ("image_gpt", "flow")
+NO_SAMPLES = {"training__sample_every": 0, "training__eval_every": 0}
+ONE_STEP = NO_SAMPLES | {"training__num_steps": 1}
 every_kind = pytest.mark.parametrize("kind", IMAGES)
 
 
@@ -181,7 +185,11 @@ def test_data_shows_what_the_model_sees(kind, tmp_path, workdir, capsys):
     assert size_of(picture)[0] > 100
 
 
-@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize(
+    # test_benchmark.py measures another gpt.
+    "kind",
+    [pytest.param("image_gpt", marks=pytest.mark.soak), "flow"],
+)
 def test_benchmark(kind, tmp_path, workdir):
     words = [*command_words(kind, tmp_path), "--steps=1", "--decode_batches", "1"]
     assert cli.main(["benchmark", *words, f"--workdir={workdir}"]) == 0
@@ -232,18 +240,19 @@ def test_a_folder_of_colour_images(kind, tmp_path, workdir):
         "data.image_channels": 3,
         "data.val_fraction": 0.2,
     }
-    words = [*command_words(kind, tmp_path), *overrides(values)]
+    words = [*command_words(kind, tmp_path, **ONE_STEP), *overrides(values)]
     assert cli.main([*words, f"--workdir={workdir}", "--run=mine"]) == 0
     run = runs.open("mine", workdir=workdir)
     assert run.image_format.label_names == ("cats", "dogs")
     made = run.generate_images(["cats", "dogs"])
     assert made.shape == (2, 8, 8, 3)
     shutil.rmtree(tmp_path / "mine")
-    assert cli.main(["generate", "--run=mine", f"--workdir={workdir}", "--label=cats"]) == 0
+    words = ["generate", "--run=mine", f"--workdir={workdir}", "--label=cats", "--num_samples=2"]
+    assert cli.main(words) == 0
 
 
 def test_a_new_run_may_begin_with_the_weights_of_another(place, tmp_path, workdir):
-    words = command_words("flow", tmp_path)
+    words = command_words("flow", tmp_path, **NO_SAMPLES)
     words = [w for w in words if "--config.model" not in w]
     source = Path(place) / "models/flow"
     words += [f"--config.init_from={source}", f"--workdir={workdir}", "--run=more"]
@@ -251,7 +260,8 @@ def test_a_new_run_may_begin_with_the_weights_of_another(place, tmp_path, workdi
 
 
 def test_weights_of_another_palette_are_named(place, tmp_path, workdir, capsys):
-    words = [w for w in command_words("image_gpt", tmp_path) if "--config.model" not in w]
+    words = command_words("image_gpt", tmp_path, **NO_SAMPLES)
+    words = [w for w in words if "--config.model" not in w]
     words += [f"--config.init_from={Path(place) / 'models/image_gpt'}", f"--workdir={workdir}"]
     assert cli.main([*words, "--config.data.image_colors=8"]) == 0
     assert "was trained on images of 17 other colours" in capsys.readouterr().out

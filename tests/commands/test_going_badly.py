@@ -1,6 +1,7 @@
 """Runs whose numbers go wrong, that end early, or keep an average: through the command line."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -71,21 +72,23 @@ def test_the_ladder_and_what_it_leaves(train, workdir, monkeypatch, capsys):
 
 
 def test_a_replay_of_the_first_step_and_of_none(train, workdir, capsys):
-    assert train("mine", training__num_steps=4, training__sample_every=0) == 0
+    changes = {"training__sample_every": 0, "training__eval_every": 0}
+    assert train("mine", **changes) == 0
     first = read_json_lines(paths_of(workdir, "mine").metrics)[0]
     capsys.readouterr()
     assert run("--run=mine", "--replay_step=1", f"--workdir={workdir}") == 0
     assert f"step 1: loss {first['loss']}" in capsys.readouterr().out
     assert run("--run=mine", "--replay_step=9", f"--workdir={workdir}") == 2
-    assert "run mine has steps 1 to 4" in capsys.readouterr().err
+    assert "run mine has steps 1 to 6" in capsys.readouterr().err
     assert run("--run=other", "--replay_step=1", f"--workdir={workdir}") == 2
 
 
 def test_early_stopping_ends_a_run_for_good(train, workdir, capsys):
     # To the highest loss every step is a step away, on any machine.
     values = {
-        "training__num_steps": 40,
+        "training__num_steps": 12,
         "training__eval_every": 2,
+        "training__checkpoint_every": 0,
         "training__sample_every": 0,
         "early_stopping__patience": 2,
         "early_stopping__mode": "max",
@@ -100,7 +103,7 @@ def test_early_stopping_ends_a_run_for_good(train, workdir, capsys):
     paths = paths_of(workdir, "early")
     store = runs.open(paths.folder).store
     best, last = store.best_steps()[0], store.latest()
-    assert f"stopped at step {last} of 40 by early stopping: val_loss has not improved" in said
+    assert f"stopped at step {last} of 12 by early stopping: val_loss has not improved" in said
     assert f"the parameters of step {best} are restored" in said
     assert "learning rate scaled by 0.5: val_loss" in said
     assert store.meta(last)["metrics"]["val_loss"] == store.meta(best)["metrics"]["val_loss"]
@@ -112,7 +115,7 @@ def test_early_stopping_ends_a_run_for_good(train, workdir, capsys):
     assert "run early is finished" in capsys.readouterr().out
     assert store.latest() == last
     assert train("early", **values | {"early_stopping__patience": 0}) == 0
-    assert store.latest() == 40
+    assert store.latest() == 12
 
 
 def test_the_average_is_what_is_used(train, workdir, capsys):
@@ -141,17 +144,23 @@ def test_the_average_is_what_is_used(train, workdir, capsys):
 
 
 @pytest.mark.parametrize("name", ["muon", "schedule_free_adamw", "adafactor"])
-def test_a_run_goes_on_with_other_optimizers(name, train, workdir):
-    values = {"optim__name": name, "training__sample_every": 0, "log__exact": "true"}
-    assert train("whole", **values) == 0
-    assert train("parts", **values | {"training__num_steps": 3, "optim__decay_steps": 6}) == 0
-    assert train("parts", **values | {"optim__decay_steps": 6}) == 0
-    lines = [
-        [line["loss_hex"] for line in read_json_lines(paths_of(workdir, run).exact)]
-        for run in ("whole", "parts")
-    ]
-    assert lines[0] == lines[1]
-    whole, parts = (runs.open(workdir / "models" / run).params for run in ("whole", "parts"))
+def test_a_run_goes_on_with_other_optimizers(name, train, workdir, capsys):
+    values = {"optim__name": name, "training__sample_every": 0, "training__eval_every": 0}
+    assert train("mine", **values, log__exact="true") == 0
+    paths = paths_of(workdir, "mine")
+
+    def results():
+        lines = [line["loss_hex"] for line in read_json_lines(paths.exact)]
+        return lines, runs.open(paths.folder).params
+
+    whole_lines, whole = results()
+    # Once more from the middle, as if the second half had not been.
+    shutil.rmtree(paths.checkpoints / "6")
+    assert train("mine", **values, log__exact="true") == 0
+    assert "from step 3" in capsys.readouterr().out
+    lines, parts = results()
+    assert len(lines) == 6
+    assert lines == whole_lines
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, parts))
 
 
@@ -159,7 +168,8 @@ def test_a_run_goes_on_with_other_optimizers(name, train, workdir):
 def test_float16_survives_an_overflow(mode, train, workdir, monkeypatch, capsys):
     monkeypatch.setattr(fault_injection, "_POISONS", [("inf", 3, 4)])
     values = {"training__precision": "float16", "parallel__mode": mode, "data__batch_size": 8}
-    assert train("half", **values, training__num_steps=8, training__sample_every=0) == 0
+    values |= {"training__sample_every": 0, "training__eval_every": 0}
+    assert train("half", **values, training__num_steps=6) == 0
     said = capsys.readouterr().out
     assert "step 3: float16 overflowed: update skipped, loss scale 65536 -> 32768" in said
     assert "step 4: float16 overflowed: update skipped, loss scale 32768 -> 16384" in said
@@ -187,6 +197,7 @@ def test_a_loss_that_takes_no_config_is_refused(text_file, workdir, tmp_path, ca
 def test_a_note_that_cannot_be_written_ends_no_run(train, workdir, monkeypatch, capsys):
     monkeypatch.setattr(fault_injection, "_POISONS", [("nan", 2, 2)])
     values = {"training__num_steps": 1, "training__sample_every": 0, "optim__decay_steps": 4}
+    values["training__eval_every"] = 0
     assert train("mine", **values) == 0
     paths_of(workdir, "mine").bad_steps.write_text("in the way", encoding="utf-8")
     assert train("mine", **values | {"training__num_steps": 4}) == 0
@@ -194,15 +205,16 @@ def test_a_note_that_cannot_be_written_ends_no_run(train, workdir, monkeypatch, 
 
 
 def test_another_mesh_is_said(train, workdir, capsys):
-    values = {"training__num_steps": 2, "training__sample_every": 0, "optim__decay_steps": 4}
+    values = {"training__num_steps": 3, "training__sample_every": 0, "optim__decay_steps": 6}
+    values["training__eval_every"] = 0
     assert train("mine", **values) == 0
-    assert train("mine", **values | {"training__num_steps": 3}, parallel__fsdp=2) == 0
+    assert train("mine", **values | {"training__num_steps": 4}, parallel__fsdp=2) == 0
     assert "not bit-exact: parallel.fsdp 1 -> 2" in capsys.readouterr().out
 
 
 def test_factors_of_paths_with_brackets(train, workdir):
     pattern = r"(query|key)\.kernel$=0"
-    values = {"training__sample_every": 0, "optim__weight_decay": 0}
+    values = {"training__sample_every": 0, "training__eval_every": 0, "optim__weight_decay": 0}
     assert train("mine", **values, optim__lr_multipliers=pattern) == 0
     first, last = (
         runs.open(paths_of(workdir, "mine").checkpoints / step).params for step in ("3", "6")

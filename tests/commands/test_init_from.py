@@ -14,6 +14,8 @@ from tests.conftest import micro, words
 from tests.interop.models import make_run, spec
 
 TEXT = words(2500)
+ONE_STEP = {"training__num_steps": 1, "training__sample_every": 0, "training__eval_every": 0}
+ONE_STEP["optim__decay_steps"] = 1
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def fine_tune(text, **changes):
 
 
 def test_a_new_run_has_the_weights_the_model_and_the_tokenizer(text_file, workdir, imported):
-    given = fine_tune(text_file, init_from="imported", training__num_steps=1)
+    given = fine_tune(text_file, init_from="imported", **ONE_STEP)
     # So little that it is lost in rounding.
     given += ["--config.optim.learning_rate=1e-30", "--config.optim.min_learning_rate=1e-30"]
     given = [word for word in given if "tokenizer" not in word]
@@ -61,7 +63,7 @@ def test_a_new_run_has_the_weights_the_model_and_the_tokenizer(text_file, workdi
 
 
 def test_what_the_weights_do_not_fit_is_named(text_file, workdir, imported, capsys):
-    given = fine_tune(text_file, init_from=imported)
+    given = fine_tune(text_file, init_from=imported, **ONE_STEP)
     assert main(workdir, "--run=new", *given, "--config.model.num_layers=5") == 78
     said = capsys.readouterr().err
     assert "model.num_layers=5 differs from 1" in said and "leave it out" in said
@@ -90,6 +92,7 @@ def test_an_imported_run_evaluates_generates_and_trains(text_file, workdir, impo
     assert "--config.data.path" in capsys.readouterr().err
     training = [f"--config.data.path={text_file}", "--config.data.batch_size=8"]
     training += ["--config.training.num_steps=20", "--config.training.log_every=5"]
+    training += ["--config.training.sample_every=0", "--config.optim.decay_steps=22"]
     assert main(workdir, "--run=imported", *training) == 0
     assert main(workdir, "--run=imported", *training) == 0
     capsys.readouterr()
@@ -109,7 +112,7 @@ def test_the_shape_of_an_imported_model_is_fixed(workdir, imported, text_file, c
 
 def test_what_was_not_saved_yet_begins_with_the_weights_again(text_file, workdir, imported):
     """A process that is killed before its first checkpoint leaves a run that has none."""
-    given = fine_tune(text_file, init_from="imported", training__num_steps=1)
+    given = fine_tune(text_file, init_from="imported", **ONE_STEP)
     given = [word for word in given if "tokenizer" not in word]
 
     def first_loss():
@@ -133,12 +136,13 @@ def test_without_a_tokenizer_it_is_asked_for(bare, workdir, tmp_path, text_file,
         ["generate", "--run=bare", "--prompt=the"],
         ["evaluate", "--run=bare", f"--text={text_file}"],
         fine_tune(text_file, init_from="bare"),
-        ["--run=bare", f"--config.data.path={text_file}", "--config.training.sample_every=0"],
+        ["--run=bare", f"--config.data.path={text_file}", "--config.data.batch_size=8"],
     ):
         given = [word for word in command if "data.tokenizer" not in word]
         assert main(workdir, *given) == 2, given
         assert "--tokenizer=PATH" in capsys.readouterr().err
         more = [f"--tokenizer={file}", "--config.training.num_steps=1"]
+        more.append("--config.training.sample_every=0")
         more = more if given[0].startswith("--") else more[:1]
         more += ["--max_new_tokens=4"] if given[0] == "generate" else []
         assert main(workdir, *given, *more) == 0, given

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -102,31 +103,25 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(file, workdir, cap
     assert said(workdir, capsys, "visualize").out.strip().endswith(".png")
 
 
-def test_a_resumed_run_is_the_whole_run_to_the_bit(file, workdir, tmp_path):
+def test_a_resumed_run_is_the_whole_run_to_the_bit(file, workdir, capsys):
     config = micro(
         file, model__dropout=0.2, training__num_steps=8, training__sample_every=0,
-        training__checkpoint_every=0, training__eval_every=0,
-        data__batch_size=16,
+        training__checkpoint_every=4, training__eval_every=0,
+        data__batch_size=16, model__d_model=16, log__exact=True,
     )  # fmt: skip
-    assert main(workdir, *config, "--run=whole") == 0
-    (tmp_path / "stop.py").write_text(
-        "from craft_jax.training.callbacks import Callback, Stop\n"
-        "class Now(Callback):\n"
-        "    def on_step_end(self, record):\n"
-        "        return Stop('the test') if record.step == 3 else None\n",
-        encoding="utf-8",
-    )
-    stopping = f"--config.training.callbacks={tmp_path / 'stop.py'}:Now"
-    assert main(workdir, *config, stopping, "--run=parts") == 0
-    whole, parts = run_paths(workdir, "whole"), run_paths(workdir, "parts")
-    assert max(losses(parts)) == 4
-    assert main(workdir, "--run=parts") == 0
-    assert losses(parts) == losses(whole)
-    assert final_digest(parts) == final_digest(whole)
+    assert main(workdir, *config, "--run=mine") == 0
+    paths = run_paths(workdir, "mine")
+    before = losses(paths), paths.exact.read_text(encoding="utf-8"), final_digest(paths)
+    shutil.rmtree(paths.checkpoints / "8")
+    assert "from step 4" in said(workdir, capsys, "--run=mine").out
+    assert len(before[0]) == 8
+    assert losses(paths) == before[0]
+    assert paths.exact.read_text(encoding="utf-8") == before[1]
+    assert final_digest(paths) == before[2]
 
 
 def test_a_run_refuses_other_pairs(file, workdir, capsys):
-    assert main(workdir, *micro(file), "--run=mine") == 0
+    assert main(workdir, *micro(file, training__sample_every=0), "--run=mine") == 0
     write(file, [*PAIRS[:-1], ("noon", "0")])
     longer = "--config.training.num_steps=8"
     assert (
@@ -137,7 +132,8 @@ def test_a_run_refuses_other_pairs(file, workdir, capsys):
 
 def test_a_run_that_begins_with_the_weights_of_another(trained, tmp_path, capsys):
     file = write(tmp_path / "more.tsv", [*PAIRS, ("neon", "10"), ("tone", "2")])
-    config = [w for w in micro(file, init_from="mine") if not w.startswith("--config.model.")]
+    config = micro(file, init_from="mine", training__sample_every=0, training__eval_every=0)
+    config = [word for word in config if not word.startswith("--config.model.")]
     assert main(trained, *config, "--run=new") == 0
     new, old = runs.open("new", workdir=trained), runs.open("mine", workdir=trained)
     assert new.tokenizer.digest == old.tokenizer.digest
@@ -273,7 +269,8 @@ def test_from_a_notebook(trained):
 
 def test_a_run_that_names_no_pairs_generates_but_does_not_train(trained, capsys):
     """As one that was imported."""
-    assert main(trained, *micro(trained / "numbers.tsv"), "--run=bare") == 0
+    config = micro(trained / "numbers.tsv", training__sample_every=0, training__eval_every=0)
+    assert main(trained, *config, "--run=bare") == 0
     paths = run_paths(trained, "bare")
     for place in (paths.config, paths.checkpoints / "6/config.json"):
         saved = json.loads(place.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -41,9 +42,19 @@ def generator():
     return Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=V, end_id=None)
 
 
+@pytest.fixture(scope="module")
+def narrow():
+    """A generator that knows no more than 5 tokens of the vocabulary."""
+    return Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=5, end_id=None)
+
+
+@jax.jit
+def logits(params, tokens_BT):
+    return base.define(GPT, CONFIG).merge(params)(tokens_BT)[0]
+
+
 def by_full_forward(params, prompt, count, vocab_size=V):
     """Greedy decoding without a cache: the definition."""
-    logits = jax.jit(lambda p, t: base.define(GPT, CONFIG).merge(p)(t)[0])
     text = list(prompt)
     for _ in range(count):
         context = text if len(text) <= 24 else None
@@ -62,7 +73,10 @@ def test_greedy_with_cache_equals_full_forward_up_to_the_context(params, generat
     assert got == [by_full_forward(params, prompt, count)]
 
 
-@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(temperature=1.3, top_k=9)])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(GREEDY, marks=pytest.mark.soak), SamplingConfig(temperature=1.3, top_k=9)],
+)
 def test_rows_of_different_length_equal_one_by_one(params, generator, config):
     prompts = [[1], [2, 3, 4, 5, 6, 7, 8], [9] * 20]
     options = {"max_new_tokens": 30, "config": config, "seed": 5}
@@ -100,8 +114,7 @@ def test_seeds_and_samples(params, generator):
     assert first != sample(1, [0, 1, 2])
 
 
-def test_a_row_ends_at_its_end_token(params):
-    generator = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=V, end_id=None)
+def test_a_row_ends_at_its_end_token(params, generator):
     free = generator.generate(params, [[1], [2]], max_new_tokens=20, config=GREEDY)
     end = free[0][6]
     ending = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=V, end_id=end)
@@ -110,15 +123,17 @@ def test_a_row_ends_at_its_end_token(params):
         assert ended == whole[: whole.index(end)] if end in whole else ended == whole
 
 
-def test_padding_rows_of_the_vocabulary_are_never_chosen(params):
-    narrow = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=5, end_id=None)
+def test_padding_rows_of_the_vocabulary_are_never_chosen(params, narrow):
     got = narrow.generate(params, [[1]], max_new_tokens=20, config=SamplingConfig(temperature=50.0))
     assert max(got[0]) < 5
     greedy = narrow.generate(params, [[1]], max_new_tokens=9, config=GREEDY)[0]
     assert greedy == by_full_forward(params, [1], 9, vocab_size=5)
 
 
-@pytest.mark.parametrize("extreme", [{"temperature": 1e-3}, {"top_p": 1e-300}, {"top_k": 1}])
+@pytest.mark.parametrize(
+    "extreme",
+    [{"temperature": 1e-3}, {"top_p": 1e-300}, pytest.param({"top_k": 1}, marks=pytest.mark.soak)],
+)
 def test_the_narrowest_sampling_is_greedy(params, generator, extreme):
     options = {"max_new_tokens": 20, "seed": 3}
     greedy = generator.generate(params, [[1, 2]], config=GREEDY, **options)
@@ -126,8 +141,7 @@ def test_the_narrowest_sampling_is_greedy(params, generator, extreme):
     assert generator.generate(params, [[1, 2]], config=config, **options) == greedy
 
 
-def test_the_widest_sampling_chooses_tokens_of_the_vocabulary(params):
-    narrow = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=5, end_id=None)
+def test_the_widest_sampling_chooses_tokens_of_the_vocabulary(params, narrow):
     for wide in ({"temperature": 1e3}, {"repetition_penalty": 1e3}, {"repetition_penalty": 1e-3}):
         config = SamplingConfig(**wide)
         (new,) = narrow.generate(params, [[1]], max_new_tokens=40, config=config)
@@ -203,9 +217,14 @@ class Small:
         return new
 
 
+@functools.cache
+def small_of(kind):
+    return Small(kind)
+
+
 @pytest.fixture(scope="module", params=DEFS)
 def small(request):
-    return Small(request.param)
+    return small_of(request.param)
 
 
 def ended(new, limit, prompt):
@@ -214,7 +233,7 @@ def ended(new, limit, prompt):
 
 
 def test_targets_with_cache_equal_full_forward_and_end_at_the_context():
-    made = Small("seq2seq")
+    made = small_of("seq2seq")
     lengths = set()
     for seed in range(6):
         params = draw(made.model_def, seed, std=0.4)
@@ -228,7 +247,7 @@ def test_targets_with_cache_equal_full_forward_and_end_at_the_context():
 
 
 def test_sources_of_different_length_equal_one_by_one():
-    made = Small("seq2seq")
+    made = small_of("seq2seq")
     params = draw(made.model_def)
     options = {"max_new_tokens": 9, "config": SamplingConfig(temperature=1.2), "seed": 4}
     together = made.generator.generate(params, PROMPTS, sources=SOURCES, **options)

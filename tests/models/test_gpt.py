@@ -14,13 +14,13 @@ CONFIG = GPTConfig(vocab_size=13, num_layers=2, num_heads=3, d_model=24, max_seq
 
 def build(config=CONFIG, dtype=jnp.float32, seed=0):
     """A model whose parameters, biases and scales too, are all random."""
-    params = base.init_params(GPT, config, jax.random.key(seed))
-    keys = jax.random.split(jax.random.key(seed + 1), len(params))
-    noise = [
-        0.3 * jax.random.normal(k, v.shape) for k, v in zip(keys, params.values(), strict=True)
-    ]
-    noisy = {k: (v + n).astype(dtype) for (k, v), n in zip(params.items(), noise, strict=True)}
-    return base.define(GPT, config).merge(noisy)
+    definition = base.define(GPT, config)
+    rng = np.random.default_rng(seed)
+    noisy = {
+        path: jnp.asarray(path.endswith("scale") + 0.3 * rng.standard_normal(leaf.shape), dtype)
+        for path, leaf in definition.shapes.items()
+    }
+    return definition.merge(noisy)
 
 
 @pytest.fixture
@@ -33,17 +33,20 @@ def test_the_past_does_not_see_the_future(tokens_BT):
     model = build()
     _, width = tokens_BT.shape[0], CONFIG.d_model
 
-    def logits_at(x_TD, t):
-        shifted = dataclasses.replace(CONFIG, vocab_size=10)
-        inner = build(shifted)
-        params = base.split(inner) | {"token_embedding.embedding": x_TD}
+    shifted = dataclasses.replace(CONFIG, vocab_size=10)
+    others = base.split(build(shifted))
+
+    @jax.jit
+    @jax.grad
+    def gradient_at(x_TD, t):
+        params = others | {"token_embedding.embedding": x_TD}
         merged = base.define(GPT, shifted).merge(params)
         return merged.hidden(jnp.arange(10)[None, :])[0][0, t].sum()
 
     x_TD = model.token_embedding.embedding[...][jnp.arange(10)]
     assert x_TD.shape == (10, width)
     for t in (0, 4, 9):
-        influence_T = jnp.abs(jax.grad(logits_at)(x_TD, t)).sum(-1)
+        influence_T = jnp.abs(gradient_at(x_TD, t)).sum(-1)
         assert (influence_T[: t + 1] > 0).all()
         assert (influence_T[t + 1 :] == 0).all()
 
@@ -72,17 +75,19 @@ def test_rows_of_a_cache_stand_at_their_own_positions(tokens_BT):
     np.testing.assert_allclose(logits[1], expected[1, 6:8], atol=2e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.soak), 0.3])
 def test_remat_changes_nothing(tokens_BT, dropout):
-    config = dataclasses.replace(CONFIG, dropout=dropout)
+    config = dataclasses.replace(CONFIG, num_layers=1, dropout=dropout)
     definition = base.define(GPT, config)
     batch = {"tokens": tokens_BT, "targets": tokens_BT}
+    key = jax.random.key(3, impl="rbg")  # One of threefry takes seconds to compile.
 
     def loss(params, remat):
-        return definition.merge(params).loss(batch, key=jax.random.key(3), remat=remat).loss
+        return definition.merge(params).loss(batch, key=key, remat=remat).loss
 
     params = base.split(build(config))
-    plain, again = (jax.grad(loss)(params, remat) for remat in (False, True))
+    gradients = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, again = (gradients(params, remat) for remat in (False, True))
     for path, value in plain.items():
         np.testing.assert_allclose(again[path], value, rtol=1e-4, atol=1e-4)
 
@@ -98,10 +103,21 @@ def test_dropout_needs_a_key_and_follows_it(tokens_BT):
     assert not jnp.allclose(one, plain)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_variants(tokens_BT, bias, tie_embeddings, activation):
+@pytest.mark.parametrize(
+    ("activation", "tie_embeddings", "bias"),
+    [
+        # Every two of the values come together in the first four.
+        ("gelu", True, True),
+        ("gelu", False, False),
+        ("gelu_tanh", True, False),
+        ("gelu_tanh", False, True),
+        pytest.param("gelu", True, False, marks=pytest.mark.soak),
+        pytest.param("gelu", False, True, marks=pytest.mark.soak),
+        pytest.param("gelu_tanh", True, True, marks=pytest.mark.soak),
+        pytest.param("gelu_tanh", False, False, marks=pytest.mark.soak),
+    ],
+)
+def test_variants(tokens_BT, activation, tie_embeddings, bias):
     config = dataclasses.replace(
         CONFIG, bias=bias, tie_embeddings=tie_embeddings, activation=activation
     )
@@ -120,9 +136,10 @@ def test_variants(tokens_BT, bias, tie_embeddings, activation):
     ("size", "count"),
     [
         ((12, 12, 768), 124_439_808),
-        ((24, 16, 1024), 354_823_168),
-        ((36, 20, 1280), 774_030_080),
-        ((48, 25, 1600), 1_557_611_200),
+        # The largest is counted in test_base.py.
+        pytest.param((24, 16, 1024), 354_823_168, marks=pytest.mark.soak),
+        pytest.param((36, 20, 1280), 774_030_080, marks=pytest.mark.soak),
+        pytest.param((48, 25, 1600), 1_557_611_200, marks=pytest.mark.soak),
     ],
 )
 def test_sizes_of_the_gpt2_family(size, count):
@@ -139,7 +156,7 @@ def test_sizes_of_the_gpt2_family(size, count):
 
 def test_initial_scales():
     config = dataclasses.replace(CONFIG, d_model=192, vocab_size=500)
-    params = base.init_params(GPT, config, jax.random.key(0))
+    params = jax.jit(lambda key: base.init_params(GPT, config, key))(jax.random.key(0))
     residual = 0.02 / (2 * config.num_layers) ** 0.5
     for path, expected in (
         ("token_embedding.embedding", 0.02),
@@ -164,9 +181,16 @@ def test_heads_must_divide_the_width():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("norm_eps", [1e-5, 1e-6])
-def test_the_same_numbers_as_torch(x64, activation, norm_eps):
+@pytest.mark.parametrize(
+    ("norm_eps", "activation"),
+    [
+        (1e-5, "gelu"),
+        (1e-6, "gelu_tanh"),
+        pytest.param(1e-5, "gelu_tanh", marks=pytest.mark.soak),
+        pytest.param(1e-6, "gelu", marks=pytest.mark.soak),
+    ],
+)
+def test_the_same_numbers_as_torch(x64, norm_eps, activation):
     """Against plain torch functions in float64, from the definition of the architecture."""
     import torch
     from torch.nn import functional as F

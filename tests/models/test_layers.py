@@ -208,11 +208,31 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "rate"),
-    [(case, 0.0) for case in CASES] + [("ragged blocks", 0.3), ("grouped query", 0.3)],
+def in_one_dtype(*cells):
+    """Cells in one dtype and, unless asked for, in the other: by turns."""
+    return pytest.mark.parametrize(
+        ("dtype", "cell"),
+        [
+            pytest.param(dtype, cell, marks=() if place == number % 2 else pytest.mark.soak)
+            for number, cell in enumerate(cells)
+            for place, dtype in enumerate(TOLERANCE)
+        ],
+        indirect=["dtype"],
+    )
+
+
+@in_one_dtype(
+    ("one block", 0.0),
+    ("ragged blocks", 0.0),
+    ("many blocks", 0.0),
+    ("grouped query", 0.0),
+    ("multi query", 0.0),
+    ("one token", 0.0),
+    ("ragged blocks", 0.3),
+    ("grouped query", 0.3),
 )
-def test_fast_attention_equals_reference(case, rate, dtype):
+def test_fast_attention_equals_reference(dtype, cell):
+    case, rate = cell
     args = qkv(dtype, **CASES[case])
     options = dict(dropout_rate=rate, key=random_key())
     fast = functools.partial(layers.causal_attention, **options)
@@ -243,8 +263,9 @@ def test_attention_is_causal():
     assert jnp.all(jnp.any(dv[:, :130] != 0, axis=(2, 3)))
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_offsets_continue_a_sequence(num_kv_heads, dtype):
+@in_one_dtype(4, 2)
+def test_offsets_continue_a_sequence(dtype, cell):
+    num_kv_heads = cell
     q, k, v = qkv(dtype, T=12, N=num_kv_heads)
     full = layers.causal_attention(q, k, v)
     offset = jnp.array([3, 7], jnp.int32)
@@ -258,8 +279,15 @@ def test_offsets_continue_a_sequence(num_kv_heads, dtype):
     assert_close([y], [expected], TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["causal_attention", "reference_attention"])
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("causal_attention", 0.3),
+        ("reference_attention", 0.0),
+        pytest.param("causal_attention", 0.0, marks=pytest.mark.soak),
+        pytest.param("reference_attention", 0.3, marks=pytest.mark.soak),
+    ],
+)
 def test_bfloat16_attention_multiplies_bfloat16(name, rate):
     args = qkv("bfloat16", T=140, H=4, N=2)
     attention = functools.partial(getattr(layers, name), dropout_rate=rate, key=random_key())
@@ -311,7 +339,7 @@ def block_loss():
     return loss, params
 
 
-@pytest.mark.parametrize("key", [None, 0])
+@pytest.mark.parametrize("key", [pytest.param(None, marks=pytest.mark.soak), 0])
 def test_remat_changes_nothing(key):
     loss, params = block_loss()
     key = None if key is None else random_key()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +102,22 @@ def logits_of(definition):
 # --- models ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
-def test_a_packed_document_has_the_logits_it_has_alone(name, bias, dtype, tolerance):
+TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
+BY_DEFAULT = {
+    ("gpt", False, "float64"),
+    ("learned", True, "float64"),
+    ("sinusoidal", False, "float32"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "dtype"),
+    [
+        pytest.param(*cell, marks=() if cell in BY_DEFAULT else pytest.mark.soak)
+        for cell in itertools.product(MODELS, (True, False), TOLERANCES)
+    ],
+)
+def test_a_packed_document_has_the_logits_it_has_alone(name, bias, dtype):
     """Relative to the largest logit; measured 1e-6 in float32, 2e-15 in float64."""
     with jax.enable_x64(dtype == "float64"):
         definition, params = make(name, dtype, bias=bias)
@@ -115,7 +128,7 @@ def test_a_packed_document_has_the_logits_it_has_alone(name, bias, dtype, tolera
         for row, place, number in places():
             expected = np.asarray(logits(params, alone(batch, row, place)))[0]
             scale = np.abs(expected).max()
-            assert np.abs(together[row, place] - expected).max() <= tolerance * scale
+            assert np.abs(together[row, place] - expected).max() <= TOLERANCES[dtype] * scale
             if number > 1:
                 assert np.abs(apart[row, place] - expected).max() > 0.01 * scale
 
@@ -145,7 +158,9 @@ def test_no_gradient_passes_between_documents(name):
         assert (influence_T[~is_own_T] == 0).all()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["gpt", pytest.param("learned", marks=pytest.mark.soak), "sinusoidal"]
+)
 def test_the_loss_of_a_packed_batch_is_the_sum_of_those_of_its_documents(x64, name):
     definition, params = make(name, "float64")
 
@@ -167,7 +182,7 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_those_of_its_documents(x64, na
         np.testing.assert_allclose(grad, total_grads[path], rtol=0, atol=1e-11, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["gpt", "learned"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("learned", marks=pytest.mark.soak)])
 def test_remat_changes_nothing(name):
     definition, params = make(name, dropout=0.3)
     batch, key = packed(), jax.random.key(3, impl="rbg")
@@ -242,10 +257,36 @@ def test_a_model_need_not_know_packed_documents():
         model.loss(batch)
 
 
+@functools.cache
+def losses_of(parallel, num_devices, accumulate):
+    """Losses and norms of the gradients of a few steps on packed rows."""
+    rows = [[5, 3], [8], [1, 1, 6], [2, 4], [7, 1], [4, 4], [3, 5], [6]]
+    config = GPTConfig(**SIZES | {"num_heads": 2, "vocab_size": 16}, max_seq_len=8)
+    mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
+    optimizer = optim.make_optimizer(OptimConfig())
+    state = states.init_state(GPT, config, optimizer, seed=0, mesh=mesh)
+    train_step = make_train_step(
+        base.define(GPT, config),
+        optimizer,
+        optim.make_schedule(OptimConfig(), 100),
+        Policy.named("float32"),
+        seed=0,
+        accumulate=accumulate,
+        axis_name=sharding.AXIS_NAME if parallel.mode == "pmap" else None,
+    )
+    step, losses = sharding.compile_step(train_step, mesh, parallel.mode), []
+    for seed in range(5):
+        batch = packed(rows, 8, 16, seed)
+        state, metrics = step(state, sharding.put_batch(batch, mesh, parallel.mode))
+        losses += [float(metrics["loss"]), float(metrics["grad_norm"])]
+    return losses
+
+
 @pytest.mark.parametrize(
     ("parallel", "accumulate"),
     [
-        (ParallelConfig(), 1),
+        # Its axis is one of those of the next mesh.
+        pytest.param(ParallelConfig(), 1, marks=pytest.mark.soak),
         (ParallelConfig(data=2, fsdp=2, tensor=2), 2),
         (ParallelConfig(mode="pmap"), 1),
     ],
@@ -253,31 +294,8 @@ def test_a_model_need_not_know_packed_documents():
 )
 def test_many_devices_give_the_losses_of_one(parallel, accumulate):
     """A mesh with an axis for the batch, for parameters and for heads; one with pmap."""
-    rows = [[5, 3], [8], [1, 1, 6], [2, 4], [7, 1], [4, 4], [3, 5], [6]]
-
-    def train(parallel, num_devices, accumulate):
-        config = GPTConfig(**SIZES | {"num_heads": 2, "vocab_size": 16}, max_seq_len=8)
-        mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
-        optimizer = optim.make_optimizer(OptimConfig())
-        state = states.init_state(GPT, config, optimizer, seed=0, mesh=mesh)
-        train_step = make_train_step(
-            base.define(GPT, config),
-            optimizer,
-            optim.make_schedule(OptimConfig(), 100),
-            Policy.named("float32"),
-            seed=0,
-            accumulate=accumulate,
-            axis_name=sharding.AXIS_NAME if parallel.mode == "pmap" else None,
-        )
-        step, losses = sharding.compile_step(train_step, mesh, parallel.mode), []
-        for seed in range(5):
-            batch = packed(rows, 8, 16, seed)
-            state, metrics = step(state, sharding.put_batch(batch, mesh, parallel.mode))
-            losses += [float(metrics["loss"]), float(metrics["grad_norm"])]
-        return losses
-
-    expected = train(ParallelConfig(), 1, 1)
-    np.testing.assert_allclose(train(parallel, 8, accumulate), expected, rtol=0, atol=1e-5)
+    expected = losses_of(ParallelConfig(), 1, 1)
+    np.testing.assert_allclose(losses_of(parallel, 8, accumulate), expected, rtol=0, atol=1e-5)
 
 
 # --- attention ---------------------------------------------------------------------------------
@@ -319,9 +337,20 @@ def value_and_gradients(f, *args):
     return [np.asarray(x, np.float64) for x in (y, *grads)]
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-13)])
+# Every case in one dtype and with one rate, and in turn with the others. Without segments all of
+# them are in test_layers.py.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "case", "rate"),
+    [
+        pytest.param(dtype, tolerance, case, rate, marks=() if is_default else pytest.mark.soak)
+        for number, case in enumerate(CASES)
+        for rate in (0.0, 0.3)
+        for dtype, tolerance in (("float32", 1e-5), ("float64", 1e-13))
+        for is_default in [
+            (rate > 0, dtype == "float64") == (number % 2 == 1, number // 2 % 2 == 0)
+        ]
+    ],
+)
 def test_fast_attention_equals_reference(case, rate, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         args = qkv(dtype, **CASES[case])

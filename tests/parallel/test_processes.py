@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from craft_jax import main as cli
 from craft_jax import outputs, runs
 from craft_jax.errors import LostPeerError
 from craft_jax.parallel.processes import ProcessGroup
@@ -45,6 +46,49 @@ def exact(workdir, name: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_a_signal_to_one_stops_both_and_they_go_on_without_a_disk_in_common(tmp_path, text_file):
+    """All of the tests below in one: what it ends with is what a process alone computes."""
+    words = micro(text_file, parallel__fsdp=2, parallel__data=1, training__num_steps=8)
+    words += ["--config.training.sample_every=0", "--config.training.eval_every=0", "--run=mine"]
+    places, job = [tmp_path / "first", tmp_path / "second"], str(port())
+
+    def both(*words: str, fault: str = "") -> list[subprocess.Popen]:
+        slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+        return [
+            start(
+                index,
+                "auto",
+                places[index],
+                *words,
+                **slurm,
+                SLURM_PROCID=str(index),
+                SLURM_LOCALID=str(index),
+                SLURM_STEP_NUM_NODES="1",
+                CRAFT_FAULT=fault if index == 1 else "",
+            )
+            for index in (0, 1)
+        ]
+
+    first, second = finish(both(*words, fault="step:3:term"), 75, 75)
+    assert "2 cpu devices of 2 processes, split as fsdp 2" in first
+    assert "stopped at step" in first and "by SIGTERM" in first
+    assert "step" not in second.partition("SIGTERM")[0]
+    status = outputs.read_status(places[0] / "models/mine")
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert runs.open(places[0] / "models/mine").store.latest() == status["step"] < 8
+    whole = sum(array.nbytes for array in runs.open(places[0] / "models/mine").params.values())
+    shared = float(first.partition("parameters and optimizer ")[2].split()[0]) * 1e6
+    assert shared < 0.75 * 3 * whole  # Of parameters and two moments.
+    finish(both("--run=mine"), 0, 0)
+    assert not (places[1] / "models").exists()
+    alone = ["--config.parallel.fsdp=1", "--config.parallel.data=8", "--run=alone"]
+    assert cli.main([*words, *alone, f"--workdir={places[0]}"]) == 0
+    params = {name: runs.open(places[0] / "models" / name).params for name in ("mine", "alone")}
+    for path, array in params["alone"].items():
+        np.testing.assert_allclose(params["mine"][path], array, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.soak
 def test_without_a_disk_in_common(tmp_path, text_file):
     """Process 0 alone has the run; the other gets config, tokenizer and arrays from it.
 
@@ -95,6 +139,7 @@ def test_without_a_disk_in_common(tmp_path, text_file):
         np.testing.assert_allclose(saved, array, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.soak
 def test_a_signal_to_one_stops_both_at_the_same_step(workdir, text_file):
     words = micro(text_file, training__num_steps=100_000, training__eval_every=0)
     words += ["--config.training.sample_every=0", "--run=mine"]
@@ -113,6 +158,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(workdir, text_file):
     assert runs.open(status).store.latest() == state["step"]
 
 
+@pytest.mark.soak
 def test_each_process_makes_its_own_rows(workdir, text_file):
     """And with the digest of whole batches in the log, all of them: with the same result."""
     words = micro(text_file, training__num_steps=4, training__sample_every=0)

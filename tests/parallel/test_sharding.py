@@ -25,8 +25,8 @@ from tests.kinds import KINDS
 EPS = {"gpt": 1e-8, "image_gpt": 1e-8, "flow": 1e-3}
 
 
-def train(parallel: ParallelConfig, num_devices: int, steps: int = 40, kind: str = "gpt"):
-    cls, config = KINDS[kind].cls, KINDS[kind].config
+def train(parallel: ParallelConfig, num_devices: int, steps: int = 20, kind: str = "gpt"):
+    cls, config = KINDS[kind].cls, dataclasses.replace(KINDS[kind].config, num_layers=1)
     mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
     optimizer = optim.make_optimizer(OptimConfig(ema_decay=0.9, eps=EPS[kind]))
     state = states.init_state(cls, config, optimizer, seed=0, mesh=mesh)
@@ -53,26 +53,36 @@ def alone(kind):
     return train(ParallelConfig(), 1, kind=kind)[1]
 
 
-SHAPES = [
-    (8, ParallelConfig()),
-    (8, ParallelConfig(data=1, fsdp=-1)),
-    (8, ParallelConfig(data=2, fsdp=2, tensor=2)),
-    (8, ParallelConfig(mode="pmap")),
-]
-MORE_SHAPES = [
-    (2, ParallelConfig()),
-    (2, ParallelConfig(data=1, fsdp=2)),
-    (2, ParallelConfig(data=1, tensor=2)),
-    (4, ParallelConfig(fsdp=2)),
-]
+SHAPES = {
+    "data 8": (8, ParallelConfig()),
+    "fsdp 8": (8, ParallelConfig(data=1, fsdp=-1)),
+    "data 2, fsdp 2, tensor 2": (8, ParallelConfig(data=2, fsdp=2, tensor=2)),
+    "pmap 8": (8, ParallelConfig(mode="pmap")),
+    "data 2": (2, ParallelConfig()),
+    "fsdp 2": (2, ParallelConfig(data=1, fsdp=2)),
+    "tensor 2": (2, ParallelConfig(data=1, tensor=2)),
+    "data 2, fsdp 2": (4, ParallelConfig(fsdp=2)),
+}
+# Each axis of a mesh, alone and with the others, each mode and each kind; a flow has kernels of its
+# own, which all axes split.
+BY_DEFAULT = {
+    ("gpt", "data 2, fsdp 2, tensor 2"),
+    ("gpt", "pmap 8"),
+    ("image_gpt", "fsdp 8"),
+    ("flow", "data 2, fsdp 2, tensor 2"),
+}
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "parallel", "kind"),
-    [(*shape, kind) for kind in KINDS for shape in SHAPES + (MORE_SHAPES if kind == "gpt" else [])],
-    ids=str,
+    ("kind", "shape"),
+    [
+        pytest.param(kind, shape, marks=() if (kind, shape) in BY_DEFAULT else pytest.mark.soak)
+        for kind in KINDS
+        for shape in (SHAPES if kind == "gpt" else list(SHAPES)[:4])
+    ],
 )
-def test_many_devices_give_the_losses_of_one(num_devices, parallel, kind):
+def test_many_devices_give_the_losses_of_one(kind, shape):
+    num_devices, parallel = SHAPES[shape]
     state, losses = train(parallel, num_devices, kind=kind)
     np.testing.assert_allclose(losses, alone(kind), rtol=0, atol=1e-5)
     mesh = sharding.make_mesh(parallel, jax.devices()[:num_devices])
@@ -80,7 +90,7 @@ def test_many_devices_give_the_losses_of_one(num_devices, parallel, kind):
     moments = next(s.mu for s in state.opt_state if hasattr(s, "mu"))
     for tree in (state.params, moments, state.average):
         kernels = [array for path, array in tree.items() if path.endswith(".kernel")]
-        assert len(kernels) > 10
+        assert len(kernels) >= 6  # Of one layer.
         assert all(bytes_of_first_device(k) == k.nbytes // parts for k in kernels)
     total = sum(map(bytes_of_first_device, jax.tree.leaves(state)))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

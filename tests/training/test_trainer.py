@@ -1,7 +1,9 @@
+import functools
 import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.parallel import sharding
 from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.runtime.signals import StopSignal
-from craft_jax.training import optim
+from craft_jax.training import evaluation, optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
 from craft_jax.training.callbacks import (
@@ -117,20 +119,51 @@ class Poisoned(TrainingWindows):
         return batch | {"weights": weights}
 
 
+DEFINITION = base.define(GPT, CONFIG)
+OPTIMIZER = optim.make_optimizer(OptimConfig())
+SCHEDULE = optim.make_schedule(OptimConfig(warmup_steps=0), 100)
+
+
+@functools.cache
+def first_state(mesh, policy):
+    return states.init_state(GPT, CONFIG, OPTIMIZER, seed=0, mesh=mesh, policy=policy)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """Equal train and evaluation steps are one function, which jax.jit compiles once."""
+
+    def once(make):
+        made = {}
+
+        def get(definition, *rest, **options):
+            assert definition is DEFINITION  # The one argument that has no hash.
+            key = (*rest, *sorted(options.items()))
+            if key not in made:
+                made[key] = make(definition, *rest, **options)
+            return made[key]
+
+        return get
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "make_train_step", once(steps.make_train_step))
+        patch.setattr(evaluation, "make_eval_step", once(evaluation.make_eval_step))
+        yield
+
+
 def trainer(callbacks=(), num_steps=8, bad=range(0), cls=LanguageModelTrainer, **options):
-    optimizer = optim.make_optimizer(OptimConfig())
     policy = Policy.named(options.pop("precision", "float32"))
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
     data = Poisoned(TOKENS, seq_len=8, batch_size=4, seed=0)
     data.bad = bad
     config = options.pop("config", TrainingConfig(num_steps=num_steps, max_bad_steps=3))
     return cls(
-        base.define(GPT, CONFIG),
-        state=states.init_state(GPT, CONFIG, optimizer, seed=0, mesh=mesh, policy=policy),
+        DEFINITION,
+        state=jax.tree.map(jnp.copy, first_state(mesh, policy)),
         train_data=data,
         val_data=ValidationWindows(TOKENS[:100], seq_len=8, batch_size=4),
-        optimizer=optimizer,
-        schedule=optim.make_schedule(OptimConfig(warmup_steps=0), 100),
+        optimizer=OPTIMIZER,
+        schedule=SCHEDULE,
         policy=policy,
         mesh=mesh,
         config=config,
@@ -170,9 +203,7 @@ def test_the_first_step_is_the_one_that_was_compiled_ahead(monkeypatch):
     monkeypatch.setattr(steps, "make_train_step", counted)
     ahead, diary = trainer([ours := Diary()]), Diary()
     begin = ahead.state
-    ahead.state = states.abstract_state(
-        ahead.model_def, optim.make_optimizer(OptimConfig()), begin.step.sharding.mesh
-    )
+    ahead.state = states.abstract_state(ahead.model_def, OPTIMIZER, begin.step.sharding.mesh)
     ahead.compile_ahead()
     ahead.state = begin
     assert ahead.fit().step == 8

@@ -1,5 +1,7 @@
 """cpu.py and the fast paths of layers.py: whole models and products beside their definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,12 @@ def plain_linear(x, kernel_DF, bias_F, turned_FD=None):
     return y if bias_F is None else y + bias_F.reshape(*(1,) * (y.ndim - 1), -1)
 
 
+def initial(config):
+    # With a key of threefry it would take seconds to compile.
+    init = functools.partial(base.init_params, GPT, config)
+    return jax.jit(init)(jax.random.key(0, impl="rbg"))
+
+
 def loss_and_gradients(config, params, batch):
     model_def = base.define(GPT, config)
 
@@ -41,7 +49,11 @@ def loss_and_gradients(config, params, batch):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize(
+    # One head and odd sizes come with the other cases too.
+    "case",
+    [pytest.param(c, marks=pytest.mark.soak) if c == "one head" else c for c in ODD],
+)
 def test_a_model_equals_the_one_written_plainly(case, monkeypatch):
     num_layers, heads, width, context, batch_size, vocabulary = ODD[case]
     config = GPTConfig(
@@ -51,7 +63,7 @@ def test_a_model_equals_the_one_written_plainly(case, monkeypatch):
         d_model=width,
         max_seq_len=context,
     )
-    params = jax.jit(lambda key: base.init_params(GPT, config, key))(jax.random.key(0))
+    params = initial(config)
     rng = np.random.default_rng(0)
     params = {
         path: value + jnp.asarray(0.1 * rng.standard_normal(value.shape), jnp.float32)
@@ -102,7 +114,7 @@ def test_the_product_of_bfloat16_is_rounded_once(shape):
 def test_turned_kernels_give_the_same(dtype):
     config = GPTConfig(vocab_size=11, num_layers=2, num_heads=1, d_model=13, max_seq_len=8)
     model_def = base.define(GPT, config)
-    params = jax.jit(lambda key: base.init_params(GPT, config, key))(jax.random.key(0))
+    params = initial(config)
     params = {path: value.astype(dtype) for path, value in params.items()}
     token = jnp.array([[3]], jnp.int32)
     plain, _ = model_def.merge(params)(token)
@@ -124,13 +136,25 @@ def test_kernels_are_turned_for_one_row_of_a_model_that_fits(monkeypatch):
     assert not layers.turned(model, 1)
 
 
-@pytest.mark.parametrize("max_logits", [1, 84, 200, 231])
-@pytest.mark.parametrize("has_weights", [False, True])
+@pytest.mark.parametrize(
+    ("has_weights", "max_logits"),
+    [
+        (False, 200),
+        (True, 1),
+        (True, 84),
+        *(
+            pytest.param(*cell, marks=pytest.mark.soak)
+            for cell in ((False, 1), (False, 84), (True, 200))
+        ),
+        (False, 231),
+        pytest.param(True, 231, marks=pytest.mark.soak),
+    ],
+)
 def test_the_loss_in_parts_is_the_loss(max_logits, has_weights, monkeypatch):
     config = GPTConfig(vocab_size=7, num_layers=1, num_heads=1, d_model=8, max_seq_len=11)
     model_def = base.define(GPT, config)
     with jax.enable_x64(True):
-        params = jax.jit(lambda key: base.init_params(GPT, config, key))(jax.random.key(0))
+        params = initial(config)
         params = {path: value.astype(jnp.float64) for path, value in params.items()}
         rng = np.random.default_rng(0)
         ids = rng.integers(7, size=(2, 3, 11)).astype(np.int32)
