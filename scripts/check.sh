@@ -39,7 +39,7 @@ newest_python() {
 profiled() {
   local profile="$root/build/test-durations-$1.txt"
   shift
-  pytest --durations=0 --durations-min=0.05 "$@" | tee "$profile" | sed -E '/^[0-9.]+s (call|setup|teardown)/d'
+  pytest --durations=0 --durations-min=0.05 "$@" | tee "$profile" | sed -u -E '/^[0-9.]+s (call|setup|teardown)/d'
   grep -E '^[0-9.]+s' "$profile" | head -5 || true
   printf 'the time of each test: %s\n' "$profile"
 }

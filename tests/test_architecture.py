@@ -61,7 +61,7 @@ FORBIDDEN = [
     (r"configs\b", r"craft_jax\b", ()),
     (r"(craft_jax|interop|configs)\b", r"(tests|scripts)\b", ()),
     (r"interop\b", r"craft_jax\.(main|commands|training)\b", ()),
-    # Tables and engine are numpy; JAX lives in `live` and `imports`, torch below `pytorch`.
+    # Tables and engine are numpy; JAX is used in `live` and `import_`, torch below `pytorch`.
     (
         r"interop\b",
         r"(jax|flax|optax|orbax|craft_jax\.(models|runs|config|checkpointing))\b",

@@ -188,13 +188,15 @@ def test_resume_is_exact(text_file, workdir, tmp_path):
 )
 def test_the_second_half_once_more_is_exact(text_file, workdir, kind, changes, capsys):
     """The loss scale of float16 and the average of the parameters go on too."""
-    changes = HARD | {"training__checkpoint_every": 5} | changes
+    saving = {"training__checkpoint_every": 5, "training__keep_checkpoints": 9}
+    changes = HARD | saving | changes
     config = command_words(kind, text_file, **changes)
     config += [f"--workdir={workdir}", "--run=mine"]
     assert train(*config) == 0
     paths = run_paths(workdir, "mine")
     before = losses(paths), final_digest(paths)
-    shutil.rmtree(paths.checkpoints / "9")
+    for step in (8, 9):  # The best and the last.
+        shutil.rmtree(paths.checkpoints / str(step))
     capsys.readouterr()
     assert train(*config) == 0
     assert "from step 5" in capsys.readouterr().out

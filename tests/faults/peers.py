@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tests.faults.harness import Child, Ended, Lab, Trials, need
 
-# What `processes` and `rendezvous` wait for, and what the issue allows on top.
+# What `processes` and `rendezvous` wait for, and the time allowed on top.
 HEARTBEAT_SECONDS, MEETING_SECONDS, MARGIN_SECONDS = 20, 60, 15
 PLAIN = {"model__dropout": 0.0}
 TWO = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

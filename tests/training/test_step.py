@@ -24,7 +24,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 CONFIGS = {
     kind: dataclasses.replace(KINDS[kind].config, num_layers=1, d_model=32) for kind in KINDS
 }
-PLAIN = OptimConfig(learning_rate=3e-3, ema_decay=0.9)
+# With the usual epsilon of 1e-8, rounding decides the update where a gradient is next to nothing.
+EPS = 1e-6
+PLAIN = OptimConfig(weight_decay=0.1, ema_decay=0.9, eps=EPS)
 
 
 def setup(kind="gpt", **options):
@@ -150,7 +152,12 @@ def test_micro_batches_have_dropout_of_their_own():
 # is the one with an average of its own.
 @pytest.mark.parametrize("name", ["schedule_free_adamw", *map(soak, ("muon", "adafactor"))])
 def test_accumulation_with_other_optimizers(name):
-    (big, state), (small, _) = (setup(optim_config=config_of(name), accumulate=n) for n in (1, 4))
+    config = config_of(name)
+    if (
+        name == "adafactor"
+    ):  # At the rate that it learns with, rounding is a hundred times as large.
+        config = dataclasses.replace(config, learning_rate=1e-3)
+    (big, state), (small, _) = (setup(optim_config=config, accumulate=n) for n in (1, 4))
     one, _ = big(state, batch())
     four, _ = small(state, batch())
     for path in one.params:
@@ -261,7 +268,7 @@ def test_the_scale_doubles_after_many_good_steps():
 def test_small_gradients_need_the_scale():
     """Without it, float16 rounds them to zero: the embedding's are the first to go."""
     step, state = setup(precision="float16", accumulate=4)
-    tiny = {path: value * 1e-3 for path, value in state.params.items()}
+    tiny = {path: value * 1e-4 for path, value in state.params.items()}
     norms = {
         scale: float(
             step(
@@ -289,10 +296,15 @@ def config_of(name):
     # Adafactor's rate is relative to the size of the parameters, and that of sgd to the gradient's.
     rates = {"sgd": 0.5, "adafactor": 0.1}
     average = None if "free" in name else 0.9
-    return OptimConfig(name=name, learning_rate=rates.get(name, 3e-3), ema_decay=average)
+    rate = rates.get(name, 3e-3)
+    return OptimConfig(name=name, learning_rate=rate, ema_decay=average, eps=EPS)
 
 
-@pytest.mark.parametrize("name", get_args(get_type_hints(OptimConfig)["name"]))
+NAMES = get_args(get_type_hints(OptimConfig)["name"])
+
+
+# adamw is what `test_it_learns` learns with.
+@pytest.mark.parametrize("name", [soak(name) if name == "adamw" else name for name in NAMES])
 def test_every_optimizer_learns(name):
     step, state = setup(optim_config=config_of(name))
     for _ in range(60):

@@ -3,7 +3,7 @@
 In goes a name or a path; out come images by number, as pixels (see `pixels`), and the numbers of
 their classes. Files are opened when their image is asked for; a folder pickles as names, so that
 workers open the files themselves. What is unreadable raises `DataError` with the file and the
-remedy. `tfds_images` has the images of TensorFlow Datasets.
+remedy. `tfds` has the images of TensorFlow Datasets.
 """
 
 import abc
