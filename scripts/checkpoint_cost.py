@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from craft_jax.runtime import cpu_memory
 
-cpu_memory.keep_freed_memory()
+cpu_memory.tune_malloc()
 
 import jax
 import numpy as np

@@ -246,7 +246,7 @@ def work(args: argparse.Namespace) -> None:
     if program.startswith("craft_jax") or program.endswith("+malloc"):
         from craft_jax.runtime import cpu_memory
 
-        cpu_memory.keep_freed_memory()
+        cpu_memory.tune_malloc()
     if kind == "train":
         shape = _shape(setting, args)
         makers = {"craft_jax": our_step, "plain_nnx": plain_step}

@@ -163,7 +163,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each size")
     args = parser.parse_args()
-    cpu_memory.keep_freed_memory()
+    cpu_memory.tune_malloc()
     lines = measure(args.rounds)
     draw(lines, Path(args.out))
     print(table(lines))

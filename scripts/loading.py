@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--workdir", help="where the token cache is kept; else it is thrown away")
     args = parser.parse_args()
-    cpu_memory.keep_freed_memory()
+    cpu_memory.tune_malloc()
     config = configs.load(args.config)
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:

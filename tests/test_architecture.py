@@ -34,7 +34,6 @@ _RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 ASKS_FOR_BACKEND = {
     "craft_jax.commands.benchmark",
     "craft_jax.models.layers",
-    "craft_jax.training.trainer",
 }
 
 # Words of the layout, which mean the same wherever they occur.

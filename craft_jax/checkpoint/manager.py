@@ -1,19 +1,20 @@
-"""When checkpoints are written and chosen, and what is done when that fails.
+"""The policy of checkpoints: when they are written, which one is restored, what a failure does.
 
-The trainer asks for a save or a restore; `CheckpointStore` does it. What stands between is policy:
-one save at a time in the background, failures on the way that do not end a run at once, and the
-way back to the newest checkpoint that is as it was written.
+The trainer asks for a save or a restore, and `CheckpointStore` reads and writes. In between: one
+save at a time in the background, failures that do not end a run at once, and the search for the
+newest checkpoint that is intact.
 """
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from craft_jax.checkpoint import manifest
 from craft_jax.checkpoint.manifest import DamagedError
 from craft_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from craft_jax.errors import StorageError
+from craft_jax.parallel import sharding
 from craft_jax.parallel.processes import ALONE, ProcessGroup
 from craft_jax.training.callbacks import improves
 from craft_jax.training.state import TrainState
@@ -22,41 +23,47 @@ logger = logging.getLogger(__name__)
 
 _FAILURES_IN_A_ROW = 3
 
-Restored = tuple[TrainState, dict]
+
+class Restored(NamedTuple):
+    """A state on the devices, and the meta of its checkpoint."""
+
+    state: TrainState
+    meta: dict
 
 
-class Found(NamedTuple):
-    """A checkpoint that was read.
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint in the host's memory.
 
     Attributes:
       arrays: a state, or parameters by path, in numpy arrays; None in all processes but the first.
       meta: its meta.
-      is_whole: whether it is a state.
+      is_state: whether `arrays` is a whole state.
     """
 
     arrays: Any
     meta: dict
-    is_whole: bool
+    is_state: bool
 
 
-def _told(found: Found | None) -> list | None:
-    return None if found is None else [found.meta, found.is_whole]
+class States(Protocol):
+    """What makes states: the train step that maps them."""
+
+    abstract_state: TrainState
+
+    def state_from_params(self, params: Mapping | None) -> TrainState:
+        """Returns the state of a run that starts with given parameters."""
 
 
-def _heard(told: list | None) -> Found | None:
-    return None if told is None else Found(None, *told)
-
-
-class Saver:
-    """Writes a run's checkpoints and finds the one to go on from.
+class CheckpointManager:
+    """Writes the checkpoints of a run and restores them.
 
     Args:
       store: the checkpoints.
       config: the policy.
-      complete: adds to the trainer's meta what the run knows; returns the arguments of
-        `CheckpointStore.save` but for step and state.
-      read: reads a step; raises DamagedError where it cannot be read.
-      place: puts on the devices what was read.
+      contents: what each checkpoint holds beside the state: `meta` (to which the trainer adds its
+        own), `config` and `tokenizer`, see `CheckpointStore.save`.
+      read_meta: returns the meta of a step; raises ConfigError if its data is not that of the run.
+      states: the train step.
       group: the processes of the run, which all call the same methods; the first reads and writes.
     """
 
@@ -64,44 +71,41 @@ class Saver:
         self,
         store: CheckpointStore,
         config: CheckpointConfig,
-        complete: Callable[[dict], Mapping[str, Any]],
-        read: Callable[[int], Found],
-        place: Callable[[Found], TrainState],
+        contents: Mapping[str, Any],
+        read_meta: Callable[[int], dict],
+        states: States,
         group: ProcessGroup = ALONE,
     ):
-        self._store, self._config = store, config
-        self._complete, self._read, self._place = complete, read, place
-        self._group = group
+        self._store, self._config, self._contents = store, config, contents
+        self._read_meta, self._states, self._group = read_meta, states, group
         self._failures = 0
 
     def save(self, state: TrainState, meta: dict, *, is_final: bool = False) -> None:
-        """Writes a checkpoint; in the background unless it is the last thing that is done.
+        """Writes a checkpoint: in the background, unless it is the last of the run.
 
         Raises:
           StorageError: the last checkpoint, or several in a row, could not be written.
         """
         with self._tolerance():
             self._store.wait()
-        arguments = self._complete(meta)
+        contents = {**self._contents, "meta": {**meta, **self._contents["meta"]}}
         if is_final:
-            self._store.save(int(state.step), state, **arguments)
+            self._store.save(int(state.step), state, **contents)
             return
         with self._tolerance():
-            self._store.save(
-                int(state.step), state, **arguments, background=self._config.background
-            )
+            self._store.save(int(state.step), state, **contents, background=self._config.background)
 
     def poll(self) -> None:
-        """Learns of a save that failed in the background.
+        """Reports a save that failed in the background.
 
         Raises:
-          StorageError: it was one too many.
+          StorageError: it was one too many in a row.
         """
         with self._tolerance():
             self._store.poll()
 
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for the save under way."""
         with self._tolerance():
             self._store.wait()
 
@@ -126,13 +130,13 @@ class Saver:
           metrics: of the state as it is now.
 
         Raises:
-          DamagedError: it is not as it was written.
+          DamagedError: it is damaged.
         """
         with self._tolerance():
             self._store.wait()
         name, mode = self._config.best_metric, self._config.best_mode
 
-        def find() -> Found | None:
+        def load() -> LoadedCheckpoint | None:
             best, here = self._store.best_steps(), metrics.get(name)
             if not best or not improves(self._store.meta(best[0])["metrics"][name], here, mode):
                 return None
@@ -140,20 +144,47 @@ class Saver:
                 raise DamagedError(f"checkpoint step {best[0]}: {wrong}")
             return self._read(best[0])
 
-        return self._restored(find)
+        return self._restore(load)
 
-    def _restored(self, find: Callable[[], Found | None]) -> Restored | None:
-        """Restores what `find` finds in the first process, in all of them."""
-        found = self._group.from_first(find, _told, _heard)
-        return None if found is None else (self._place(found), found.meta)
+    def _restore(self, load: Callable[[], LoadedCheckpoint | None]) -> Restored | None:
+        """Restores in all processes what `load` returns in the first."""
+        loaded = self._group.from_first(
+            load,
+            lambda loaded: loaded and [loaded.meta, loaded.is_state],
+            lambda sent: sent and LoadedCheckpoint(None, *sent),
+        )
+        if loaded is None:
+            return None
+        if loaded.is_state:
+            state = sharding.spread(loaded.arrays, self._states.abstract_state)
+        else:
+            state = self._states.state_from_params(loaded.arrays)
+        return Restored(state, loaded.meta)
 
-    def restore(self, is_checked: bool = False, before: int | None = None) -> Restored | None:
-        """Returns the newest checkpoint that is as it was written; None where there is none.
+    def _read(self, step: int) -> LoadedCheckpoint:
+        meta, abstract = self._read_meta(step), self._states.abstract_state
+        if not self._store.has_optimizer(step):
+            params = self._store.read_params(step, abstract.params)
+            return LoadedCheckpoint(params, meta, is_state=False)
+        return LoadedCheckpoint(self._store.read_state(step, abstract), meta, is_state=True)
+
+    def restore_step(self, step: int) -> Restored:
+        """Returns the checkpoint of a step.
+
+        Raises:
+          DamagedError: it cannot be read.
+        """
+        restored = self._restore(lambda: self._read(step))
+        assert restored is not None
+        return restored
+
+    def restore(self, is_verified: bool = False, before: int | None = None) -> Restored | None:
+        """Returns the newest intact checkpoint; None where there is none.
 
         Damaged ones are renamed, once an older one has been read.
 
         Args:
-          is_checked: whether every file has just been read and found to be as it was.
+          is_verified: whether the files have just been verified.
           before: restore an earlier step than this one; later ones are set aside.
 
         Raises:
@@ -162,33 +193,33 @@ class Saver:
         """
         with self._tolerance():
             self._store.wait()
-        level = "none" if is_checked else self._config.verify
+        level = "none" if is_verified else self._config.verify
 
-        def find() -> Found | None:
-            found = go_back(self._store, level, self._read, before)
-            if found is not None and before is not None:
-                self._store.set_aside(after=found.meta["step"])
-            return found
+        def load() -> LoadedCheckpoint | None:
+            loaded = read_latest(self._store, level, self._read, before)
+            if loaded is not None and before is not None:
+                self._store.set_aside(after=loaded.meta["step"])
+            return loaded
 
-        return self._restored(find)
+        return self._restore(load)
 
 
-def go_back(
+def read_latest(
     store: CheckpointStore,
     level: manifest.Level,
     read: Callable[[int], Any],
     before: int | None = None,
 ) -> Any | None:
-    """Reads the newest checkpoint that can be read, and sets the damaged ones before it aside.
+    """Reads the newest checkpoint that is intact, and renames damaged ones that are newer.
 
     Args:
       store: the checkpoints; no other process writes to them.
-      level: how closely to look, see `manifests.check`.
-      read: reads what is wanted of a step; raises DamagedError where it cannot.
-      before: look at earlier steps than this one only.
+      level: how closely to verify, see `manifest.check`.
+      read: reads a step; raises DamagedError if it cannot.
+      before: consider only earlier steps than this one.
 
     Returns:
-      What `read` returned; None where there is no checkpoint, and there never was one.
+      The result of `read`; None where there is no checkpoint, and never was one.
 
     Raises:
       StorageError: there are checkpoints, and none can be read.
@@ -200,7 +231,7 @@ def go_back(
         if step is None:
             break
         try:
-            found = read(step)
+            result = read(step)
         except DamagedError as error:
             bad[step] = str(error)
             continue
@@ -213,7 +244,7 @@ def go_back(
                 step,
                 place.name,
             )
-        return found
+        return result
     reasons = [f"step {step}: {reason}" for step, reason in sorted(bad.items(), reverse=True)]
     reasons += [f"{name}: found damaged earlier" for name in store.corrupt()]
     if not reasons or before is not None:

@@ -43,7 +43,7 @@ def choose(paths: RunPaths, config: ExperimentConfig) -> int | None:
         for place in store.set_aside():
             logger.info("beginning again: the checkpoint is set aside as %s", place)
         return None
-    step = manager.go_back(store, config.checkpoint.verify, lambda step: step)
+    step = manager.read_latest(store, config.checkpoint.verify, lambda step: step)
     lost = f"; step {', '.join(map(str, removed))} was incomplete and has been removed"
     lost = lost if removed else ""
     if step is not None:
@@ -134,7 +134,7 @@ def check_data(
     return meta | {"data_start": step}
 
 
-def say_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
+def report_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
     """Says what is different from the life of the run before this one."""
     if not paths.config.exists():  # Its first process was killed before it wrote that.
         return

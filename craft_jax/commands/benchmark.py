@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     config = configs.load(args.config, args.overrides)
     outputs.check_writable(workdir)
     setup_logging()
-    cpu_memory.keep_freed_memory()
+    cpu_memory.tune_malloc()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
     start = {"imports": profiling.seconds_since_start()}

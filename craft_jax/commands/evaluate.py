@@ -17,7 +17,7 @@ from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.runs import Run
 from craft_jax.runtime import compilation_cache
 from craft_jax.runtime.logging import log_to, setup_logging
-from craft_jax.training import language
+from craft_jax.training import tasks
 from craft_jax.training.evaluation import Evaluator
 from craft_jax.training.precision import Policy
 
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
         last=args.weights == "last",
     )
     setup_logging()
-    compilation_cache.keep_compiled()
+    compilation_cache.enable_compilation_cache()
     split = Path(args.text).name if args.text else args.split
     data = _data(opened, args, workdir)
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
     evaluator = Evaluator(opened.model_def, Policy.named(opened.config.training.precision), mesh)
     sums = evaluator(opened.params, data)
-    metrics = language.trainer_for(opened.config.model_class).evaluation_metrics(sums, data)
+    metrics = tasks.task_of(opened.config.model_class).metrics(sums, data)
     result = {"split": split, **metrics, "step": opened.step, "run": opened.paths.name}
 
     word = report.model_word(opened.config)

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
     given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
     runs.check_beams(args.num_beams, args.length_penalty, given)
-    compilation_cache.keep_compiled()
+    compilation_cache.enable_compilation_cache()
     opened = runs.open(
         args.run or "latest",
         workdir=workdir,

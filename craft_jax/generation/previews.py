@@ -130,10 +130,10 @@ def make(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> S
 
 def _sampling_params(state: TrainState, policy: Policy) -> Params:
     """Returns the parameters on one device, in the dtype that computes."""
-    return policy.cast(sharding.on_one_device(dict(state.best_params)))
+    return policy.cast(sharding.on_one_device(dict(state.eval_params)))
 
 
 def look_on(state: TrainState) -> Sample:
     """Takes part in a sample that the first of several processes makes."""
-    sharding.on_one_device(dict(state.best_params))
+    sharding.on_one_device(dict(state.eval_params))
     return Sample(words="")

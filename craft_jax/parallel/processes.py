@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from craft_jax.errors import (
     exit_code_of,
 )
 from craft_jax.parallel import rendezvous
-from craft_jax.runtime.signals import StopSignal
+from craft_jax.runtime.signals import StopFlag, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ _LINGER_SECONDS = 3.0
 # The main thread of a process meets most failures itself, and then has better words for them.
 _GRACE_SECONDS = 1.5
 
-_WISHES, _AGREED = "wishes", "agreed"
+_VOTES, _AGREED = "votes", "agreed"
 _SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable")
 
 
@@ -145,8 +145,8 @@ class ProcessGroup:
                     "process 0 tokenizes much text, do that first: python -m craft_jax.main prepare"
                 )
 
-    def shared(self, stop_signal: StopSignal) -> StopSignal:
-        """Returns a stop signal on which all processes agree; alone, the one that is given."""
+    def shared(self, stop_signal: StopSignal) -> StopFlag:
+        """Returns a stop flag on which all processes agree; that of a single process is its own."""
         return stop_signal if self.count == 1 else SharedStop(stop_signal)
 
     # Failures.
@@ -320,11 +320,14 @@ def _lost_words(index: int, error: BaseException) -> str:
 # What all processes know at the same step.
 
 
-class SharedStop(StopSignal):
-    """A stop signal that is set in all processes at the same step, whichever of them received it.
+@final
+class SharedStop(StopFlag):
+    """A stop flag that is set in all processes at the same step, whichever received the signal.
+
+    Each process attaches its exit code to its shard of a batch; the step reduces them.
 
     Args:
-      own: of this process.
+      own: that of this process.
     """
 
     def __init__(self, own: StopSignal):
@@ -336,38 +339,32 @@ class SharedStop(StopSignal):
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Nothing is different: who leaves while it waits for data leaves the others alone."""
+        # The other processes are in the same step: one that left it here would leave them alone.
         yield
 
-    def with_wishes(
+    def attach(
         self, batch: Mapping[str, jax.Array], mesh: Mesh, elapsed: float
     ) -> dict[str, jax.Array]:
-        """Adds to a batch what this process wishes, for `agreeing`."""
-        wishes = np.array([[self._own.exit_code or 0, elapsed]], np.float32)
+        votes = np.array([[self._own.exit_code or 0, elapsed]], np.float32)
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        shape = (mesh.size, wishes.shape[1])
+        shape = (mesh.size, votes.shape[1])
         return dict(batch) | {
-            _WISHES: jax.make_array_from_callback(shape, sharding, lambda index: wishes)
+            _VOTES: jax.make_array_from_callback(shape, sharding, lambda index: votes)
         }
 
     @staticmethod
-    def agreeing(train_step: Callable) -> Callable:
-        """Returns a train step that also reduces the wishes of all processes."""
+    def reducing(train_step: Callable) -> Callable:
+        """Returns a train step that also reduces what `attach` added."""
 
         def step(state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, dict]:
-            own = {name: array for name, array in batch.items() if name != _WISHES}
+            own = {name: array for name, array in batch.items() if name != _VOTES}
             state, metrics = train_step(state, own)
-            return state, metrics | {_AGREED: jnp.max(batch[_WISHES], axis=0)}
+            return state, metrics | {_AGREED: jnp.max(batch[_VOTES], axis=0)}
 
         return step
 
-    def agree(self, numbers: dict[str, jax.Array]) -> float:
-        """Takes what all processes have agreed on out of a step's numbers.
-
-        Returns:
-          The seconds that the run has taken, the same in all processes.
-        """
-        exit_code, elapsed = np.asarray(numbers.pop(_AGREED)).tolist()
+    def agree(self, metrics: dict[str, jax.Array]) -> float:
+        exit_code, elapsed = np.asarray(metrics.pop(_AGREED)).tolist()
         if exit_code and not self.is_set:
             self.exit_code = int(exit_code)
             own = self._own.name if self._own.exit_code == self.exit_code else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 
-def keep_compiled() -> None:
+def enable_compilation_cache() -> None:
     """Keeps compiled programs in a folder of the user's own, so that the next start is quick.
 
     It is `craft_jax/xla-...` below `$XDG_CACHE_HOME` (else `~/.cache`), mode 0700, for what lies in

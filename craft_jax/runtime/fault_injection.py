@@ -4,7 +4,7 @@
 passes it, the action happens. Several are separated by commas. Without the variable `point` does
 nothing. docs/reliability.md lists the points.
 
-`CRAFT_POISON=KIND:STEPS` spoils the gradients of some steps (`nan:12`, `inf:5-9`), see `poison`.
+`CRAFT_POISON=KIND:STEPS` spoils the gradients of some steps (`nan:12`, `inf:5-9`), see `poisoned`.
 """
 
 import errno
@@ -83,16 +83,27 @@ def _poisons(text: str) -> list[tuple[str, int, int]]:
 _POISONS = _poisons(os.environ.get("CRAFT_POISON", ""))
 
 
-def poison(grads: dict[str, Any], step: Any) -> dict[str, Any]:
-    """Returns gradients, spoilt in the steps that `CRAFT_POISON` names.
+def poisoned(gradients: Callable) -> Callable:
+    """Wraps a gradient function: spoils the gradients of the steps that `CRAFT_POISON` names.
 
-    Without the variable nothing is added to the program. With it the program is one and the same
-    for every step, named or not: `nan:0` gives the reference.
+    Without the variable the function is returned as it is. With it the program is the same for
+    every step, named or not: `nan:0` gives the reference.
 
     Args:
-      grads: arrays by path.
-      step: number of updates before this one, an integer scalar; the first update is step 1.
+      gradients: from (state, batch) to (loss, grads); `state.step` is the number of updates before
+        this one, and the first update is step 1.
     """
+    if not _POISONS:
+        return gradients
+
+    def spoilt(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        loss, grads = gradients(state, batch)
+        return loss, _spoil(grads, state.step)
+
+    return spoilt
+
+
+def _spoil(grads: dict[str, Any], step: Any) -> dict[str, Any]:
     for kind, first, last in _POISONS:
         is_bad = (first <= step + 1) & (step + 1 <= last)
         # One element of one array: in a layer that several devices share, that of one of them.

@@ -1,5 +1,6 @@
 """Signals that ask a process to stop: Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP."""
 
+import abc
 import contextlib
 import logging
 import os
@@ -7,48 +8,84 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, final
 
 from craft_jax.errors import INTERRUPTED, KILLED, PREEMPTED, StoppedError
 
 
-class StopSignal:
-    """Whether the process was asked to stop, and the exit code that answers it.
+class StopFlag(abc.ABC):
+    """Whether the run was asked to stop, and the exit code for it.
 
     Attributes:
       exit_code: 130 after Ctrl-C, 75 after SIGTERM, SIGUSR1 or SIGHUP, None before any.
       name: of the signal.
-      on_deferred: called when a signal was noted, inside of its handler.
-      on_abort: called with the exit code before a second signal ends the process.
     """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.name = ""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal arrived."""
+        return self.exit_code is not None
+
+    @abc.abstractmethod
+    def defer(self) -> None:
+        """Only notes signals from now on: there is something to save first."""
+
+    @abc.abstractmethod
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which a signal raises StoppedError: nothing is lost by that."""
+
+    @abc.abstractmethod
+    def attach(self, batch: Mapping[str, Any], mesh: Any, elapsed: float) -> Mapping[str, Any]:
+        """Returns a batch with what this process tells the others in the same step."""
+
+    @abc.abstractmethod
+    def agree(self, metrics: dict[str, Any]) -> float | None:
+        """Removes from a step's metrics what the processes have exchanged, and acts on it.
+
+        Returns:
+          The seconds that the run has taken, where the processes exchange them.
+        """
+
+
+@final
+class StopSignal(StopFlag):
+    """The stop flag of one process, set by its signals.
+
+    Attributes:
+      on_deferred: called inside the signal handler when a signal was noted.
+      on_abort: called with the exit code before a second signal ends the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self.on_deferred: Callable[[], object] = lambda: None
         self.on_abort: Callable[[int], None] = lambda exit_code: None
         self._is_deferred = False
 
-    @property
-    def is_set(self) -> bool:
-        """Whether a signal came."""
-        return self.exit_code is not None
-
     def defer(self) -> None:
-        """From now on a signal is only noted: there is something to save first."""
         self._is_deferred = True
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While the context lasts a signal raises StoppedError: nothing is lost by dropping it."""
         before, self._is_deferred = self._is_deferred, False
         try:
             yield
         finally:
             self._is_deferred = before
 
+    def attach(self, batch: Mapping[str, Any], mesh: Any, elapsed: float) -> Mapping[str, Any]:
+        return batch
+
+    def agree(self, metrics: dict[str, Any]) -> float | None:
+        return None
+
     def receive(self, number: int) -> None:
-        """Takes note of a signal.
+        """Notes a signal.
 
         Raises:
           StoppedError: there is nothing to save, or the process waits.
@@ -62,11 +99,10 @@ class StopSignal:
         self.on_deferred()
 
 
-# What reaches the process within this time of the first signal is the same wish: a scheduler
-# signals every process of a job, and a launcher passes its own signal on.
-_SAME_WISH_SECONDS = 0.2
+# Signals within this window count as one: schedulers and launchers both forward them.
+_DEBOUNCE_SECONDS = 0.2
 
-# Among the numbers of signals in the pipe: no signal has it.
+# Written to the pipe beside the numbers of signals; no signal has it.
 _DEFERRED = b"\0"
 
 
@@ -77,9 +113,9 @@ def stop_signals() -> Iterator[StopSignal]:
     A second signal ends the process at once, even while its main thread is in a compiled program.
     Handlers that others installed before are called as well. Without a terminal SIGHUP is ignored.
     """
-    asked = StopSignal()
+    flag = StopSignal()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield flag
         return
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     before = {}
@@ -94,7 +130,7 @@ def stop_signals() -> Iterator[StopSignal]:
         gives_way = old is signal.default_int_handler or getattr(old, "gives_way", False)
         if callable(old) and not gives_way:
             old(number, frame)
-        asked.receive(number)
+        flag.receive(number)
 
     for number in numbers:
         before[number] = signal.signal(number, handle)
@@ -102,14 +138,14 @@ def stop_signals() -> Iterator[StopSignal]:
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # The system writes to the pipe even while Python's own handlers have to wait.
-    asked.on_deferred = lambda: os.write(writer, _DEFERRED)
-    watcher = threading.Thread(target=_watch, args=(reader, numbers, asked))
+    flag.on_deferred = lambda: os.write(writer, _DEFERRED)
+    watcher = threading.Thread(target=_watch, args=(reader, numbers, flag))
     watcher.daemon = True
     watcher.start()
     try:
-        yield asked
+        yield flag
     finally:
-        asked.on_deferred = lambda: None
+        flag.on_deferred = lambda: None
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
         watcher.join()
@@ -118,23 +154,23 @@ def stop_signals() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-def _watch(reader: int, numbers: Collection[int], asked: StopSignal) -> None:
-    """Says that a signal was noted, and ends the process at the second one."""
+def _watch(reader: int, numbers: Collection[int], flag: StopSignal) -> None:
+    """Logs that a signal was noted, and ends the process at the second one."""
     first: float | None = None
     while byte := os.read(reader, 1):
         if byte == _DEFERRED:
             # Not in the handler, which may have interrupted a write to the same stream; and not
             # here, since a reader that is stuck must not keep the second signal from being seen.
-            threading.Thread(target=_say_deferred, args=(asked.name,), daemon=True).start()
+            threading.Thread(target=_say_deferred, args=(flag.name,), daemon=True).start()
         if byte[0] not in numbers:
             continue
         now = time.monotonic()
         if first is None:
             first = now
-        elif now - first > _SAME_WISH_SECONDS:
+        elif now - first > _DEBOUNCE_SECONDS:
             exit_code = INTERRUPTED if byte[0] == signal.SIGINT else KILLED
             with contextlib.suppress(Exception):
-                asked.on_abort(exit_code)
+                flag.on_abort(exit_code)
                 os.write(2, b"\nstopped at once; the last checkpoint is whole\n")
             os._exit(exit_code)
 

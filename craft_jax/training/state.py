@@ -38,7 +38,7 @@ class TrainState:
     average: Params | None = None
 
     @property
-    def best_params(self) -> Params:
+    def eval_params(self) -> Params:
         """The parameters that are evaluated, sampled from and exported."""
         return self.params if self.average is None else self.average
 

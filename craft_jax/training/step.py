@@ -7,21 +7,25 @@ is skipped: parameters and optimizer state stay as they were, to the bit.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from craft_jax.models.base import ModelDef, Params
 from craft_jax.models.losses import PLAIN, LossConfig, Sums
-from craft_jax.runtime import fault_injection
 from craft_jax.training.optim import Optimizer, Schedule
 from craft_jax.training.precision import Policy
 from craft_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Gradients = tuple[jax.Array, jax.Array, Params]
+GradientSums = tuple[jax.Array, jax.Array, Params]
+"""The sum of losses, the sum of weights, and the gradient of the former."""
+GradientFunction = Callable[[TrainState, Batch], tuple[jax.Array, Params]]
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def step_key(seed: int) -> jax.Array:
@@ -29,10 +33,8 @@ def step_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
-def make_train_step(
+def make_gradients(
     model_def: ModelDef,
-    optimizer: Optimizer,
-    schedule: Schedule,
     policy: Policy,
     *,
     seed: int,
@@ -40,23 +42,18 @@ def make_train_step(
     remat: bool = False,
     loss_config: LossConfig = PLAIN,
     axis_name: str | None = None,
-    norms_every: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted.
+) -> GradientFunction:
+    """Returns `gradients(state, batch) -> (loss, grads)`: the mean over the targets of a batch.
 
-    The batch is split along its first axis into `accumulate` micro-batches, whose gradients add up
-    to that of the whole. Metrics are scalars: `loss` (nats per target), `learning_rate`,
-    `grad_norm` (before clipping), `skipped` (1 where the update was not made) and, in float16,
-    `loss_scale`; with `norms_every` there is also `norms`, see `_norms`. With an `axis_name` the
-    function is to be mapped: each device of that axis gets a part of the batch and the whole
-    state, and all return the same.
+    The batch is split along its first axis into `accumulate` micro-batches, whose gradients are
+    summed in float32. Loss (nats per target) and gradient of a batch without targets are 0. With an
+    `axis_name` the function is to be mapped: each device of that axis gets a shard of the batch and
+    the whole state, and all return the same.
     """
     shaping = {} if loss_config.is_plain else {"config": loss_config}
 
-    def gradients(state: TrainState, batch: Batch, key: jax.Array) -> Gradients:
-        """Returns the sums of losses and weights, and the gradient of the sum of losses."""
-
-        def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def of_micro_batch(state: TrainState, batch: Batch, key: jax.Array) -> GradientSums:
+        def objective(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
             model = model_def.merge(policy.cast(params))
             sums = model.loss(batch, key=key, remat=remat, **shaping)
             # float16 cannot hold the gradient of a sum over many targets.
@@ -66,34 +63,49 @@ def make_train_step(
         grads, (loss, weight, unit) = jax.grad(objective, has_aux=True)(state.params)
         return loss, weight, jax.tree.map(lambda g: g * unit, grads) if policy.scales else grads
 
-    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> Gradients:
-        """Returns what `gradients` does, computed in parts and added up in float32."""
-
-        def add(sums: Gradients, part: tuple[jax.Array, Batch]) -> tuple[Gradients, None]:
+    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> GradientSums:
+        def add(sums: GradientSums, part: tuple[jax.Array, Batch]) -> tuple[GradientSums, None]:
             index, micro_batch = part
-            more = gradients(state, micro_batch, jax.random.fold_in(key, index))
+            more = of_micro_batch(state, micro_batch, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, sums, more), None
 
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
-        shapes = jax.eval_shape(gradients, state, jax.tree.map(lambda x: x[0], parts), key)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(of_micro_batch, state, first, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def gradients(state: TrainState, batch: Batch) -> tuple[jax.Array, Params]:
         key = jax.random.fold_in(step_key(seed), state.step)
         if axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        loss, weight, grads = (gradients if accumulate == 1 else accumulated)(state, batch, key)
-        if axis_name:
-            loss, weight, grads = jax.lax.psum((loss, weight, grads), axis_name)
-        # Of a batch in which nothing is learned, loss and gradient are 0.
+        sums = (of_micro_batch if accumulate == 1 else accumulated)(state, batch, key)
+        loss, weight, grads = jax.lax.psum(sums, axis_name) if axis_name else sums
         weight = jnp.where(weight == 0, 1, weight)
-        loss = loss / weight
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        grads = fault_injection.poison(grads, state.step)
+        return loss / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+
+    return gradients
+
+
+def make_update(
+    gradients: GradientFunction,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    policy: Policy,
+    *,
+    norms_every: int = 0,
+) -> StepFunction:
+    """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted.
+
+    Metrics are scalars: `loss` (nats per target), `learning_rate`, `grad_norm` (before clipping),
+    `skipped` (1 where the update was not made) and, in float16, `loss_scale`; with `norms_every`
+    there is also `norms`, see `_norms`.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads = gradients(state, batch)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
         rate = schedule(state.step) * state.lr_scale
         params, opt_state = optimizer.apply(grads, state.opt_state, state.params, rate)
         average = optimizer.average(params, opt_state, state.average, state.step)
@@ -116,6 +128,20 @@ def make_train_step(
     return train_step
 
 
+def make_train_step(
+    model_def: ModelDef,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    policy: Policy,
+    *,
+    norms_every: int = 0,
+    **options: Any,
+) -> StepFunction:
+    """Returns the train step of a model: `make_update` of `make_gradients`, which see."""
+    gradients = make_gradients(model_def, policy, **options)
+    return make_update(gradients, optimizer, schedule, policy, norms_every=norms_every)
+
+
 def _norms(is_due: jax.Array, grads: Params, before: Params, after: Params) -> Metrics:
     """Returns the norms of gradient, parameter and update for each path, float32 (3,); or zeros."""
 
@@ -131,6 +157,13 @@ def _norms(is_due: jax.Array, grads: Params, before: Params, after: Params) -> M
         }
 
     return jax.lax.cond(is_due, measure, lambda: {path: jnp.zeros(3) for path in after})
+
+
+def named_norms(norms: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Returns the norms of `_norms` by name: `gradient_norms/PATH` and so on."""
+    kinds = ("gradient_norms", "parameter_norms", "update_norms")
+    host = {path: np.asarray(values).tolist() for path, values in norms.items()}
+    return {f"{kind}/{path}": host[path][n] for n, kind in enumerate(kinds) for path in host}
 
 
 def make_eval_step(model_def: ModelDef, policy: Policy) -> Callable[[Params, Batch], Sums]:

@@ -13,7 +13,7 @@ import jax
 from craft_jax.runtime import compilation_cache
 compilation_cache._CACHE_SECONDS = 0.0
 for os.environ["XDG_CACHE_HOME"] in sys.argv[1:]:
-    compilation_cache.keep_compiled()
+    compilation_cache.enable_compilation_cache()
 print(jax.config.jax_compilation_cache_dir or "none")
 print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8))))
 """

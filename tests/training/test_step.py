@@ -172,7 +172,7 @@ def test_accumulation_with_other_optimizers(name):
     for path in one.params:
         np.testing.assert_allclose(one.params[path], four.params[path], atol=1e-5, err_msg=path)
         np.testing.assert_allclose(
-            one.best_params[path], four.best_params[path], atol=1e-5, err_msg=path
+            one.eval_params[path], four.eval_params[path], atol=1e-5, err_msg=path
         )
 
 

@@ -14,9 +14,9 @@ from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.parallel import sharding
 from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.runtime.signals import StopSignal
-from craft_jax.training import evaluation, optim
+from craft_jax.training import optim
 from craft_jax.training import state as states
-from craft_jax.training import step as steps
+from craft_jax.training.callback_list import CallbackList
 from craft_jax.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -27,10 +27,14 @@ from craft_jax.training.callbacks import (
     ScaleLearningRate,
     Stop,
 )
-from craft_jax.training.language import LanguageModelTrainer, trainer_for
+from craft_jax.training.compiled_step import CompiledStep
+from craft_jax.training.evaluation import Evaluator
+from craft_jax.training.feed import BatchFeed
 from craft_jax.training.optim import OptimConfig
 from craft_jax.training.precision import Policy
 from craft_jax.training.settings import TrainingConfig
+from craft_jax.training.step import make_train_step
+from craft_jax.training.tasks import EXAMPLES, LANGUAGE
 from craft_jax.training.trainer import Trainer
 from tests.data.windows import TrainingWindows
 
@@ -77,7 +81,7 @@ class Diary(Callback):
 
 
 class Kept:
-    """Keeps checkpoints in memory, as `Saver` keeps them on disk."""
+    """Keeps checkpoints in memory, as `CheckpointManager` keeps them on disk."""
 
     def __init__(self):
         self.all, self.finals = [], []
@@ -129,52 +133,64 @@ def first_state(mesh, policy):
     return states.init_state(GPT, CONFIG, OPTIMIZER, seed=0, mesh=mesh, policy=policy)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once():
-    """Equal train and evaluation steps are one function, which jax.jit compiles once."""
-
-    def once(make):
-        made = {}
-
-        def get(definition, *rest, **options):
-            assert definition is DEFINITION  # The one argument that has no hash.
-            key = (*rest, *sorted(options.items()))
-            if key not in made:
-                made[key] = make(definition, *rest, **options)
-            return made[key]
-
-        return get
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "make_train_step", once(steps.make_train_step))
-        patch.setattr(evaluation, "make_eval_step", once(evaluation.make_eval_step))
-        yield
+MESH = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
 
 
-def trainer(callbacks=(), num_steps=8, bad=range(0), cls=LanguageModelTrainer, **options):
-    policy = Policy.named(options.pop("precision", "float32"))
-    mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
-    data = Poisoned(TOKENS, seq_len=8, batch_size=4, seed=0)
-    data.bad = bad
-    config = options.pop("config", TrainingConfig(num_steps=num_steps, max_bad_steps=3))
-    return cls(
-        DEFINITION,
-        state=jax.tree.map(jnp.copy, first_state(mesh, policy)),
-        train_data=data,
-        val_data=ValidationWindows(TOKENS[:100], seq_len=8, batch_size=4),
-        optimizer=OPTIMIZER,
-        schedule=SCHEDULE,
-        policy=policy,
-        mesh=mesh,
-        config=config,
-        callbacks=callbacks,
-        **options,
-    )
+def make_step(policy, wrap=lambda step: step):
+    """A train step that nothing else has compiled."""
+
+    def of(policy):
+        return wrap(make_train_step(DEFINITION, OPTIMIZER, SCHEDULE, policy, seed=0))
+
+    options = {"model_def": DEFINITION, "optimizer": OPTIMIZER, "policy": policy, "mesh": MESH}
+    return CompiledStep(of, **options)
+
+
+@functools.cache
+def shared_step(precision):
+    return make_step(Policy.named(precision))
+
+
+@functools.cache
+def evaluator(precision):
+    return Evaluator(DEFINITION, Policy.named(precision), MESH)
+
+
+class Setup:
+    """A trainer, and the state that it begins with."""
+
+    def __init__(self, callbacks=(), num_steps=8, bad=range(0), task=LANGUAGE, **options):
+        precision = options.pop("precision", "float32")
+        self.step = options.pop("train_step", None) or shared_step(precision)
+        self.data = Poisoned(TOKENS, seq_len=8, batch_size=4, seed=0)
+        self.data.bad = bad
+        self.val_data = ValidationWindows(TOKENS[:100], seq_len=8, batch_size=4)
+        config = options.pop("config", TrainingConfig(num_steps=num_steps, max_bad_steps=3))
+        self.trainer = Trainer(
+            self.step,
+            BatchFeed(self.data, task, MESH),
+            config,
+            evaluator=evaluator(precision),
+            val_data=self.val_data,
+            callbacks=callbacks,
+            **options,
+        )
+        self.begin = jax.tree.map(jnp.copy, first_state(MESH, Policy.named(precision)))
+
+    def fit(self, meta=None):
+        self.state, result = self.trainer.fit(self.begin, meta)
+        return result
+
+    def evaluate(self):
+        return self.trainer.evaluate(self.begin, self.val_data)
+
+
+trainer = Setup
 
 
 def test_hooks_in_order():
     diary, kept = Diary(sync_at=(3,)), Kept()
-    result = trainer([EvaluationCallback(4), CheckpointCallback(4), diary], saver=kept).fit()
+    result = trainer([EvaluationCallback(4), CheckpointCallback(4), diary], manager=kept).fit()
     assert result.step == 8
     assert result.stopped is None
     assert diary.steps("step") == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -188,48 +204,43 @@ def test_hooks_in_order():
     assert result.metrics["val_loss"] == kept.metas[-1]["metrics"]["val_loss"]
 
 
-def test_the_first_step_is_the_one_that_was_compiled_ahead(monkeypatch):
-    real, traced = steps.make_train_step, []
+def test_the_first_step_is_the_one_that_was_compiled_ahead():
+    traced = []
 
-    def counted(*args, **options):
-        train_step = real(*args, **options)
-
+    def counted(train_step):
         def counting(state, batch):
             traced.append(threading.current_thread().name)
             return train_step(state, batch)
 
         return counting
 
-    monkeypatch.setattr(steps, "make_train_step", counted)
-    ahead, diary = trainer([ours := Diary()]), Diary()
-    begin = ahead.state
-    ahead.state = states.abstract_state(ahead.model_def, OPTIMIZER, begin.step.sharding.mesh)
-    ahead.compile_ahead()
-    ahead.state = begin
+    policy = Policy.named("float32")
+    ahead = trainer([ours := Diary()], train_step=make_step(policy, counted))
+    ahead.step.compile_ahead(lambda: ahead.data.batch(0))
     assert ahead.fit().step == 8
     assert traced == ["compiler"]
-    trainer([diary]).fit()
+    trainer([diary := Diary()], train_step=make_step(policy, counted)).fit()
     assert traced == ["compiler", "MainThread"]
     assert ours.losses == diary.losses
 
 
 def test_data_that_fails_while_compiling_ahead_fails_in_its_step(monkeypatch):
     diary = Diary()
-    failing = trainer([diary])
+    failing = trainer([diary], train_step=make_step(Policy.named("float32")))
 
     def batch(number):
         raise ValueError("no such row")
 
-    monkeypatch.setattr(failing.train_data, "batch", batch)
-    failing.compile_ahead()
+    monkeypatch.setattr(failing.data, "batch", batch)
+    failing.step.compile_ahead(lambda: failing.data.batch(0))
     with pytest.raises(DataError, match="no such row"):
         failing.fit()
     assert diary.entries == [("begin", 0), ("end", 0)]
 
 
 def test_data_is_asked_by_one_thread_at_a_time(monkeypatch):
-    asked = trainer()
-    real, busy, together = asked.train_data.batch, threading.Lock(), []
+    asked = trainer(train_step=make_step(Policy.named("float32")))
+    real, busy, together = asked.data.batch, threading.Lock(), []
 
     def batch(number):
         together.append(not busy.acquire(blocking=False))
@@ -237,8 +248,8 @@ def test_data_is_asked_by_one_thread_at_a_time(monkeypatch):
         busy.release()
         return real(number)
 
-    monkeypatch.setattr(asked.train_data, "batch", batch)
-    asked.compile_ahead()
+    monkeypatch.setattr(asked.data, "batch", batch)
+    asked.step.compile_ahead(lambda: asked.data.batch(0))
     assert asked.fit().step == 8
     assert together == [False] * 9
 
@@ -246,7 +257,7 @@ def test_data_is_asked_by_one_thread_at_a_time(monkeypatch):
 def test_looking_does_not_change_what_is_seen():
     quiet, busy = Diary(), Diary(sync_at=range(100))
     trainer([quiet]).fit()
-    trainer([EvaluationCallback(1), CheckpointCallback(1), busy], saver=Kept()).fit()
+    trainer([EvaluationCallback(1), CheckpointCallback(1), busy], manager=Kept()).fit()
     assert busy.losses == quiet.losses
 
 
@@ -260,7 +271,7 @@ def test_evaluation_counts_every_token():
 def test_stop_saves_first():
     kept = Kept()
     diary = Diary({("step", 3): Stop("enough")})
-    result = trainer([diary], saver=kept).fit()
+    result = trainer([diary], manager=kept).fit()
     assert result.stopped == "enough"
     # The numbers of step 3 arrive while step 4 runs.
     assert kept.steps == [4]
@@ -270,14 +281,14 @@ def test_stop_saves_first():
 def test_stop_after_an_evaluation_saves_too():
     kept = Kept()
     diary = Diary({("evaluate", 4): Stop("enough")})
-    result = trainer([EvaluationCallback(2), diary], saver=kept).fit()
+    result = trainer([EvaluationCallback(2), diary], manager=kept).fit()
     assert kept.steps == [result.step] == [4]
 
 
 def test_requests_for_what_is_not_due():
     kept = Kept()
     diary = Diary({("step", 2): Evaluate(), ("step", 4): Save()})
-    trainer([diary], saver=kept).fit()
+    trainer([diary], manager=kept).fit()
     # Asked for with the numbers of a step, done after the one that ran meanwhile.
     assert diary.steps("evaluate") == [3]
     assert kept.steps == [5]
@@ -295,9 +306,9 @@ def test_two_callbacks_of_one_class_keep_their_own_state():
             self.number = state["number"]
 
     kept = Kept()
-    trainer([Number(1), Number(2), CheckpointCallback(0)], saver=kept).fit()
+    trainer([Number(1), Number(2), CheckpointCallback(0)], manager=kept).fit()
     again = [Number(0), Number(0)]
-    trainer(again).load_meta(kept.metas[-1])
+    CallbackList(again).load_state_dict(kept.metas[-1]["callbacks"])
     assert [callback.number for callback in again] == [1, 2]
 
 
@@ -310,7 +321,7 @@ def test_a_signal_saves_and_ends(code):
             if record.step == 2:
                 signal.exit_code = code
 
-    result = trainer([Press()], stop_signal=signal, saver=kept).fit()
+    result = trainer([Press()], stop_signal=signal, manager=kept).fit()
     assert kept.steps == [result.step] == [3]
     assert result.stopped == "a signal"
 
@@ -340,7 +351,7 @@ def test_scaling_the_learning_rate(hook, sync_at):
 
 def test_rolling_back():
     diary = Diary({("step", 6): RollBack("a test")})
-    result = trainer([CheckpointCallback(4), diary], saver=Kept()).fit()
+    result = trainer([CheckpointCallback(4), diary], manager=Kept()).fit()
     assert result.step == 8
     assert diary.steps("step") == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8][: len(diary.steps("step"))]
     assert diary.steps("step")[-4:] == [5, 6, 7, 8]
@@ -383,7 +394,7 @@ def test_the_ladder(sync_at, caplog):
     notes, kept = Indices(), Kept()
     config = TrainingConfig(num_steps=12, **LADDER)
     callbacks = [CheckpointCallback(2), notes, Diary(sync_at=sync_at)]
-    made = trainer(callbacks, config=config, bad=range(5, 9), saver=kept)
+    made = trainer(callbacks, config=config, bad=range(5, 9), manager=kept)
     assert made.fit().step == 12
     # Batches 5, 6, 7 are bad: steps 6, 7, 8. Step 9 ran meanwhile, or would have.
     final = {step: index for step, index, _, _ in notes.seen}
@@ -403,12 +414,12 @@ def test_the_ladder(sync_at, caplog):
 def test_the_ladder_ends():
     config = TrainingConfig(num_steps=30, **LADDER)
     with pytest.raises(DivergedError, match="the last 3 steps"):
-        trainer([CheckpointCallback(2)], config=config, bad=range(5, 30), saver=Kept()).fit()
+        trainer([CheckpointCallback(2)], config=config, bad=range(5, 30), manager=Kept()).fit()
 
 
 def test_the_ladder_without_a_checkpoint(caplog):
     config = TrainingConfig(num_steps=12, **LADDER)
-    assert trainer(config=config, bad=range(2, 6), saver=Kept()).fit().step == 12
+    assert trainer(config=config, bad=range(2, 6), manager=Kept()).fit().step == 12
     assert "no checkpoint to go back to; going on" in caplog.text
 
 
@@ -425,7 +436,7 @@ def test_float16_goes_on_in_float32_after_many_overflows(caplog):
     notes, kept = Scales(), Kept()
     made = trainer(
         [notes, CheckpointCallback(4)], config=config, bad=range(3, 7), precision="float16",
-        saver=kept,
+        manager=kept,
     )  # fmt: skip
     result = made.fit()
     assert result.step == 12
@@ -434,9 +445,9 @@ def test_float16_goes_on_in_float32_after_many_overflows(caplog):
     ]  # fmt: skip
     assert all(notes.seen[s] == (None, 0) for s in range(8, 13))
     assert "the run goes on in float32 after step 7" in caplog.text
-    again = trainer([Scales()], config=config, precision="float16")
-    again.load_meta(kept.metas[-1])
-    assert again._wide_after == 7
+    again = trainer([resumed := Scales()], config=config, precision="float16")
+    again.fit(kept.metas[-1])
+    assert all(resumed.seen[s] == (None, 0) for s in range(8, 13))
 
 
 def test_a_wrong_answer_is_named():
@@ -444,9 +455,8 @@ def test_a_wrong_answer_is_named():
         trainer([Diary({("step", 1): "stop"})]).fit()
 
 
-def test_the_base_trainer_knows_nothing_of_tokens():
-    assert trainer_for(GPT) is LanguageModelTrainer
-    made = trainer(cls=Trainer)
+def test_examples_have_no_tokens():
+    made = trainer(task=EXAMPLES)
     assert set(made.evaluate()) == {"loss", "examples"}
     diary = []
 
@@ -454,7 +464,7 @@ def test_the_base_trainer_knows_nothing_of_tokens():
         def on_step_end(self, record):
             diary.append(set(record.metrics))
 
-    trainer([Keys()], num_steps=2, cls=Trainer).fit()
+    trainer([Keys()], num_steps=2, task=EXAMPLES).fit()
     assert "examples_per_second" in diary[0]
 
 
@@ -463,9 +473,9 @@ def test_callback_state_travels_in_the_checkpoint():
     trainer(
         [EvaluationCallback(2), CheckpointCallback(2)],
         num_steps=4,
-        saver=kept,
+        manager=kept,
     ).fit()
     best = min(meta["metrics"]["val_loss"] for meta in kept.metas)
     again = CheckpointCallback(2)
-    trainer([again]).load_meta(kept.metas[-1])
+    CallbackList([again]).load_state_dict(kept.metas[-1]["callbacks"])
     assert again.best == best

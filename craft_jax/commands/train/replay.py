@@ -3,18 +3,31 @@
 The run is restored from its newest checkpoint before that step, and trained up to it.
 """
 
+import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from craft_jax import runs
+from craft_jax.checkpoint.store import CheckpointStore
+from craft_jax.commands.train import build, config_choice
+from craft_jax.commands.train.session import workdir_of
 from craft_jax.config import ExperimentConfig
+from craft_jax.data import pipeline
+from craft_jax.data.base import Dataset
 from craft_jax.errors import OK, UsageError
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
+from craft_jax.parallel import sharding
+from craft_jax.runtime import compilation_cache
+from craft_jax.runtime.logging import setup_logging
 from craft_jax.training import bad_steps, step
 from craft_jax.training.callbacks import Callback, StepRecord, Stop
+from craft_jax.training.compiled_step import CompiledStep
 from craft_jax.training.precision import Policy
 from craft_jax.training.state import TrainState
 from craft_jax.training.trainer import Trainer
@@ -24,32 +37,87 @@ logger = logging.getLogger(__name__)
 _SHOWN = 20
 
 
-def run(number: int, config: ExperimentConfig, paths: RunPaths, assemble: Callable) -> int:
+def run(args: argparse.Namespace) -> int:
     """Replays a step.
-
-    Args:
-      number: of the step, from 1.
-      config, paths: of the run.
-      assemble: given callbacks, returns a trainer that stands where the newest checkpoint before
-        the step does, and that saves nothing.
 
     Raises:
       UsageError: the run has no such step.
     """
+    number, workdir = args.replay_step, workdir_of(args)
+    setup_logging()
+    compilation_cache.enable_compilation_cache()
+    if args.coordinator:
+        raise UsageError("--replay_step is for one process; leave --coordinator out")
+    paths = config_choice.existing(args.run, workdir)
+    config, origin = config_choice.choose_config(args, paths, workdir)
+    if paths is None:
+        raise UsageError(f"--replay_step={number} needs the --run whose step it is")
     if not 1 <= number <= config.training.num_steps:
         raise UsageError(
             f"--replay_step={number}: run {paths.name} has steps 1 to {config.training.num_steps}"
         )
-    replay = _Replay(number)
-    trainer: Trainer = assemble([replay])
-    first = int(trainer.state.step)
+    store = CheckpointStore(paths.checkpoints)
+    newest, _ = store.newest_good()
+    before, _ = store.newest_good(below=number)
+    # A trainer that runs meanwhile does not remove it.
+    pin = None if before is None else store.pin(before)
+    mesh = sharding.make_mesh(config.parallel, jax.devices())
+    data = pipeline.open_datasets(
+        config.data,
+        workdir=workdir,
+        seed=config.training.seed,
+        tokenizer=config_choice.tokenizer(config, paths, newest, origin),
+    ).train
+    model_def = build.define_model(config, data)
+    train_step = build.build_train_step(config, model_def, mesh)
+    train_step.compile_ahead(lambda: data.batch(0))
+    if before:
+        manager = build.make_checkpoint_manager(config, paths, data, train_step)
+        state, meta = manager.restore_step(before)
+    else:
+        state, meta = _first_state(config, origin, train_step, workdir), {}
+    del pin
+    _replay(number, config, paths, data, train_step, state, meta)
+    return OK
+
+
+def _first_state(
+    config: ExperimentConfig,
+    origin: config_choice.Origin | None,
+    train_step: CompiledStep,
+    workdir: Path,
+) -> TrainState:
+    if origin is None and config.init_from:
+        origin = config_choice.Origin(*runs.weights(config.init_from, workdir))
+    if origin is None:
+        return train_step.init_state(config.model_class, config.training.seed)
+    shapes = train_step.abstract_state.params
+    return train_step.state_from_params(origin.run.store.read_params(origin.run.step, shapes))
+
+
+def _replay(
+    number: int,
+    config: ExperimentConfig,
+    paths: RunPaths,
+    data: Dataset,
+    train_step: CompiledStep,
+    state: TrainState,
+    meta: Mapping[str, Any],
+) -> None:
+    replay, first = _Replay(number), int(state.step)
     logger.info("replaying steps %d to %d of %s; nothing is written", first + 1, number, paths.name)
     if first == number - 1:
-        replay.state = jax.tree.map(lambda leaf: leaf.copy(), trainer.state)
-    trainer.fit()
-    assert replay.record is not None
-    _show(config, trainer, replay)
-    return OK
+        replay.state = jax.tree.map(lambda leaf: leaf.copy(), state)
+    trainer = Trainer(
+        train_step,
+        build.make_feed(config, data, train_step.mesh),
+        config.training,
+        evaluator=build.make_evaluator(config, train_step.model_def, train_step.mesh),
+        val_data=None,
+        callbacks=[replay],
+    )
+    trainer.fit(state, meta)
+    _show(config, train_step.model_def, data, replay)
 
 
 class _Replay(Callback):
@@ -82,15 +150,15 @@ class _Replay(Callback):
         return None
 
 
-def _show(config: ExperimentConfig, trainer: Trainer, replay: _Replay) -> None:
+def _show(config: ExperimentConfig, model_def: ModelDef, data: Dataset, replay: _Replay) -> None:
     """Prints the batch, and the gradient of each parameter."""
-    data, record, state = trainer.train_data, replay.record, replay.state
+    record, state = replay.record, replay.state
     assert record is not None
     assert state is not None
     assert record.batch_index is not None
     batch = data.batch(record.batch_index)
     logger.info("batch %d:\n%s", record.batch_index, bad_steps.describe(batch, data))
-    norms = gradient_norms(config, trainer.model_def, state, batch)
+    norms = gradient_norms(config, model_def, state, batch)
     bad = [path for path, norm in norms.items() if not np.isfinite(norm)]
     logger.info(
         "gradients: %d of %d parameters are not finite%s",

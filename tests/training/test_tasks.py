@@ -10,13 +10,13 @@ from craft_jax.models.transformer import TransformerLM
 from craft_jax.parallel import sharding
 from craft_jax.parallel.sharding import ParallelConfig
 from craft_jax.training.evaluation import Evaluator
-from craft_jax.training.language import LanguageModelTrainer, Seq2SeqTrainer, trainer_for
 from craft_jax.training.precision import Policy
+from craft_jax.training.tasks import LANGUAGE, PAIRS, task_of
 
 
-def test_each_kind_of_model_has_its_trainer():
-    assert trainer_for(GPT) is trainer_for(TransformerLM) is LanguageModelTrainer
-    assert trainer_for(Transformer) is Seq2SeqTrainer
+def test_each_kind_of_model_has_its_task():
+    assert task_of(GPT) is task_of(TransformerLM) is LANGUAGE
+    assert task_of(Transformer) is PAIRS
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def data():
 
 def test_tokens_of_both_sides_count(data):
     texts = [pair.source + pair.target for pair in pairs.make("sort", 21).val[:8]]
-    count = Seq2SeqTrainer.count
+    count = PAIRS.count
     # An end token on each side; none in rows that fill up the last batch but one they look at.
-    assert count(None, data.batch(0)) == len("".join(texts)) + 2 * 8
+    assert count(data.batch(0)) == len("".join(texts)) + 2 * 8
     texts = [pair.source + pair.target for pair in pairs.make("sort", 21).val[16:]]
-    assert count(None, data.batch(2)) == len("".join(texts)) + 2 * 5 + 3
+    assert count(data.batch(2)) == len("".join(texts)) + 2 * 5 + 3
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -55,6 +55,6 @@ def test_an_evaluation_adds_what_the_loss_returns_and_skips_the_filling(data, nu
     assert len(each) == sums["rows"] == 21
     for name, total in sums.items():
         np.testing.assert_allclose(sum(float(e[name]) for e in each), total, rtol=1e-5)
-    metrics = Seq2SeqTrainer.evaluation_metrics(sums, data)
+    metrics = PAIRS.metrics(sums, data)
     assert metrics["loss"] == pytest.approx(np.log(data.vocab_size), abs=0.3)
     assert metrics["pairs"] == 21
