@@ -103,25 +103,12 @@ def import_checkpoint(
             raise UsageError(f"{flag}={value} is not one of {', '.join(choices)}")
     out = Path(out).expanduser()
     outputs.check_name(out.name)
-    opened = opening.open_source(path, options)
-    if opened.kind == CRAFT:
-        raise UsageError(
-            f"{path} is a run of craft_jax already; begin a new run with its weights by "
-            f"--config.init_from={path}"
-        )
-    opened = dataclasses.replace(opened, tokenizer=opening.tokenizer_of(opened, tokenizer))
-    opened = source.with_dtype(opened, dtypes.named(dtype))
+    opened = _opened(path, options, dtype, tokenizer)
     atomic.check_place(out, [opened.path], overwrite)
     survey = pipeline.survey(
         opened.leaves, digests=verify == "bits", workers=workers, budget=max_memory
     )
-    notes = [
-        *opened.notes,
-        *(f"{name}: {reason}" for name, reason in opened.approximations.items()),
-        *dtypes.nonfinite_notes(survey.nonfinite, strict_finite),
-    ]
-    if opened.tokenizer is None and opened.images is None:
-        notes.append("tokenizer: the source has none; commands that read text need --tokenizer")
+    notes = [*_remarks(opened), *dtypes.nonfinite_notes(survey.nonfinite, strict_finite)]
     num_bytes = sum(leaf.nbytes for leaf in opened.leaves.values())
     with atomic.output(out, overwrite=overwrite, num_bytes=num_bytes) as place:
         write_run(opened, out, place, spill=dtype != "keep")
@@ -132,6 +119,31 @@ def import_checkpoint(
             notes += _changed_since(opened, survey.digests)
         compared = _compare_probe(opened, probe)
     return Imported(out=out, source=opened, model_sha256=sha256, probe=compared, notes=tuple(notes))
+
+
+def _opened(
+    path: str | Path, options: Options | None, dtype: str, tokenizer: str | Path | None
+) -> Source:
+    """Opens the source, with the tokenizer and the dtype that the run will have.
+
+    Raises:
+      UsageError, InteropError: it is a run already, or cannot be read.
+    """
+    opened = opening.open_source(path, options)
+    if opened.kind == CRAFT:
+        raise UsageError(
+            f"{path} is a run of craft_jax already; begin a new run with its weights by "
+            f"--config.init_from={path}"
+        )
+    opened = dataclasses.replace(opened, tokenizer=opening.tokenizer_of(opened, tokenizer))
+    return source.with_dtype(opened, dtypes.named(dtype))
+
+
+def _remarks(opened: Source) -> list[str]:
+    found = [*opened.notes, *(f"{n}: {reason}" for n, reason in opened.approximations.items())]
+    if opened.tokenizer is None and opened.images is None:
+        found.append("tokenizer: the source has none; commands that read text need --tokenizer")
+    return found
 
 
 def write_run(opened: Source, out: Path, place: Path, spill: bool) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.tokenizers import Tokenizer
@@ -41,7 +41,28 @@ _STATE_DICTS = ("model", "state_dict", "model_state_dict", "module", "net")
 _EMA = ("ema", "model_ema", "ema_state_dict", "ema_model")
 
 
-# Everything else.
+class _Contents(NamedTuple):
+    """The parts of a folder or a file.
+
+    Attributes:
+      target: the form that it is in.
+      config: None where it has none.
+      tensors: by the names in the file.
+      around: the plain values beside the tensors of a file.
+      manifest: of the export that wrote it, or None.
+      step: updates made.
+      metrics: of the last evaluation.
+      notes: on the choice of files.
+    """
+
+    target: Target
+    config: Mapping[str, Any] | None
+    tensors: Tensors
+    around: Mapping[str, Any]
+    manifest: Mapping[str, Any] | None
+    step: int
+    metrics: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def open_foreign(place: Path, options: Options) -> Source:
@@ -50,23 +71,10 @@ def open_foreign(place: Path, options: Options) -> Source:
     Raises:
       InteropError: it cannot be read; see docs/interop.md for the cases.
     """
-    if place.is_dir():
-        config: Mapping[str, Any] | None = _folder_config(place, options)
-        declared = _declared(config, place, options)
-        weights = open_weights(place, options.allow_globals)
-        raw: Tensors = weights.tensors
-        target = declared or _recognised(raw, place, dataclasses.replace(options, kind="craft"))
-        manifest, around = manifest_in(place), {}
-        step, metrics = (manifest or {}).get("source", {}).get("step", 0), {}
-    else:
-        weights = open_weights(place, options.allow_globals)
-        raw, found = _state_dict(weights, place)
-        around = plain(found or {})
-        manifest = manifest_of(place)
-        target, config = _of_file(raw, around, manifest, place, options)
-        step, metrics = _progress(around)
-    names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
-    notes = list(weights.notes)
+    contents = (_folder_contents if place.is_dir() else _file_contents)(place, options)
+    target, config, manifest = contents.target, contents.config, contents.manifest
+    names = cleaned(contents.tensors, _anchors(target), options.strip_prefix, options.ignore_keys)
+    notes = list(contents.notes)
     if names.found:
         notes.append(f"names: took away {', '.join(names.found)}")
     complete, reading = _understood(target, config, names.tensors, options, place)
@@ -78,8 +86,7 @@ def open_foreign(place: Path, options: Options) -> Source:
     _check_allowed(reading.approximations, options.allow_approx, place)
     spec = as_recorded(reading.spec, manifest)
     spec, tensors = without_made_up(spec, target, names.tensors, manifest, options, notes)
-    rules = target.mapping(spec)
-    expected = leaves(spec)
+    rules, expected = target.mapping(spec), leaves(spec)
     try:
         inverse = rules.inverse(tensors, expected)
     except InteropError as error:
@@ -98,10 +105,10 @@ def open_foreign(place: Path, options: Options) -> Source:
         kind=target.name,
         spec=spec,
         leaves={name: inverse[name] for name in expected},
-        tokenizer=_tokenizer_in(place, around, target, notes),
+        tokenizer=_tokenizer_in(place, contents.around, target, notes),
         images=_images_in(place, config, manifest),
-        step=step,
-        metrics=metrics,
+        step=contents.step,
+        metrics=contents.metrics,
         rules=rules,
         tensors=tensors,
         original=names.original,
@@ -109,6 +116,34 @@ def open_foreign(place: Path, options: Options) -> Source:
         approximations=approximations,
         notes=tuple(notes),
     )
+
+
+def _folder_contents(folder: Path, options: Options) -> _Contents:
+    config = _folder_config(folder, options)
+    declared = _declared(config, folder, options)
+    weights = open_weights(folder, options.allow_globals)
+    craft = dataclasses.replace(options, kind="craft")
+    manifest = manifest_in(folder)
+    return _Contents(
+        target=declared or _recognised(weights.tensors, folder, craft),
+        config=config,
+        tensors=weights.tensors,
+        around={},
+        manifest=manifest,
+        step=(manifest or {}).get("source", {}).get("step", 0),
+        metrics={},
+        notes=weights.notes,
+    )
+
+
+def _file_contents(file: Path, options: Options) -> _Contents:
+    weights = open_weights(file, options.allow_globals)
+    tensors, found = _state_dict(weights, file)
+    around = plain(found or {})
+    manifest = manifest_of(file)
+    target, config = _of_file(tensors, around, manifest, file, options)
+    step, metrics = _progress(around)
+    return _Contents(target, config, tensors, around, manifest, step, metrics, weights.notes)
 
 
 def _understood(
