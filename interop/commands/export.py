@@ -23,8 +23,8 @@ from interop.craft import tokenizers
 from interop.errors import ParityError, listed
 from interop.files import atomic, hugging_face
 from interop.files.safetensors import SafetensorsWriter
+from interop.files.shards import INDEX, index_json, plan_shards
 from interop.files.torch_writer import Placeholder, TorchFileWriter
-from interop.files.weights import INDEX, index_json, plan_shards
 from interop.mapping import dtypes, pipeline
 from interop.sources import opening
 from interop.sources.manifest import MANIFEST
@@ -110,10 +110,10 @@ def export_checkpoint(
     is_file = made.target.container in FILES
     inputs = [made.source.path] if made.source.path.exists() else []
     atomic.check_place(out, inputs, overwrite, is_folder=not is_file)
-    wants_probe = probe == "always" or (probe == "auto" and made.source.num_params <= PROBE_LIMIT)
-    notes = [*made.source.notes, *_remarks(made)]
     if is_file and probe == "always":
         raise UsageError(f"--probe always: {made.target.name} is one file, which carries no probe")
+    has_probe = not is_file and _is_wanted(probe, made)
+    notes = [*made.source.notes, *_remarks(made)]
     with atomic.output(out, overwrite=overwrite, num_bytes=made.num_bytes) as place:
         record = _Record(made)
         if is_file:
@@ -124,20 +124,18 @@ def export_checkpoint(
         notes += dtypes.nonfinite_notes(record.nonfinite, strict_finite)
         if verify != "none":
             _read_back(made, place, record, workers)
-        if wants_probe and not is_file:
+        if has_probe:
             importlib.import_module("interop.commands.probe").write(made, place)
-        manifest = record.manifest(
-            verified=verify, probe=wants_probe and not is_file, notes=tuple(notes)
-        )
+        manifest = record.manifest(verified=verify, probe=has_probe, notes=tuple(notes))
         if not is_file:
             outputs.write_json(place / MANIFEST, manifest)
         if verify == "logits":
-            module = importlib.import_module("interop.commands.verify")
-            held = dataclasses.replace(made.source, spec=made.spec)
-            report = module.compare(held, _reopened(place, made), level="logits")
-            if not report.passed:
-                raise ParityError(f"{out} was not written: {report.summary}")
+            _compare_logits(made, place, out)
     return Exported(out=out, plan=made, manifest=manifest, notes=tuple(notes))
+
+
+def _is_wanted(probe: str, made: Plan) -> bool:
+    return probe == "always" or (probe == "auto" and made.source.num_params <= PROBE_LIMIT)
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
@@ -323,6 +321,19 @@ def _read_back(made: Plan, place: Path, record: _Record, workers: int | None) ->
         raise ParityError(
             f"{len(wrong)} tensors read back from the files differ from the source: {listed(wrong)}"
         )
+
+
+def _compare_logits(made: Plan, place: Path, out: Path) -> None:
+    """Compares the source's float64 logits with those of PyTorch for the written files.
+
+    Raises:
+      ParityError: they differ.
+    """
+    module = importlib.import_module("interop.commands.verify")
+    held = dataclasses.replace(made.source, spec=made.spec)
+    report = module.compare(held, _reopened(place, made), level="logits")
+    if not report.passed:
+        raise ParityError(f"{out} was not written: {report.summary}")
 
 
 def save_pretrained(

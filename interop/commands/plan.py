@@ -9,7 +9,7 @@ from typing import Any
 
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
-from interop.files.weights import parse_size
+from interop.files.shards import parse_size
 from interop.mapping import dtypes, folds, pipeline
 from interop.mapping.spec import Spec
 from interop.mapping.table import Mapping as Rules

@@ -11,27 +11,20 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from craft_jax.errors import FAILED_CHECK, OK, UsageError
-from interop.commands import Result, reading_options
-from interop.errors import InteropError, MissingDependencyError, listed
-from interop.mapping import dtypes, folds, pipeline
+from interop.commands import Result, reading_options, torch_process
+from interop.commands.diff import describe, differences
+from interop.errors import InteropError, listed
+from interop.mapping import dtypes, folds
 from interop.mapping.spec import FlowSpec, ModelSpec, Spec
 from interop.mapping.table import Tap
-from interop.mapping.tensors import LazyTensor, bits
 from interop.sources import opening, source
 from interop.sources.source import CRAFT, Options, Source
-from interop.targets.base import FILES
 from interop.targets.registry import TARGETS
 
 LEVELS = ("structure", "bits", "logits", "generate")
@@ -39,7 +32,6 @@ TOLERANCE = 1e-10
 """Times max(1, |logit|), in float64. Measured: equal models 4e-15, the smallest mistake 5e-4."""
 
 _SEED = 20260101
-_WORKER = Path(__file__).parents[1] / "pytorch" / "worker.py"
 _NEW = 64
 _STEPS = 20
 _IMAGE_TOLERANCE = 1e-8
@@ -193,9 +185,9 @@ def _structure(a: Source, b: Source) -> Checked:
 def _strict_load(model: Source) -> list[str]:
     """Compares names and shapes with those of PyTorch's own module, built without memory."""
     assert model.tensors is not None and model.rules is not None
-    if not _can_run(model):
+    if not torch_process.can_run(model):
         return []
-    answer, _ = _ask(model, {"what": "structure"})
+    answer, _ = torch_process.ask(model, {"what": "structure"})
     wanted = {name: tuple(shape) for name, shape in answer["tensors"].items()}
     extra = {one.name for one in (*model.rules.aliases, *model.rules.buffers)}
     missing = [name for name in wanted if name not in model.tensors and name not in extra]
@@ -215,63 +207,9 @@ def _strict_load(model: Source) -> list[str]:
 def _bits(a: Source, b: Source) -> Checked:
     problems = a.spec.differences(b.spec)
     rows = differences(a, b)
-    problems += [_in_words(row, a, b) for row in rows]
+    problems += [describe(row, a, b) for row in rows]
     said = f"{len(a.leaves)} tensors, {a.num_params:,} parameters, bit for bit"
     return problems, {"said": said, "tensors": len(a.leaves), "different": len(rows)}
-
-
-def differences(a: Source, b: Source) -> list[dict[str, Any]]:
-    """Returns one row for each leaf that is not the same, bit for bit, in both."""
-    found: list[dict[str, Any]] = []
-    for name in [*a.leaves, *(n for n in b.leaves if n not in a.leaves)]:
-        if name not in a.leaves or name not in b.leaves:
-            found.append({"name": name, "what": "only in one"})
-    both = [name for name in a.leaves if name in b.leaves]
-
-    def work(name: str) -> dict[str, Any] | None:
-        return _difference(name, a.leaves[name], b.leaves[name])
-
-    def cost(name: str) -> int:
-        return 2 * (a.leaves[name].nbytes + b.leaves[name].nbytes)
-
-    return found + [row for row in pipeline.ordered(work, both, cost) if row]
-
-
-def _difference(name: str, a: LazyTensor, b: LazyTensor) -> dict[str, Any] | None:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        what = f"{a.dtype.name} {list(a.shape)} and {b.dtype.name} {list(b.shape)}"
-        return {"name": name, "what": what}
-    x, y = a.read(), b.read()
-    unequal = bits(x) != bits(y)
-    count = int(np.count_nonzero(unequal))
-    if not count:
-        return None
-    where = tuple(int(i[0]) for i in np.nonzero(unequal))
-    with np.errstate(all="ignore"):
-        gap = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
-    return {
-        "name": name,
-        "what": f"{count} of {x.size} values",
-        "count": count,
-        "first": where,
-        "largest": float(np.max(gap)),
-        "values": [float(x[where]), float(y[where])],
-    }
-
-
-def _in_words(row: dict[str, Any], a: Source, b: Source) -> str:
-    places = [row["name"]]
-    for model in (a, b):
-        if model.rules and row["name"] in model.rules.rule_from:
-            places += [t for t in model.rules.rule_from[row["name"]].targets if t not in places]
-    name = places[0] + (f" ({', '.join(places[1:])})" if len(places) > 1 else "")
-    if "count" not in row:
-        return f"{name}: {row['what']}"
-    x, y = row["values"]
-    return (
-        f"{name}: {row['what']} differ, the first at {list(row['first'])}: {x!r} and {y!r}; the "
-        f"largest difference is {row['largest']:.3g}"
-    )
 
 
 # Logits.
@@ -370,7 +308,7 @@ def _run(
     own = {tap.source: tap.target for tap in TARGETS[model.kind].mapping(model.spec).taps}
     paths = [own[tap.source] for tap in taps]
     request = {"what": "logits", "dtype": "float64", "taps": paths}
-    answer, arrays = _ask(model, request, inputs)
+    answer, arrays = torch_process.ask(model, request, inputs)
     if answer["loading"]:
         raise InteropError(f"{model.path} does not fill PyTorch's model: {answer['loading']}")
     return arrays["logits"], [arrays[f"tap {path}"] for path in paths]
@@ -394,79 +332,6 @@ def _bisected(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -
 
 def _live() -> Any:
     return importlib.import_module("interop.sources.live")
-
-
-def _can_run(model: Source) -> bool:
-    needed = ["torch"] + (["transformers"] if TARGETS[model.kind].container == "hf" else [])
-    return all(importlib.util.find_spec(name) is not None for name in needed)
-
-
-def _ask(
-    model: Source, request: dict[str, Any], inputs: dict[str, np.ndarray] | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Runs the torch side of a model in a process of its own.
-
-    Raises:
-      MissingDependencyError: torch or transformers is not installed.
-      InteropError: it failed; says how.
-    """
-    target = TARGETS[model.kind]
-    if not _can_run(model):
-        what = "torch and transformers" if target.container == "hf" else "torch"
-        raise MissingDependencyError(
-            f"running {model.path} needs {what}: pip install 'craft_jax[torch,hf]'"
-        )
-    if target.container not in FILES and not model.path.is_dir():
-        raise UsageError(
-            f"{model.path} is a file without a config, which PyTorch cannot run; import it, export "
-            "it to a folder, and verify that"
-        )
-    request = request | {
-        "container": target.container,
-        "target": target.name,
-        "path": str(model.path.absolute()),
-        "model": dataclasses.asdict(model.spec),
-        "names": {name: model.original.get(name, name) for name in _weights(model)},
-    }
-    with tempfile.TemporaryDirectory(prefix="interop_") as folder:
-        place = Path(folder)
-        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        np.savez(place / "inputs.npz", **(inputs or {}))
-        if problem := _run_worker(place):
-            raise InteropError(f"PyTorch cannot run {model.path}: {problem[:500]}")
-        answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
-        with np.load(place / "arrays.npz") as arrays:
-            return answer, dict(arrays)
-
-
-def _run_worker(folder: Path) -> str | None:
-    """Answers the request in a folder, in a process of its own; returns what went wrong, or None.
-
-    A process may run out of memory, or meet an instruction that the CPU does not have.
-    """
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(_WORKER), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if not done.returncode:
-        return None
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
-def _weights(model: Source) -> list[str]:
-    """Returns the names of the tensors that PyTorch's module loads: all but constants."""
-    assert model.tensors is not None and model.rules is not None
-    constants = {buffer.name for buffer in model.rules.buffers}
-    return [name for name in model.tensors if name not in constants]
 
 
 # Generate.
@@ -511,7 +376,7 @@ def _images(model: Source, inputs: dict[str, np.ndarray]) -> np.ndarray:
     if model.kind == CRAFT:
         return _live().Reference(model.spec, model.leaves).images(inputs, _STEPS)
     request = {"what": "images", "dtype": "float64", "steps": _STEPS}
-    return _ask(model, request, inputs)[1]["images"]
+    return torch_process.ask(model, request, inputs)[1]["images"]
 
 
 def _greedy(
@@ -520,7 +385,7 @@ def _greedy(
     if model.kind == CRAFT:
         return _live().Reference(model.spec, model.leaves).greedy(prompt, count, inputs)
     request = {"what": "greedy", "dtype": "float64", "prompt": prompt, "new": count}
-    return _ask(model, request, inputs)[0]["greedy"]
+    return torch_process.ask(model, request, inputs)[0]["greedy"]
 
 
 def _tokenizer_problems(a: Source, b: Source) -> list[str]:

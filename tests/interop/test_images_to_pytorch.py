@@ -15,7 +15,7 @@ from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
 from craft_jax.models import base
 from craft_jax.models.flow import Flow, FlowConfig
-from interop.commands import export, plan, verify
+from interop.commands import diff, export, plan, verify
 from interop.commands import import_ as imports
 from interop.errors import InteropError, NotRepresentableError
 from interop.mapping.shapes import leaves
@@ -180,7 +180,7 @@ def test_out_and_back_bit_for_bit(dtype, tmp_path):
     done = imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     assert done.probe == 2 * min(512, 2 * 6 * 9 * 3)
     back = opening.open_source(tmp_path / "models" / "back")
-    assert not verify.differences(model, back)
+    assert not diff.differences(model, back)
     assert back.images == model.images
     assert back.spec == model.spec
     assert (back.run, back.step) == ("one", 7)
@@ -313,7 +313,7 @@ def test_a_palette_goes_with_a_model_of_pixels(target, tmp_path):
     imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     back = opening.open_source(tmp_path / "models" / "back")
     assert back.images == PIXELS
-    assert not verify.differences(model, back)
+    assert not diff.differences(model, back)
 
 
 def test_pytorch_makes_the_images_of_a_model_of_pixels(tmp_path):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import re
@@ -239,9 +240,9 @@ def test_logits_can_be_part_of_the_export(exported, tmp_path):
 
 
 def test_without_torch_the_bits_still_compare(exported, monkeypatch):
-    real = interop.commands.verify.importlib.util.find_spec
+    real = importlib.util.find_spec
     monkeypatch.setattr(
-        interop.commands.verify.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "torch" else real(name, *rest),
     )
