@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from interop.commands import Result, reading_options
+from interop.commands import Result, add_models, add_reading, reading_options
 from interop.mapping import pipeline
 from interop.mapping.tensors import LazyTensor, bits
 from interop.sources import opening
@@ -84,6 +84,12 @@ def describe(row: dict[str, Any], a: Source, b: Source) -> str:
         f"{name}: {row['what']} differ, the first at {list(row['first'])}: {x!r} and {y!r}; the "
         f"largest difference is {row['largest']:.3g}"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "a", "b")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop.commands import Result, reading_options
+from interop.commands import Result, add_models, add_reading, reading_options
 from interop.errors import InteropError
 from interop.files.weights import open_weights
 from interop.mapping.tensors import LazyTensor, Tensors
@@ -91,6 +91,12 @@ def _exported(opened: Source) -> dict[str, Any] | None:
         return None
     names = ("source", "target", "exact", "approximations", "dtype", "model_sha256")
     return {name: opened.manifest.get(name) for name in names}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "path")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

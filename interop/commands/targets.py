@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from interop.commands import Result, reading_options
+from interop.commands import Result, add_models, add_reading, reading_options
 from interop.mapping.spec import Spec
 from interop.sources import opening
 from interop.targets import registry
@@ -36,6 +36,12 @@ def explain(model: Any, target: str) -> list[str]:
       KeyError: there is no such target.
     """
     return list(TARGETS[target].answer(spec_of(model)).reasons)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "path")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -1,10 +1,10 @@
-"""Verification: whether two models, wherever they live, are the same.
+"""Verification: tests whether two models, in whatever form, are the same.
 
-`structure` compares what the models are, and loads the weights' names strictly into PyTorch's own
+`structure` compares the architectures, and the names and shapes of the weights with PyTorch's own
 module; `bits` compares every bit of every leaf; `logits` computes in float64 on both sides, at full
-context, and finds the first submodule that differs; `generate` compares greedy tokens and the
-tokenizers. Of a flow they compare velocities, and images made of the same noise. The torch side
-runs in a process of its own. The JAX side is imported when it is needed.
+context, and names the first submodule that differs; `generate` compares greedy tokens and the
+tokenizers. For a flow the last two compare velocities, and images from the same noise. PyTorch runs
+in a process of its own; JAX is imported only if needed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from craft_jax.errors import FAILED_CHECK, OK, UsageError
-from interop.commands import Result, reading_options, torch_process
+from interop.commands import Result, add_models, add_reading, reading_options, torch_process
 from interop.commands.diff import describe, differences
 from interop.errors import InteropError, listed
 from interop.mapping import dtypes, folds
@@ -47,14 +47,14 @@ _TEXTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """How a comparison went.
+    """The result of a comparison.
 
     Attributes:
-      passed: whether the models are the same, as far as the level looks.
-      level: how far that is.
+      passed: whether the models are the same at this level.
+      level: the level of the comparison.
       summary: one line.
       problems: one line for each difference.
-      figures: what was measured.
+      figures: the measured values.
     """
 
     passed: bool
@@ -89,7 +89,7 @@ def verify(
       InteropError: one of them cannot be read.
     """
     if level not in LEVELS:
-        raise UsageError(f"--level={level} is not one of {', '.join(LEVELS)}")
+        raise UsageError(f"`level={level}` is not one of {', '.join(LEVELS)}")
     first, second = _open(a, options), _open(b, options)
     first, second, notes = _as_exported(first, second)
     return compare(first, second, level, seq_len=seq_len, notes=notes)
@@ -100,10 +100,10 @@ def _open(model: Any, options: Options | None) -> Source:
 
 
 def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
-    """Applies to one model what the other's manifest says that its export did on request."""
+    """Applies to each model the conversions that the other's manifest records."""
     notes: list[str] = []
 
-    def follow(model: Source, manifest: Any) -> Source:
+    def convert(model: Source, manifest: Any) -> Source:
         if not manifest:
             return model
         dtype = manifest.get("dtype", "keep")
@@ -113,14 +113,14 @@ def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
         tokens = model.tokenizer.vocab_size if model.tokenizer else model.spec.vocab_size
         if manifest.get("trimmed") and model.spec.vocab_size > tokens:
             model, _ = source.trimmed(model)
-            notes.append("compared without the rows that --trim-vocab left out")
+            notes.append("compared without the rows that `trim_vocab` left out")
         wanted = dtypes.named(dtype)
         if wanted is not None and any(leaf.dtype != wanted for leaf in model.leaves.values()):
-            notes.append(f"compared after the same --dtype {dtype}")
+            notes.append(f"compared after the same `dtype={dtype}`")
             model = dataclasses.replace(model, leaves=dtypes.as_dtype(model.leaves, wanted))
         return model
 
-    return follow(a, b.manifest), follow(b, a.manifest), notes
+    return convert(a, b.manifest), convert(b, a.manifest), notes
 
 
 def _folded(model: Source, names: set[str]) -> Source:
@@ -153,12 +153,12 @@ def compare(
         figures["notes"] = list(notes)
     names = f"{a.path} and {b.path}"
     summary = (
-        f"{names} are the same: {figures.pop('said')}"
+        f"{names} are the same: {figures.pop('summary')}"
         if not problems
         else f"{names} differ: {problems[0]}"
         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
     )
-    figures.pop("said", None)
+    figures.pop("summary", None)
     return Report(
         passed=not problems,
         level=level,
@@ -179,7 +179,7 @@ def _structure(a: Source, b: Source) -> Checked:
     for model in (a, b):
         if model.kind != CRAFT:
             problems += _strict_load(model)
-    return problems, {"said": f"the same architecture, {a.num_params:,} parameters"}
+    return problems, {"summary": f"the same architecture, {a.num_params:,} parameters"}
 
 
 def _strict_load(model: Source) -> list[str]:
@@ -197,8 +197,8 @@ def _strict_load(model: Source) -> list[str]:
         for name, shape in wanted.items()
         if name in model.tensors and model.tensors[name].shape != shape
     ]
-    lines = [f"PyTorch's module has {name}, the file has not" for name in missing]
-    return lines + [f"the file has {name}, PyTorch's module has not" for name in beyond] + shapes
+    lines = [f"{name} is in PyTorch's module, not in the file" for name in missing]
+    return lines + [f"{name} is in the file, not in PyTorch's module" for name in beyond] + shapes
 
 
 # Bits.
@@ -209,7 +209,7 @@ def _bits(a: Source, b: Source) -> Checked:
     rows = differences(a, b)
     problems += [describe(row, a, b) for row in rows]
     said = f"{len(a.leaves)} tensors, {a.num_params:,} parameters, bit for bit"
-    return problems, {"said": said, "tensors": len(a.leaves), "different": len(rows)}
+    return problems, {"summary": said, "tensors": len(a.leaves), "different": len(rows)}
 
 
 # Logits.
@@ -226,7 +226,7 @@ def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
 
 
 def _differ_in_size(a: Spec, b: Spec) -> bool:
-    """Whether two models cannot compute the same inputs."""
+    """Returns whether two models cannot compute the same inputs."""
     if not (a.is_of_tokens and b.is_of_tokens):
         return bool(a.differences(b))
     sizes = ("vocab_size", "max_seq_len", "num_decoder_layers")
@@ -234,9 +234,9 @@ def _differ_in_size(a: Spec, b: Spec) -> bool:
 
 
 def _compared(
-    a: Source, b: Source, inputs: dict[str, np.ndarray], what: str, where_in_words: str
+    a: Source, b: Source, inputs: dict[str, np.ndarray], what: str, condition: str
 ) -> Checked:
-    """Compares what two models compute of inputs: `what`, whose last axis is of alternatives."""
+    """Compares the outputs of two models, `what` (logits or velocities), for the same inputs."""
     taps = _taps(a, b)
     x_BTV, x_states = _run(a, inputs, taps)
     y_BTV, y_states = _run(b, inputs, taps)
@@ -247,7 +247,7 @@ def _compared(
     figures = {
         "largest": worst,
         "tolerance": TOLERANCE,
-        "said": f"float64 {what} {where_in_words}, largest difference {worst:.3g} x max(1, {unit})",
+        "summary": f"float64 {what} {condition}, largest difference {worst:.3g} x max(1, {unit})",
     }
     if what == "logits":
         figures |= {"tokens": list(inputs["tokens"].shape), "same_top_token": agree}
@@ -257,11 +257,11 @@ def _compared(
     place, more = f"row {where[1]}, column {where[2]}", ""
     if what == "logits":
         place = f"position {int(where[1])}, token id {int(where[2])}"
-        more = f", and {agree:.1%} of the likeliest tokens agree"
+        more = f", and {agree:.1%} of the top tokens agree"
     problems = [
         f"float64 {what} differ by {worst:.3g} x max(1, {unit}), first of all at {place}; "
         f"{TOLERANCE:g} is allowed{more}",
-        _bisected(taps, x_states, y_states),
+        _first_difference(taps, x_states, y_states),
     ]
     return problems, figures
 
@@ -275,7 +275,7 @@ def _points(spec: FlowSpec) -> dict[str, np.ndarray]:
 
 
 def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
-    """Returns ids of two rows, the least and the largest among them, and what an encoder reads."""
+    """Returns two rows of ids, the least and the largest among them, and encoder inputs."""
     rng = np.random.default_rng(_SEED)
     tokens_BT = rng.integers(0, spec.vocab_size, (2, length), np.int32)
     tokens_BT[0, 0], tokens_BT[-1, -1] = 0, spec.vocab_size - 1
@@ -288,7 +288,7 @@ def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
 
 
 def _taps(a: Source, b: Source) -> tuple[Tap, ...]:
-    """The places where both models can be looked into, in the order of the forward pass."""
+    """Returns the submodules whose outputs both models expose, in the order of the forward."""
     places = [
         {tap.source: tap for tap in TARGETS[model.kind].mapping(model.spec).taps}
         for model in (a, b)
@@ -314,7 +314,7 @@ def _run(
     return arrays["logits"], [arrays[f"tap {path}"] for path in paths]
 
 
-def _bisected(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -> str:
+def _first_difference(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -> str:
     for tap, x, y in zip(taps, a, b, strict=True):
         # A table of positions may put out (T, D) or (1, T, D).
         gap = (
@@ -327,7 +327,7 @@ def _bisected(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -
                 f"the first submodule that differs is {tap.source} ({tap.target}), by {gap:.3g}; "
                 f"look at {tap.causes}"
             )
-    return "all blocks agree and the logits do not: look at the head"
+    return "all blocks agree, but the logits differ: look at the head"
 
 
 def _live() -> Any:
@@ -351,7 +351,7 @@ def _generate(a: Source, b: Source) -> Checked:
         problems.append(f"greedy tokens differ from number {first} on: {x[first:]} and {y[first:]}")
     both = a.tokenizer is not None and b.tokenizer is not None
     tokenizer = "the same tokenizer" if both else "no two tokenizers to compare"
-    return problems, {"said": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
+    return problems, {"summary": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
 
 
 def _same_images(a: Source, b: Source) -> Checked:
@@ -363,7 +363,7 @@ def _same_images(a: Source, b: Source) -> Checked:
     figures = {
         "largest": largest,
         "tolerance": _IMAGE_TOLERANCE,
-        "said": f"{len(x_BHWC)} images of the same noise in {_STEPS} steps, largest difference "
+        "summary": f"{len(x_BHWC)} images of the same noise in {_STEPS} steps, largest difference "
         f"{largest:.3g}",
     }
     if largest <= _IMAGE_TOLERANCE:
@@ -407,6 +407,15 @@ def _tokenizer_problems(a: Source, b: Source) -> list[str]:
         elif a.tokenizer.decode(x) != b.tokenizer.decode(x):
             problems.append(f"the tokenizers decode the ids of {known!r} to different texts")
     return problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "a", "b")
+    add = parser.add_argument
+    add("--level", default="bits", help="structure, bits (default), logits or generate")
+    add("--seq-len", type=int, help="tokens of context for logits (default: all)")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -317,7 +317,7 @@ class Mapping:
         if extra:
             raise UnexpectedKeysError(
                 f"{len(extra)} tensors have no place in this architecture: {listed(extra)}; if "
-                "they mean nothing, leave them out with --ignore-keys",
+                "they mean nothing, leave them out with `ignore_keys`",
                 keys=extra,
             )
 
@@ -343,7 +343,7 @@ class Mapping:
                 except InteropError as error:
                     raise type(error)(
                         f"{alias.name} and {alias.of} are one tensor by the config, but the {error}"
-                        "; say that they are not tied, or leave one out with --ignore-keys",
+                        "; say that they are not tied, or leave one out with `ignore_keys`",
                         **error.details,
                     ) from None
         for buffer in self.buffers:

@@ -29,7 +29,7 @@ from interop.mapping.keys import cleaned
 from interop.mapping.shapes import leaves
 from interop.mapping.spec import Spec
 from interop.mapping.tensors import LazyTensor, Tensors
-from interop.sources.manifest import as_recorded, manifest_in, manifest_of, without_made_up
+from interop.sources.manifest import as_recorded, manifest_in, manifest_of, without_synthetic
 from interop.sources.source import Options, Source, check_layers, images_of
 from interop.targets import torch_stacks
 from interop.targets.base import Allowed, Reading
@@ -50,7 +50,7 @@ class _Contents(NamedTuple):
       tensors: by the names in the file.
       around: the plain values beside the tensors of a file.
       manifest: of the export that wrote it, or None.
-      step: updates made.
+      step: number of updates.
       metrics: of the last evaluation.
       notes: on the choice of files.
     """
@@ -66,7 +66,7 @@ class _Contents(NamedTuple):
 
 
 def open_foreign(place: Path, options: Options) -> Source:
-    """Opens a folder or a file that is no run of craft_jax.
+    """Opens a folder or a file that is not a run of craft_jax.
 
     Raises:
       InteropError: it cannot be read; see docs/interop.md for the cases.
@@ -85,7 +85,7 @@ def open_foreign(place: Path, options: Options) -> Source:
     check_layers(reading.spec, len(names.tensors), place)
     _check_allowed(reading.approximations, options.allow_approx, place)
     spec = as_recorded(reading.spec, manifest)
-    spec, tensors = without_made_up(spec, target, names.tensors, manifest, options, notes)
+    spec, tensors = without_synthetic(spec, target, names.tensors, manifest, options, notes)
     rules, expected = target.mapping(spec), leaves(spec)
     try:
         inverse = rules.inverse(tensors, expected)
@@ -125,7 +125,7 @@ def _folder_contents(folder: Path, options: Options) -> _Contents:
     craft = dataclasses.replace(options, kind="craft")
     manifest = manifest_in(folder)
     return _Contents(
-        target=declared or _recognised(weights.tensors, folder, craft),
+        target=declared or _recognised_target(weights.tensors, folder, craft),
         config=config,
         tensors=weights.tensors,
         around={},
@@ -153,13 +153,13 @@ def _understood(
     options: Options,
     place: Path,
 ) -> tuple[Mapping[str, Any], Reading]:
-    """Returns the config, completed by what tensors and person say, and what it means."""
+    """Returns the config, completed from the tensors and the options, and its meaning."""
     try:
         _check_given(target, options)
         complete = target.complete_config(config, tensors, options.num_heads)
         reading = target.read_config(complete)
     except (InteropError, UsageError) as error:
-        details = getattr(error, "details", {})
+        details = error.details if isinstance(error, InteropError) else {}
         raise type(error)(f"{place}: {error}", **details) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = (
@@ -173,7 +173,7 @@ def _understood(
 
 
 def _wants_fold(spec: Spec, options: Options) -> bool:
-    """Whether the cross-attention is to be folded; allowing everything does not ask for that."""
+    """Returns whether to fold the cross-attention; `allow_approx=all` does not."""
     asked = folds.CROSS in Allowed.of(options.allow_approx).names
     return asked and spec.cross_attention in folds.CONSTANT
 
@@ -181,16 +181,16 @@ def _wants_fold(spec: Spec, options: Options) -> bool:
 def _check_heads(spec: Spec, options: Options, place: Path) -> None:
     if options.num_heads not in (None, spec.num_heads):
         raise UsageError(
-            f"{place}: --n-head={options.num_heads}, but its config says {spec.num_heads}; leave "
-            "it out, or give the config that is right with --config"
+            f"{place}: `num_heads={options.num_heads}`, but its config says {spec.num_heads}; "
+            "leave it out, or give the right `config`"
         )
 
 
 def _check_given(target: Target, options: Options) -> None:
-    """Checks that a config which a person gave says nothing in vain.
+    """Checks that the target knows all settings of a given config.
 
     Raises:
-      UsageError: it has a name that means nothing to the target.
+      UsageError: it does not know one.
     """
     given = options.given_config() or {}
     if unknown := target.unknown_settings(given):
@@ -200,7 +200,7 @@ def _check_given(target: Target, options: Options) -> None:
             if not target.unknown_settings({n: None})
         ]
         raise UsageError(
-            f"--config: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
+            f"`config`: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
             f"there are {', '.join(known)}"
         )
 
@@ -223,7 +223,7 @@ def _folder_config(folder: Path, options: Options) -> dict[str, Any]:
 
 
 def _declared(config: Mapping[str, Any], place: Path, options: Options) -> Target | None:
-    """Returns the target that a config names; None for one of Craft's, which name no library."""
+    """Returns the target that a config names; None for Craft, whose configs name no library."""
     kind = config.get("model_type")
     if options.kind in TARGETS:
         return TARGETS[options.kind]
@@ -290,7 +290,7 @@ def _of_file(
         target = TARGETS[written_by]
     else:
         declared = _declared(config, place, options) if config and "model_type" in config else None
-        target = declared or _recognised(raw, place, options)
+        target = declared or _recognised_target(raw, place, options)
     if config is None:
         config = target.config_in(around)
     if config is None and manifest is not None and written_by == target.name:
@@ -298,7 +298,7 @@ def _of_file(
     return target, config
 
 
-def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
+def _recognised_target(raw: Tensors, place: Path, options: Options) -> Target:
     problem: InteropError | None = None
     for target in options.targets:
         try:
@@ -306,19 +306,19 @@ def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
             if target.recognises({name: tensor.shape for name, tensor in names.tensors.items()}):
                 return target
         except (AmbiguousSourceError, CollidingKeysError) as error:
-            # The anchor of one target may stand inside of another's names.
+            # The anchor of one target may be part of another's names.
             problem = problem or type(error)(f"{place}: {error}", **error.details)
     if problem is not None:
         raise problem
     raise UnknownArchitectureError(
         f"{place}: no architecture that interop knows has tensors like {listed(raw)}; it reads "
         + ", ".join(target.name for target in options.targets)
-        + "; if it is one of these, --from NAME says what is lacking"
+        + "; if it is one of these, `kind=NAME` says what is missing"
     )
 
 
 def _anchors(target: Target) -> list[tuple[str, str]]:
-    """The names by which a target is found: with, and without, what some files leave out."""
+    """Returns the names that identify a target, with and without its optional prefix."""
     prefix = target.optional_prefix
     short = [(target.anchor.removeprefix(prefix), prefix)] if prefix else []
     return [(target.anchor, ""), *short, *((anchor, "") for anchor in target.other_anchors)]
@@ -349,7 +349,7 @@ def _tokenizer_in(
 def _images_in(
     place: Path, config: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
 ) -> ImageFormat | None:
-    """Returns what config or manifest say of images, None if neither does.
+    """Returns the image format in the config or the manifest, or None.
 
     Raises:
       CorruptFileError: it cannot be understood.
@@ -365,7 +365,7 @@ def _check_allowed(crossed: Mapping[str, str], allow_approx: Any, place: Path) -
     refused = {name: why for name, why in crossed.items() if not allowed.covers(name)}
     if refused:
         raise NotRepresentableError(
-            f"{place} cannot be read exactly: {'; '.join(refused.values())}; --allow-approx="
-            f"{','.join(refused)} accepts that",
+            f"{place} cannot be read exactly: {'; '.join(refused.values())}; "
+            f"`allow_approx={','.join(refused)}` accepts that",
             reasons=list(refused.values()),
         )

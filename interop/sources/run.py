@@ -36,7 +36,7 @@ def run_folder(place: Path) -> tuple[Path, int | None] | None:
 
 
 def looks_like_checkpoint(place: Path) -> bool:
-    """Whether a folder has parts of a checkpoint, but belongs to no run."""
+    """Returns whether a folder has parts of a checkpoint, but belongs to no run."""
     inside = ("_METADATA", "_CHECKPOINT_METADATA", "params", "optimizer", "checkpoints")
     return place.is_dir() and bool(
         any((place / name).exists() for name in inside) or re.match(r"\.\d+\.tmp-", place.name)
@@ -74,14 +74,14 @@ def open_run(folder: Path, step: int | None, *, last: bool) -> Source:
         if name in found and found[name].shape != want.shape
     ]:
         raise ShapeMismatchError(f"checkpoint {step} of {folder}: {listed(wrong, '; ')}")
-    # Weights that were imported and not trained since are still those of where they came from.
+    # Imported weights that were not trained since keep their origin.
     origin = meta.get("imported") or {"run": folder.name, "step": step}
     return Source(
         path=folder,
         run=origin["run"],
         kind=CRAFT,
         spec=spec,
-        # In the order of the model; what does not belong to it stays, for the table to refuse.
+        # In the order of the model; the table refuses unknown leaves.
         leaves={name: found[name] for name in sorted(found, key=_position(expected))},
         tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file else None,
         images=images,

@@ -99,7 +99,7 @@ def bring(capsys, tmp_path, source, *words):
             "is int8",
             65,
         ),
-        (lambda t: t.update({"transformer.wpe.weight": np.ones((33, 48))}), "--dtype fp32", 65),
+        (lambda t: t.update({"transformer.wpe.weight": np.ones((33, 48))}), "--dtype=fp32", 65),
         (
             lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 33, 33), np.uint8)}),
             "not a causal mask",
@@ -322,7 +322,7 @@ def test_configs_that_cannot_be(tmp_path, capsys, change, words):
     [
         (lambda c: c.pop("n_head"), "hf: config.json lacks n_head; add what is missing"),
         (lambda c: c.update(resid_pdrop=[]), "its config cannot be understood"),
-        (lambda c: c.update(n_layer=1 << 40), "says 1099511627776 layers, and there are 28"),
+        (lambda c: c.update(n_layer=1 << 40), "has 1099511627776 layers, and there are 28"),
     ],
 )
 def test_configs_at_odds_with_the_tensors(tmp_path, capsys, change, words):

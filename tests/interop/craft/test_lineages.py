@@ -226,7 +226,7 @@ def test_a_config_that_contradicts_the_tensors(tmp_path):
     for change, words in (
         ({"n_layers": 4}, "num_layers is 4 by the config and 3 by the tensors"),
         ({"bias": False}, "bias is False by the config"),
-        ({"n_head": 5}, "5 does not divide the width 48"),
+        ({"n_head": 5}, "num_heads=5` does not divide the width 48"),
     ):
         config = {"model": settings(known) | change}
         torch.save(training_state(model, known, config=config), tmp_path / "c.pt")

@@ -98,7 +98,7 @@ def test_places_that_cannot_be(tmp_path):
     with pytest.raises(OutputExistsError, match="exists already"):
         atomic.check_place(tmp_path / "source", [], overwrite=False)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputExistsError, match="not a folder"):
+    with pytest.raises(OutputExistsError, match="not a writable folder"):
         atomic.check_place(tmp_path / "file" / "out", [], overwrite=False)
     link = tmp_path / "link"
     link.symlink_to(source)

@@ -173,8 +173,8 @@ def test_settings_that_would_be_lost_are_refused(tmp_path):
     for changes, error, words in [
         ({"scale_attn_by_inverse_layer_idx": True}, UnknownArchitectureError, "inverse_layer_idx"),
         ({"activation_function": "mish"}, UnknownArchitectureError, "mish"),
-        ({"activation_function": "gelu_fast"}, NotRepresentableError, "--allow-approx=gelu"),
-        ({"attn_pdrop": 0.3}, NotRepresentableError, "--allow-approx=dropout"),
+        ({"activation_function": "gelu_fast"}, NotRepresentableError, "allow_approx=gelu"),
+        ({"attn_pdrop": 0.3}, NotRepresentableError, "allow_approx=dropout"),
         ({"window": 128}, NotRepresentableError, "window=128"),
     ]:
         folder = tmp_path / words.strip("-=")
