@@ -13,7 +13,7 @@ from interop.sources.source import Options, Source
 
 
 def diff(a: Any, b: Any, options: Options | None = None) -> list[dict[str, Any]]:
-    """Returns one row for each leaf that two models do not have alike, bit for bit.
+    """Returns one row for each leaf that differs between two models, bit for bit.
 
     Any two forms can be compared: both are read as leaves of craft_jax.
 

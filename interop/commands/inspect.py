@@ -1,4 +1,4 @@
-"""inspect: what is at a path, from headers alone."""
+"""inspect: describes a file, folder or run from its headers."""
 
 import argparse
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from interop.sources.source import Options, Source
 
 
 def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
-    """Says what is at a path: tensors, dtypes, prefixes, architecture; reads headers only.
+    """Describes a path: tensors, dtypes, prefixes, architecture; reads headers only.
 
     Args:
       path: a run, a folder or a file.
       options: how to read a foreign source.
 
     Returns:
-      Plain JSON. `model` is None, and `problem` says why, where the tensors can be listed and the
-      model cannot be understood.
+      Plain JSON. If the tensors can be listed but the model cannot be read, `model` is None and
+      `problem` is the reason.
 
     Raises:
       InteropError: the tensors cannot even be listed.
@@ -55,7 +55,7 @@ def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
 
 
 def _listed(place: Path, options: Options, error: InteropError) -> tuple[Tensors, tuple[str, ...]]:
-    """Returns the tensors of something that is no model known here, or says why there are none."""
+    """Returns the tensors of an unknown model; raises `error` if there are none."""
     try:
         weights = open_weights(place, options.allow_globals)
     except InteropError:

@@ -186,6 +186,6 @@ def as_source(model: Any) -> "str | Path | Source":
     """Returns a path or a source for a path, a `Run`, or a model object."""
     if isinstance(model, (str, Path, Source)):
         return model
-    if hasattr(model, "paths") and hasattr(model, "step"):
+    if isinstance(model, importlib.import_module("craft_jax.runs").Run):
         return model.paths.checkpoints / str(model.step)
     return importlib.import_module("interop.sources.live").source_of(model)

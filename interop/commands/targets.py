@@ -1,4 +1,4 @@
-"""targets: where a model can go, and what stands in the way."""
+"""targets: lists the targets for a model, and the limits of each."""
 
 import argparse
 from typing import Any
@@ -17,7 +17,7 @@ def spec_of(model: Any) -> Spec:
 
 
 def targets_for(model: Any) -> list[Answer]:
-    """Returns where a model can go: an answer for each target, the exact ones first.
+    """Returns an answer for each target, the exact ones first.
 
     Args:
       model: a `ModelSpec`, or the path of a run or of any other source.
@@ -26,7 +26,7 @@ def targets_for(model: Any) -> list[Answer]:
 
 
 def explain(model: Any, target: str) -> list[str]:
-    """Returns what stands in the way of an exact export to a target; empty if nothing does.
+    """Returns the reasons against an exact export to a target; empty if it is exact.
 
     Args:
       model: a `ModelSpec`, or the path of a run or of any other source.

@@ -23,7 +23,7 @@ class Shard:
 
     Attributes:
       file: its name.
-      names: the tensors that go into it.
+      names: its tensors.
     """
 
     file: str
@@ -31,17 +31,17 @@ class Shard:
 
 
 def plan_shards(tensors: Mapping[str, Abstract], max_shard_size: int) -> list[Shard]:
-    """Fills files with tensors in their order.
+    """Assigns tensors to files in their order.
 
     Args:
-      tensors: what will be written.
+      tensors: the tensors to write.
       max_shard_size: bytes of tensors that a file may have; a larger tensor is alone in one.
 
     Raises:
       ValueError: the limit is below one byte.
     """
     if max_shard_size < 1:
-        raise ValueError(f"a shard of {max_shard_size} bytes holds nothing; give 1 or more")
+        raise ValueError(f"max_shard_size={max_shard_size} must be >= 1")
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():

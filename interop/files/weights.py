@@ -1,6 +1,6 @@
 """The weights of a model in the ways Hugging Face stores them: a file, or a folder with shards.
 
-A path flows in; named lazy arrays flow out, once all that a folder says about them agrees.
+Returns named lazy arrays, once all files and indexes of a folder agree.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from interop.files.shards import INDEX, SINGLE
 from interop.files.torchfile import read_torch_file
 from interop.mapping.tensors import LazyTensor, same_bits
 
-# Best first: whoever comes later is compared with the first that is there.
+# Best first; the others are compared with the first that exists.
 _STANDARD = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INDEX_SUFFIX = ".index.json"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -39,13 +39,13 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a path holds.
+    """The weights at a path.
 
     Attributes:
-      tensors: the arrays by name; empty for a torch file that is no flat dict of tensors.
+      tensors: the arrays by name; empty for a torch file that is not a flat dict of tensors.
       files: the files that they are in.
-      notes: what a person should know about the choice of files.
-      container: all that a torch file holds; None for other files, and for folders.
+      notes: remarks on the choice of files.
+      container: the whole content of a torch file; None for other files, and for folders.
       metadata: text from safetensors headers.
     """
 
@@ -60,7 +60,7 @@ def open_weights(path: Path, allow_globals: Collection[str] = ()) -> Weights:
     """Opens a file of weights, an index of shards, or a folder with either.
 
     Args:
-      path: what to open. What a file is in is told by its content, not by its name.
+      path: the file or folder. The content of a file determines its format, not its name.
       allow_globals: see `read_torch_file`.
 
     Raises:
@@ -150,7 +150,7 @@ def _open_folder(folder: Path, allow_globals: Collection[str]) -> Weights:
 
 def _listed_folder(folder: Path) -> list[str]:
     try:
-        # Names with a dot are what systems leave behind, such as `._model.safetensors`.
+        # Names with a dot are system files, such as `._model.safetensors`.
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise CorruptFileError(
@@ -163,8 +163,8 @@ def _only_other(folder: Path, names: Sequence[str]) -> str:
     shards = [name for name in names if _SHARD.fullmatch(name)]
     if shards:
         raise CorruptFileError(
-            f"{folder} has shards without an index: {listed(shards)}; add {INDEX}, which says "
-            "what is complete",
+            f"{folder} has shards without an index: {listed(shards)}; add {INDEX}, which "
+            "lists them",
             path=str(folder),
         )
     adapter = [name for name in _ADAPTER if name in names]
@@ -192,7 +192,7 @@ def _only_other(folder: Path, names: Sequence[str]) -> str:
 
 
 def _leftovers(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
-    """Yields notes on files of weights that nothing refers to."""
+    """Yields notes on unused files of weights."""
     unknown = [name for name in names if name not in known]
     stale = [name for name in unknown if _SHARD.fullmatch(name)]
     if stale:
@@ -205,7 +205,7 @@ def _leftovers(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
 def _compared(
     folder: Path, first: str, weights: Weights, other: str, allow_globals: Collection[str]
 ) -> Weights:
-    """Opens other weights of the same folder, which must be the same to the bit."""
+    """Opens other weights of the same folder, which must have the same bits."""
     remedy = "name the one to use instead of the folder, or remove the other"
     files = {"path": str(folder), "files": [first, other]}
     try:
@@ -228,7 +228,7 @@ def _compared(
 def _differences(
     first: str, a: Mapping[str, LazyTensor], second: str, b: Mapping[str, LazyTensor]
 ) -> Iterator[str]:
-    """Yields what differs, reading one tensor of each at a time."""
+    """Yields the differences, reading one tensor of each at a time."""
     both = a.keys() & b.keys()
     for file, tensors in ((first, a), (second, b)):
         memories = _memories(tensors[name] for name in both)

@@ -1,4 +1,4 @@
-"""Opens a model wherever it lives: a run of craft_jax, or a file or folder of any target."""
+"""Opens a model in any form: a run of craft_jax, or a file or folder of any target."""
 
 from pathlib import Path
 

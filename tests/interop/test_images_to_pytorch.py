@@ -265,7 +265,7 @@ def test_a_damaged_description_of_images(images, folder, tmp_path):
         opening.open_source(place)
 
 
-def test_what_pytorch_refuses(folder):
+def test_refusals_of_pytorch(folder):
     model = modeling_craft.CraftFlow.from_pretrained(folder("flow"))
     for options, message in (
         ({"solver": "rk4"}, "solver='rk4'"),
@@ -317,7 +317,7 @@ def test_a_palette_goes_with_a_model_of_pixels(target, tmp_path):
 
 
 def test_pytorch_makes_the_images_of_a_model_of_pixels(tmp_path):
-    """The likeliest pixels are those of craft_jax, whatever the randomness."""
+    """Greedy pixels are those of craft_jax, whatever the seed."""
     model = of_pixels()
     export.export_checkpoint(model, tmp_path / "out", "craft-torch")
     theirs = modeling_craft.CraftForCausalLM.from_pretrained(tmp_path / "out").double()

@@ -52,7 +52,7 @@ CASES += [
     and TARGETS[target].answer(spec(**SPECS[name])).exact
 ]
 # By default through a run and a second export: every target, architecture and dtype, not every
-# combination. All combinations are written and opened in `test_what_is_written_is_opened_again`,
+# combination. All combinations are written and opened in `test_exports_open_again`,
 # and mapped both ways in tests/interop/mapping/test_table.py.
 BOTH_WAYS = {
     ("gpt2", "plain", "float32"),
@@ -110,7 +110,7 @@ def nano(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("target", "name", "dtype"), CASES)
-def test_what_is_written_is_opened_again(tmp_path, target, name, dtype):
+def test_exports_open_again(tmp_path, target, name, dtype):
     """The architecture and every bit."""
     known = spec(**SPECS[name])
     model = in_memory(known, dtype)
@@ -184,7 +184,7 @@ def test_the_number_of_threads_changes_nothing(plain, tmp_path):
     assert tree(tmp_path / "1") == tree(tmp_path / "4")
 
 
-def test_what_a_target_cannot_hold_is_refused_with_reasons(tmp_path):
+def test_models_beyond_a_target_are_refused_with_reasons(tmp_path):
     run = run_of(tmp_path, activation="gelu_tanh", norm_eps=1e-6, d_ff=192)
     with pytest.raises(NotRepresentableError) as caught:
         interop.export_checkpoint(run, tmp_path / "x.pt", "nanogpt", **QUICK)
@@ -233,7 +233,7 @@ def test_dtype_and_trimmed_rows_are_recorded(tmp_path):
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_ids_that_only_pad_are_never_made(tmp_path):
+def test_padding_ids_are_never_generated(tmp_path):
     tokenizer = tokenizers.characters(TEXT, end_token=True)
     out = tmp_path / "out"
     interop.export_checkpoint(run_of(tmp_path, tokenizer=tokenizer), out, "gpt2", **QUICK)
@@ -242,7 +242,7 @@ def test_ids_that_only_pad_are_never_made(tmp_path):
     assert generation["eos_token_id"] == tokenizer.end_id
 
 
-def test_a_run_without_tokenizer_says_so(tmp_path):
+def test_a_run_without_tokenizer_is_noted(tmp_path):
     done = interop.export_checkpoint(run_of(tmp_path), tmp_path / "out", "gpt2", **QUICK)
     assert any(note.startswith("tokenizer: the run has none") for note in done.notes)
     assert not list((tmp_path / "out").glob("tokenizer*"))
@@ -287,7 +287,7 @@ def test_the_source_is_never_written_to(tmp_path, place):
     assert tree(run) == before
 
 
-def test_what_is_read_back_must_be_what_was_read(plain, tmp_path, monkeypatch):
+def test_read_back_compares_with_the_source(plain, tmp_path, monkeypatch):
     honest = SafetensorsWriter.write
 
     def careless(self, name, values):
@@ -522,7 +522,7 @@ def test_the_command_line_in_words_and_as_json(nano, tmp_path, capsys):
         ([], 2, "COMMAND"),
     ],
 )
-def test_wrong_words(nano, tmp_path, capsys, words, code, said):
+def test_invalid_command_lines(nano, tmp_path, capsys, words, code, said):
     before = tree(nano)
     places = {"RUN": str(nano), "OUT": str(tmp_path / "out"), "OUT.pt": str(tmp_path / "o.pt")}
     assert cli.main([places.get(word, word) for word in words]) == code
@@ -532,7 +532,7 @@ def test_wrong_words(nano, tmp_path, capsys, words, code, said):
 
 
 @pytest.mark.parametrize(("stdout", "code"), [(">&-", 0), ("> /dev/full", 74), ("| head -c1", 0)])
-def test_standard_output_that_takes_nothing(plain, stdout, code):
+def test_unwritable_standard_output(plain, stdout, code):
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m interop inspect {plain} {stdout}"],
         env=environment(),

@@ -124,7 +124,7 @@ def test_one_flipped_bit_names_the_tensor(exported, copied, capsys):
     assert row["count"] == 1 and row["first"] == (47, 47)
 
 
-def test_any_flipped_byte_of_any_tensor_is_seen(exported, copied, rng):
+def test_any_flipped_byte_of_any_tensor_is_detected(exported, copied, rng):
     out = copied("craft-torch")
     file = out / "model.safetensors"
     whole = file.read_bytes()
@@ -138,7 +138,7 @@ def test_any_flipped_byte_of_any_tensor_is_seen(exported, copied, rng):
     assert interop.verify(exported["run"], out).passed
 
 
-def test_a_config_that_says_something_else(exported, copied):
+def test_a_changed_config_is_detected(exported, copied):
     out = copied("gpt2")
     edit(out / "config.json", layer_norm_epsilon=1e-6)
     for level in ("structure", "bits"):
@@ -252,7 +252,7 @@ def test_without_torch_the_bits_still_compare(exported, monkeypatch):
 
 
 @pytest.mark.torch
-def test_other_tokenizers_are_seen(exported, copied):
+def test_other_tokenizers_are_detected(exported, copied):
     out = copied("gpt2")
     other = tokenizers.characters("ABC the quick brown fox\n", end_token=True)
     (out / "tokenizer.json").write_text(other.json)

@@ -15,7 +15,7 @@ def groups(tensors: dict[str, Abstract], limit: int) -> list[tuple[str, ...]]:
     return [one.names for one in plan_shards(tensors, limit)]
 
 
-def test_what_fits_is_one_file():
+def test_small_models_are_one_file():
     assert plan_shards(floats(2, 3), 20) == [Shard("model.safetensors", ("t0", "t1"))]
     assert plan_shards({}, 20) == [Shard("model.safetensors", ())]
 
@@ -136,7 +136,7 @@ def test_sizes(text, size):
         *("9" * 5000, "x" * 5000, "0x10", "5GB 5GB", 0, -1, True, 2.5, None),
     ],
 )
-def test_what_is_no_size(text):
+def test_invalid_sizes(text):
     with pytest.raises(ValueError) as caught:
         parse_size(text)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 250

@@ -113,7 +113,7 @@ def test_a_safetensors_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "a.bin", "a.pth", "a.ckpt", "no_suffix", "a.json"])
-def test_what_a_file_is_in_is_told_by_its_content(tmp_path, name):
+def test_content_determines_the_format(tmp_path, name):
     assert_holds(open_weights(save(tmp_path / name, arrays())), arrays())
     (tmp_path / name).unlink()
     weights = open_weights(save_torch(tmp_path / name, arrays()))
@@ -178,13 +178,13 @@ def test_unsafe_pickles_are_refused_unless_their_names_are_allowed(tmp_path):
         ("a.safetensors", b"PK\x03\x04" + bytes(50), "zip"),
     ],
 )
-def test_what_holds_no_weights_is_named(tmp_path, name, data, words):
+def test_a_file_without_weights_is_refused(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     assert words in refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.pt", "nothing.safetensors"])
-def test_a_path_where_nothing_is(tmp_path, name):
+def test_a_missing_path(tmp_path, name):
     assert "no such file" in refusal(tmp_path / name)
 
 
@@ -262,7 +262,7 @@ def test_a_folder_with_several_other_files(tmp_path):
     assert "a.safetensors, b.safetensors" in text and "name one" in text
 
 
-def test_a_folder_without_weights_lists_what_is_there(tmp_path):
+def test_a_folder_without_weights_lists_its_files(tmp_path):
     assert "it is empty" in refusal(tmp_path)
     for name in ("config.json", "ckpt.pt", ".hidden.safetensors"):
         (tmp_path / name).write_text("{}")
@@ -270,7 +270,7 @@ def test_a_folder_without_weights_lists_what_is_there(tmp_path):
     assert "it has ckpt.pt, config.json;" in text and SINGLE in text
 
 
-def test_files_that_systems_leave_behind_are_no_weights(tmp_path):
+def test_system_files_are_ignored(tmp_path):
     save(tmp_path / SINGLE, arrays())
     (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7")
     assert open_weights(tmp_path).notes == ()
@@ -430,7 +430,7 @@ def test_three_are_all_compared(tmp_path):
     assert len(open_weights(tmp_path).notes) == 2
 
 
-def test_another_that_cannot_be_read_is_told_with_its_reason(tmp_path):
+def test_an_unreadable_second_file_is_named_with_the_reason(tmp_path):
     save(tmp_path / SINGLE, arrays())
     (tmp_path / BIN).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     text = refusal(tmp_path, AmbiguousSourceError)
@@ -463,7 +463,7 @@ def test_a_damaged_first_choice_is_not_passed_over(tmp_path):
         ('{"weight_map": {"h.0.w": 3}}', "'h.0.w' to 3"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, text, words):
+def test_an_invalid_index_is_refused(tmp_path, text, words):
     (tmp_path / INDEX).write_text(text, encoding="latin-1")
     assert words in refusal(tmp_path)
 
@@ -503,7 +503,7 @@ def test_missing_shards_are_all_named(tmp_path):
     assert files[1] in text and files[2] in text and files[0] not in text
 
 
-def test_a_shard_whose_link_leads_nowhere_is_missing(tmp_path):
+def test_a_broken_symlink_is_a_missing_shard(tmp_path):
     files = shard(tmp_path, arrays())
     (tmp_path / files[0]).unlink()
     (tmp_path / files[0]).symlink_to("../blobs/1")

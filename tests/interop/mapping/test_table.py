@@ -118,7 +118,7 @@ def test_a_second_name_of_a_tied_tensor_must_have_its_bits():
         rules.inverse(found | {"lm_head.weight": lazy(head)}, expected)
 
 
-def test_biases_that_were_made_up_must_be_zero():
+def test_synthetic_biases_must_be_zero():
     rules, found, expected = tensors(bias=False)
     assert len(rules.synthetic) == 3 * 6 + 1
     found["transformer.h.2.ln_1.bias"] = lazy(np.full(48, 0.1, np.float32))

@@ -41,7 +41,7 @@ def saved(path, target, name, prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "net."])
 @pytest.mark.parametrize("target", CASES)
-def test_what_tensors_do_not_tell_is_asked_for(tmp_path, target, prefix):
+def test_settings_that_shapes_do_not_determine_are_required(tmp_path, target, prefix):
     name, said = CASES[target]
     known, model = saved(tmp_path / "m.pt", target, name, prefix)
     with pytest.raises(
@@ -87,7 +87,7 @@ def test_a_file_of_settings_and_the_flag_for_heads(tmp_path, capsys):
         assert what in err and "Traceback" not in err
 
 
-def test_a_tied_head_is_seen_by_its_bits(tmp_path):
+def test_a_tied_head_is_detected_by_its_bits(tmp_path):
     _, model = saved(tmp_path / "m.pt", "torch-encoder", "untied")
     options = Options(config=json.dumps(SAID))
     assert not open_source(tmp_path / "m.pt", options).spec.tie_embeddings
