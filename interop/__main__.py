@@ -1,7 +1,7 @@
 """The command line: `python -m interop COMMAND ARGUMENTS [options]`.
 
 Results go to standard output, as lines or as JSON; everything else to standard error. Errors that
-are answers to the user end here, as one message and an exit code.
+a user can cause become one message and an exit code, with flags for the options that they name.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import importlib
 import json
 import keyword
 import os
+import re
 import signal
 import sys
 import traceback
@@ -25,6 +26,7 @@ from craft_jax.errors import (
     StorageError,
     UsageError,
 )
+from interop.commands import FLAGS, OPTIONS
 
 _EXAMPLES = """\
 examples:
@@ -36,8 +38,17 @@ examples:
   python -m interop diff outputs/models/RUN ckpt.pt
   python -m interop targets outputs/models/RUN
 
-Each command has a --help of its own; docs/interop.md tells the rest.
+Each command has a --help of its own; docs/interop.md has the rest.
 """
+
+_COMMANDS = {
+    "export": "write a run for PyTorch",
+    "import": "make a run out of a PyTorch model",
+    "verify": "compare two models; exit 70 if they differ",
+    "inspect": "what is in a file, from headers only",
+    "diff": "which tensors of two models differ",
+    "targets": "where a model can go",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,20 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # Closed by the caller.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        args = _parser().parse_args([word for word in words if word != "--debug"])
-        for name in ("ckpt", "src", "out", "a", "b", "path"):
-            if getattr(args, name, None) == "":
-                raise UsageError(f"{name.upper()} is empty; give the path of a file or folder")
+        words = [word for word in words if word != "--debug"]
+        args = _parser(words).parse_args(words)
         done = _command(args.command).run(args)
         for note in done.notes:
-            print(note, file=sys.stderr, flush=True)
+            print(_with_flags(note), file=sys.stderr, flush=True)
         _show(done, as_json=args.json)
         sys.stdout.flush()
         return done.exit_code
     except CraftError as error:
         if debug:
             traceback.print_exc()
-        print(error, file=sys.stderr)
+        print(_with_flags(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was left behind", file=sys.stderr)
@@ -94,7 +103,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\n({self.prog} --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser, with the arguments of the command that is named and of no other.
+
+    Only that command's module is imported: `import` needs JAX.
+    """
     parser = _Parser(
         prog="python -m interop",
         description="carries models between craft_jax and PyTorch, bit for bit",
@@ -103,114 +116,35 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, summary: str, *places: tuple[str, str]) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        for place, meaning in places:
-            made.add_argument(place, help=meaning)
-        made.add_argument("--json", action="store_true", help="print the result as JSON")
-        made.add_argument("--debug", action="store_true", help="show tracebacks")
-        return made
-
-    anything = "a run, a folder or a file"
-    _add_export(
-        command(
-            "export",
-            "write a run for PyTorch",
-            ("ckpt", "a run, or one of its checkpoints"),
-            ("out", "the folder to make; the file for nanogpt, torch-... and craft"),
-        )
-    )
-    _add_import(
-        command(
-            "import",
-            "make a run out of a PyTorch model",
-            ("src", "a Hugging Face or craft-torch folder, a .pt or .safetensors file"),
-            ("out", "the run to make, outputs/models/NAME"),
-        )
-    )
-    verify = command(
-        "verify", "compare two models; exit 70 if they differ", ("a", anything), ("b", anything)
-    )
-    add = verify.add_argument
-    add("--level", default="bits", help="structure, bits (default), logits or generate")
-    add("--seq-len", type=int, help="tokens of context for logits (default: all)")
-    _add_reading(verify)
-    _add_reading(
-        command("inspect", "what is in a file, from headers only", ("path", anything)),
-    )
-    _add_reading(
-        command("diff", "which tensors of two models differ", ("a", anything), ("b", anything))
-    )
-    _add_reading(command("targets", "where a model can go", ("path", anything)))
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == chosen:
+            _command(name).add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--to", default="auto", help="auto (default), hf, craft, or a target: see `targets`")
-    add("--family", help="of Hugging Face: gpt2, biogpt or opt")
-    add("--dtype", default="keep", help="keep (default), fp32, bf16, fp16 or fp64")
-    add("--max-shard-size", default="5GB", help="of a safetensors file (default: 5GB)")
-    add("--trim-vocab", action="store_true", help="leave out rows that stand for no token")
-    add("--dry-run", action="store_true", help="say what would be written, and write nothing")
-    _add_writing(parser)
-    add("--verify", default="bits", help="none, bits (default) or logits")
-    _add_reading(parser)
-
-
-def _add_import(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--dtype", default="keep", help="keep (default), fp32, bf16, fp16 or fp64")
-    _add_writing(parser)
-    add("--verify", default="bits", help="none or bits (default)")
-    _add_reading(parser)
-
-
-def _add_writing(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--tokenizer", help="a folder or tokenizer.json to use instead; none for none")
-    add("--overwrite", action="store_true", help="take the place of what is there")
-    add("--probe", default="auto", help="auto (default: up to 200M parameters), none or always")
-    add("--strict-finite", action="store_true", help="refuse NaN and infinities")
-    add("--workers", type=int, help="threads (default: up to 4)")
-    add("--max-memory", help="of arrays under way at once (default: 256MiB)")
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--from", dest="kind", default="auto", help="auto (default), hf, craft, or a target's name")
-    add("--n-head", type=int, help="attention heads, for tensors without a config")
-    add("--config", help="a config for tensors without one: a file, or '{...}'")
-    add("--strip-prefix", help="the prefix of the tensors that count")
-    add("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors to leave out")
-    add("--weights", default="average", help="of a run that has both: average (default) or last")
-    add("--drop-zero-bias", action="store_true", help="read biases that are all zero as none")
-    add(
-        "--allow-approx",
-        nargs="?",
-        const=True,
-        default=None,
-        metavar="LIST",
-        help="accept that numbers change: all, or names as the refusal gives them",
-    )
-    add(
-        "--allow-global",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that a pickle may mention; it is never run",
-    )
-
-
 def _command(name: str) -> ModuleType:
-    """Returns the module of a command; `import` is a word of Python's own."""
+    """Returns the module of a command; `import` is a keyword of Python."""
     return importlib.import_module(f"interop.commands.{name}{'_' * keyword.iskeyword(name)}")
+
+
+def _with_flags(message: str) -> str:
+    """Replaces the options that a message of the library names, such as `dtype=fp32`, by flags."""
+
+    def flag(match: re.Match) -> str:
+        name = match[1]
+        return "--" + FLAGS.get(name, name).replace("_", "-") + (match[2] or "")
+
+    return re.sub(rf"`({'|'.join(OPTIONS)})(=[^`]*)?`", flag, message)
 
 
 def _show(done: Any, *, as_json: bool) -> None:
     try:
-        print(json.dumps(done.value, indent=2) if as_json else "\n".join(done.lines), flush=True)
+        text = json.dumps(done.value, indent=2) if as_json else _with_flags("\n".join(done.lines))
+        print(text, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

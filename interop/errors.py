@@ -1,6 +1,7 @@
-"""Every way in which a conversion can be refused, each with the exit code it ends a command with.
+"""Errors of conversions, each with the exit code of a command that it ends.
 
-A message names the value, the place and the remedy; `details` has the same as data.
+A message names the value, the place and the remedy; `details` has the same as data. Options are
+named by their field, in backticks; `interop/__main__` prints the flag instead.
 """
 
 import difflib
@@ -15,10 +16,10 @@ _MAX_NAMED = 10
 
 
 class InteropError(CraftError):
-    """Base of all refusals.
+    """Base of all errors of conversions.
 
     Attributes:
-      details: what the message says, as plain data.
+      details: the content of the message, as plain data.
     """
 
     exit_code = errors.BAD_DATA
@@ -29,31 +30,31 @@ class InteropError(CraftError):
 
 
 class MissingKeysError(InteropError):
-    """Tensors that the architecture needs are not there."""
+    """Tensors that the architecture needs are missing."""
 
 
 class UnexpectedKeysError(InteropError):
-    """Tensors are there that the architecture has no place for."""
+    """Tensors are present that the architecture does not have."""
 
 
 class ShapeMismatchError(InteropError):
-    """A tensor has another shape than its place."""
+    """A tensor has another shape than the architecture."""
 
 
 class DtypeError(InteropError):
-    """A tensor has a dtype that cannot be kept without being asked to."""
+    """A tensor has a dtype that is not kept by default."""
 
 
 class CollidingKeysError(InteropError):
-    """Two tensors claim the same place."""
+    """Two tensors have the same name after cleaning."""
 
 
 class TiedWeightsError(InteropError):
-    """The config says that two tensors are one, and their values differ."""
+    """Two tensors that the config ties have different values."""
 
 
 class AmbiguousSourceError(InteropError):
-    """A folder holds several sets of weights that are not the same."""
+    """A source holds several sets of weights that differ."""
 
 
 class CorruptFileError(InteropError):
@@ -61,7 +62,7 @@ class CorruptFileError(InteropError):
 
 
 class UncommittedCheckpointError(InteropError):
-    """A checkpoint was never finished, or is not one of craft_jax."""
+    """A checkpoint was not finished, or is not one of craft_jax."""
 
 
 class UnsafePickleError(InteropError):
@@ -77,19 +78,19 @@ class NotRepresentableError(InteropError):
 
 
 class UnknownArchitectureError(InteropError):
-    """The source is a model, or has a setting, that craft_jax does not have."""
+    """The source is a model, or has a setting, that craft_jax lacks."""
 
     exit_code = errors.BAD_CONFIG
 
 
 class OutputExistsError(InteropError):
-    """The output is there already, or its place cannot be written."""
+    """The output exists, or its folder cannot be written."""
 
     exit_code = errors.OUTPUT_EXISTS
 
 
 class DiskSpaceError(InteropError):
-    """The output could not be written: the disk is full, or the file too large for it."""
+    """The output could not be written: the disk is full, or the file is too large for it."""
 
     exit_code = errors.STORAGE
 
@@ -101,22 +102,22 @@ class ParityError(InteropError):
 
 
 class MissingDependencyError(InteropError):
-    """An optional package is needed for this, and is not installed."""
+    """An optional package is needed and not installed."""
 
     exit_code = errors.USAGE
 
 
 def listed(names: Iterable[str], separator: str = ", ") -> str:
-    """Returns the first ten of what `collapsed` makes of `names`, and how many more there are."""
+    """Returns the first ten rows of `collapsed`, and the number of further rows."""
     rows = collapsed(names)
     more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
     return separator.join(rows[:_MAX_NAMED]) + more
 
 
 def collapsed(names: Iterable[str]) -> list[str]:
-    """Returns names with those that differ in one layer number only as one: `h.{0..11}.ln_1.bias`.
+    """Joins names that differ in the layer number only: `h.{0..11}.ln_1.bias`.
 
-    Numbers of a group that are not consecutive are listed: `h.{0,2}.ln_1.bias`.
+    Numbers that are not consecutive are listed: `h.{0,2}.ln_1.bias`.
     """
     groups: dict[str, list[int]] = {}
     for name in names:
@@ -137,6 +138,6 @@ def collapsed(names: Iterable[str]) -> list[str]:
 
 
 def nearest(name: str, present: Collection[str]) -> str:
-    """Returns ` (did you mean x?)` for the most similar name that is there, or nothing."""
+    """Returns ` (nearest present: x)` for the most similar name, or an empty text."""
     close = difflib.get_close_matches(name, present, n=1, cutoff=0.75)
     return f" (nearest present: {close[0]})" if close else ""

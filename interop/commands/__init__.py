@@ -1,4 +1,8 @@
-"""The commands, one file each: `run` takes what the command line says and returns a `Result`."""
+"""The commands, one file each: `add_arguments` declares the command line, `run` returns a `Result`.
+
+The library names an option by its field, in backticks, such as `allow_approx=eps`;
+`interop/__main__` prints the flag instead.
+"""
 
 import argparse
 from typing import Any, NamedTuple
@@ -6,9 +10,25 @@ from typing import Any, NamedTuple
 from craft_jax.errors import OK
 from interop.sources.source import Options
 
+FLAGS = {
+    "target": "to",
+    "kind": "from",
+    "num_heads": "n_head",
+    "allow_globals": "allow_global",
+}
+"""The flags, written with underscores, whose names are not those of the fields."""
+
+OPTIONS = (
+    *("target", "family", "dtype", "max_shard_size", "trim_vocab", "verify", "level"),
+    *("tokenizer", "overwrite", "probe", "strict_finite", "workers", "max_memory"),
+    *("kind", "num_heads", "config", "strip_prefix", "ignore_keys", "weights"),
+    *("drop_zero_bias", "allow_approx", "allow_globals"),
+)
+"""The fields that have a flag."""
+
 
 class Result(NamedTuple):
-    """What a command has to show.
+    """The result of a command.
 
     Attributes:
       value: plain JSON, for `--json`.
@@ -21,6 +41,58 @@ class Result(NamedTuple):
     lines: list[str]
     notes: tuple[str, ...] = ()
     exit_code: int = OK
+
+
+def path(text: str) -> str:
+    """Returns a path of the command line, which must not be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give the path of a file or folder")
+    return text
+
+
+def add_models(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Declares positional arguments that are models."""
+    for name in names:
+        parser.add_argument(name, type=path, help="a run, a folder or a file")
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of commands that write a model."""
+    add = parser.add_argument
+    add("--dtype", default="keep", help="keep (default), fp32, bf16, fp16 or fp64")
+    add("--tokenizer", help="a folder or tokenizer.json to use instead; none for none")
+    add("--overwrite", action="store_true", help="replace the model that is there")
+    add("--probe", default="auto", help="auto (default: up to 200M parameters), none or always")
+    add("--strict-finite", action="store_true", help="refuse NaN and infinities")
+    add("--workers", type=int, help="threads (default: up to 4)")
+    add("--max-memory", help="of arrays in flight at once (default: 256MiB)")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags that say how a foreign source is read."""
+    add = parser.add_argument
+    add("--from", dest="kind", default="auto", help="auto (default), hf, craft, or a target's name")
+    add("--n-head", type=int, help="attention heads, for tensors without a config")
+    add("--config", help="a config for tensors without one: a file, or '{...}'")
+    add("--strip-prefix", help="read only the tensors with this prefix")
+    add("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors to leave out")
+    add("--weights", default="average", help="of a run that has both: average (default) or last")
+    add("--drop-zero-bias", action="store_true", help="read biases that are all zero as none")
+    add(
+        "--allow-approx",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="LIST",
+        help="accept that numbers change: all, or the names that the refusal gives",
+    )
+    add(
+        "--allow-global",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that a pickle may mention; it is never run",
+    )
 
 
 def reading_options(args: argparse.Namespace) -> Options:

@@ -1,7 +1,7 @@
-"""Export: from a run, or any source, to a target, without a model, a mesh or a device.
+"""Export: writes a run, or any other source, for a target, without a model, a mesh or a device.
 
-`plan` says what would happen from metadata alone; `export_checkpoint` does it. The output is
-written beside its place, read back and compared bit for bit, and only then renamed.
+`plan` works out the output from metadata alone; `export_checkpoint` writes it. The output is
+written under a temporary name, read back, compared bit for bit, and only then renamed.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from typing import Any
 
 from craft_jax import outputs
 from craft_jax.errors import UsageError
-from interop.commands import Result, reading_options
+from interop.commands import Result, add_reading, add_writing, path, reading_options
 from interop.commands.plan import Plan, as_source, plan
 from interop.craft import tokenizers
 from interop.errors import ParityError, listed
 from interop.files import atomic, hugging_face
 from interop.files.safetensors import SafetensorsWriter
+from interop.files.shards import INDEX, index_json, plan_shards
 from interop.files.torch_writer import Placeholder, TorchFileWriter
-from interop.files.weights import INDEX, index_json, plan_shards
 from interop.mapping import dtypes, pipeline
 from interop.sources import opening
 from interop.sources.manifest import MANIFEST
@@ -34,24 +34,24 @@ from interop.targets.base import FILES, Facts
 MANIFEST_VERSION = 1
 
 PROBE_LIMIT = 200_000_000
-"""Parameters up to which `--probe auto` computes a probe."""
+"""Parameters up to which `probe=auto` computes a probe."""
 
 _MODELING = Path(__file__).parents[1] / "pytorch" / "modeling_craft.py"
 
 _VERIFY = ("none", "bits", "logits")
 
-_PROBE = ("auto", "none", "always")
+PROBE = ("auto", "none", "always")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export did.
+    """The result of an export.
 
     Attributes:
-      out: where the model is now.
-      plan: what was planned.
-      manifest: what was recorded beside it.
-      notes: what else is worth knowing.
+      out: the file or folder that was written.
+      plan: the plan that was carried out.
+      manifest: the record beside the model.
+      notes: remarks for the user, one line each.
     """
 
     out: Path
@@ -85,93 +85,93 @@ def export_checkpoint(
     probe: str = "auto",
     workers: int | None = None,
     strict_finite: bool = False,
-    **planned: Any,
+    **plan_options: Any,
 ) -> Exported:
-    """Exports a checkpoint; see `plan` for the arguments that are not here.
+    """Exports a checkpoint.
 
     Args:
       ckpt: a run, a checkpoint, or anything else that `open_source` opens.
       out: the folder or, for nanogpt, torch-... and craft-..., the file to make.
       target: the name of a target, `hf`, or `auto`.
-      overwrite: take the place of what is there, in one step.
-      verify: none, bits (read back and compared), or logits (also computed in float64 by both).
-      probe: auto (up to 200M parameters), none or always: whether the folder can prove itself.
+      overwrite: replace an earlier output, in one step.
+      verify: none, bits (read back and compare), or logits (also compare float64 logits).
+      probe: auto (up to 200M parameters), none or always: whether the folder
+        gets `probe.json` and `verify.py`.
       workers: threads.
       strict_finite: refuse NaN and infinities instead of counting them.
-      **planned: see `plan`.
+      **plan_options: see `plan`.
 
     Raises:
       UsageError, InteropError: refused or failed; `out` is as it was.
     """
-    _one_of("--verify", verify, _VERIFY)
-    _one_of("--probe", probe, _PROBE)
+    check_choice("verify", verify, _VERIFY)
+    check_choice("probe", probe, PROBE)
     out = Path(out).expanduser()
-    made = plan(ckpt, target, **planned)
-    is_file = made.target.container in FILES
-    inputs = [made.source.path] if made.source.path.exists() else []
+    planned = plan(ckpt, target, **plan_options)
+    is_file = planned.target.container in FILES
+    inputs = [planned.source.path] if planned.source.path.exists() else []
     atomic.check_place(out, inputs, overwrite, is_folder=not is_file)
-    wants_probe = probe == "always" or (probe == "auto" and made.source.num_params <= PROBE_LIMIT)
-    notes = [*made.source.notes, *_remarks(made)]
     if is_file and probe == "always":
-        raise UsageError(f"--probe always: {made.target.name} is one file, which carries no probe")
-    with atomic.output(out, overwrite=overwrite, num_bytes=made.num_bytes) as place:
-        record = _Record(made)
+        raise UsageError(f"`probe=always`: {planned.target.name} is one file, which holds no probe")
+    has_probe = not is_file and _is_wanted(probe, planned)
+    notes = [*planned.source.notes, *_remarks(planned)]
+    with atomic.output(out, overwrite=overwrite, num_bytes=planned.num_bytes) as place:
+        record = _Record(planned)
         if is_file:
-            _write_file(made, place, record, workers, verify)
+            _write_file(planned, place, record, workers, verify)
         else:
             place.mkdir()
-            _write_folder(made, place, record, workers)
+            _write_folder(planned, place, record, workers)
         notes += dtypes.nonfinite_notes(record.nonfinite, strict_finite)
         if verify != "none":
-            _read_back(made, place, record, workers)
-        if wants_probe and not is_file:
-            importlib.import_module("interop.commands.probe").write(made, place)
-        manifest = record.manifest(
-            verified=verify, probe=wants_probe and not is_file, notes=tuple(notes)
-        )
+            _read_back(planned, place, record, workers)
+        if has_probe:
+            importlib.import_module("interop.commands.probe").write(planned, place)
+        manifest = record.manifest(verified=verify, probe=has_probe, notes=tuple(notes))
         if not is_file:
             outputs.write_json(place / MANIFEST, manifest)
         if verify == "logits":
-            module = importlib.import_module("interop.commands.verify")
-            held = dataclasses.replace(made.source, spec=made.spec)
-            report = module.compare(held, _reopened(place, made), level="logits")
-            if not report.passed:
-                raise ParityError(f"{out} was not written: {report.summary}")
-    return Exported(out=out, plan=made, manifest=manifest, notes=tuple(notes))
+            _compare_logits(planned, place, out)
+    return Exported(out=out, plan=planned, manifest=manifest, notes=tuple(notes))
 
 
-def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+def _is_wanted(probe: str, planned: Plan) -> bool:
+    return probe == "always" or (probe == "auto" and planned.source.num_params <= PROBE_LIMIT)
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UsageError if an option has a value that is not one of its choices."""
     if value not in choices:
-        raise UsageError(f"{flag}={value} is not one of {', '.join(choices)}")
+        raise UsageError(f"`{option}={value}` is not one of {', '.join(choices)}")
 
 
-def _remarks(made: Plan) -> list[str]:
-    found = [f"{name}: {reason}" for name, reason in made.approximations.items()]
-    if made.source.images is not None:
-        if made.source.images.palette and made.target.container != "craft-torch":
+def _remarks(planned: Plan) -> list[str]:
+    found = [f"{name}: {reason}" for name, reason in planned.approximations.items()]
+    if planned.source.images is not None:
+        if planned.source.images.palette and planned.target.container != "craft-torch":
             found.append(
-                f"images: a {made.target.name} model knows no palette; it is in {MANIFEST}"
+                f"images: a {planned.target.name} model knows no palette; it is in {MANIFEST}"
             )
-    elif made.tokenizer is None:
+    elif planned.tokenizer is None:
         found.append("tokenizer: the run has none, so none is written")
-    elif made.target.container in FILES and not _facts(made).vocabulary:
+    elif planned.target.container in FILES and not _facts(planned).vocabulary:
         found.append(
-            f"tokenizer: a {made.target.name} file does not hold it; give it again with "
+            f"tokenizer: a {planned.target.name} file does not hold it; give it again with "
             "--tokenizer on import"
         )
-    if made.rules.synthetic:
+    if planned.rules.synthetic:
         found.append(
-            f"zeros: {len(made.rules.synthetic)} tensors that {made.target.name} demands and the "
-            "model does not have"
+            f"zeros: {len(planned.rules.synthetic)} tensors that {planned.target.name} demands and "
+            "the model does not have"
         )
     return found
 
 
 class _Record:
-    """Collects digests and oddities while tensors are written."""
+    """Collects digests and counts of non-finite values while tensors are written."""
 
-    def __init__(self, made: Plan):
-        self._made = made
+    def __init__(self, planned: Plan):
+        self._planned = planned
         self.digests: dict[str, str] = {}
         self.canonical: dict[str, str] = {}
         self.nonfinite: dict[str, int] = {}
@@ -182,27 +182,27 @@ class _Record:
         self.nonfinite |= done.nonfinite
 
     def manifest(self, *, verified: str, probe: bool, notes: tuple[str, ...]) -> dict[str, Any]:
-        made = self._made
+        planned = self._planned
         canonical = {
             name: {
                 "dtype": leaf.dtype.name,
                 "shape": list(leaf.shape),
                 "sha256": self.canonical[name],
             }
-            for name, leaf in made.source.leaves.items()
+            for name, leaf in planned.source.leaves.items()
         }
         return {
             "format": "craft_jax interop",
             "version": MANIFEST_VERSION,
-            "source": {"run": made.source.run, "step": made.source.step},
-            "target": made.target.name,
-            "spec": dataclasses.asdict(made.spec),
-            "images": made.source.images.to_json() if made.source.images else None,
-            "exact": made.is_exact,
-            "approximations": dict(made.approximations),
-            "dtype": made.dtype,
-            "trimmed": made.trimmed,
-            "synthetic": list(made.rules.synthetic),
+            "source": {"run": planned.source.run, "step": planned.source.step},
+            "target": planned.target.name,
+            "spec": dataclasses.asdict(planned.spec),
+            "images": planned.source.images.to_json() if planned.source.images else None,
+            "exact": planned.is_exact,
+            "approximations": dict(planned.approximations),
+            "dtype": planned.dtype,
+            "trimmed": planned.trimmed,
+            "synthetic": list(planned.rules.synthetic),
             "verified": verified,
             "probe": probe,
             "notes": list(notes),
@@ -213,28 +213,28 @@ class _Record:
                     "shape": list(tensor.shape),
                     "sha256": self.digests[name],
                 }
-                for name, tensor in made.tensors.items()
+                for name, tensor in planned.tensors.items()
             },
             "canonical": canonical,
         }
 
 
 def model_digest(canonical: Mapping[str, str]) -> str:
-    """Returns one digest of all leaves, whatever form the model is in."""
+    """Returns one digest of all leaves, independent of the form that the model is in."""
     return dtypes.digest_text("".join(f"{name} {canonical[name]}\n" for name in sorted(canonical)))
 
 
-def _write_folder(made: Plan, place: Path, record: _Record, workers: int | None) -> None:
-    shards = plan_shards(made.stored, made.max_shard_size)
+def _write_folder(planned: Plan, place: Path, record: _Record, workers: int | None) -> None:
+    shards = plan_shards(planned.stored, planned.max_shard_size)
     home = {name: shard.file for shard in shards for name in shard.names}
     writers: dict[str, SafetensorsWriter] = {}
     pending = collections.Counter(home.values())
     try:
         for shard in shards:
-            tensors = {name: made.stored[name] for name in shard.names}
+            tensors = {name: planned.stored[name] for name in shard.names}
             writers[shard.file] = SafetensorsWriter(place / shard.file, tensors, {"format": "pt"})
         for done in pipeline.forward(
-            made.rules, made.source.leaves, workers=workers, budget=made.budget
+            planned.rules, planned.source.leaves, workers=workers, budget=planned.budget
         ):
             record.add(done)
             for name, array in done.arrays.items():
@@ -249,16 +249,16 @@ def _write_folder(made: Plan, place: Path, record: _Record, workers: int | None)
             writer.abort()
         raise
     if len(shards) > 1:
-        outputs.write_json(place / INDEX, index_json(shards, made.stored))
-    _write_configs(made, place)
+        outputs.write_json(place / INDEX, index_json(shards, planned.stored))
+    _write_configs(planned, place)
 
 
-def _write_configs(made: Plan, place: Path) -> None:
-    architecture = made.target.write_config(made.spec)
-    config = hugging_face.config(architecture, made.tensors, made.tokenizer)
-    if made.target.container == "craft-torch":
-        images = made.source.images
-        config["tokenizer_vocab_size"] = made.tokenizer.vocab_size if made.tokenizer else None
+def _write_configs(planned: Plan, place: Path) -> None:
+    architecture = planned.target.write_config(planned.spec)
+    config = hugging_face.config(architecture, planned.tensors, planned.tokenizer)
+    if planned.target.container == "craft-torch":
+        images = planned.source.images
+        config["tokenizer_vocab_size"] = planned.tokenizer.vocab_size if planned.tokenizer else None
         if images is not None:
             config["images"] = images.to_json()
             config["tokenizer_vocab_size"] = images.num_colors or None
@@ -266,22 +266,24 @@ def _write_configs(made: Plan, place: Path) -> None:
             del config[name]
         (place / _MODELING.name).write_bytes(_MODELING.read_bytes())
     else:
-        generation = hugging_face.generation_config(made.tokenizer, made.spec.vocab_size)
+        generation = hugging_face.generation_config(planned.tokenizer, planned.spec.vocab_size)
         outputs.write_json(place / hugging_face.GENERATION, generation)
     outputs.write_json(place / hugging_face.CONFIG, config)
-    if made.tokenizer:
-        hugging_face.write_tokenizer(place, made.tokenizer, made.spec.max_seq_len)
+    if planned.tokenizer:
+        hugging_face.write_tokenizer(place, planned.tokenizer, planned.spec.max_seq_len)
 
 
-def _write_file(made: Plan, place: Path, record: _Record, workers: int | None, verify: str) -> None:
-    key = {name: one.targets[0] for one in made.rules.rules for name in one.targets}
+def _write_file(
+    planned: Plan, place: Path, record: _Record, workers: int | None, verify: str
+) -> None:
+    key = {name: one.targets[0] for one in planned.rules.rules for name in one.targets}
     tensors = collections.OrderedDict(
-        (name, Placeholder(key[name], tensor)) for name, tensor in made.tensors.items()
+        (name, Placeholder(key[name], tensor)) for name, tensor in planned.tensors.items()
     )
-    value = made.target.contents(tensors, made.spec, _facts(made))
+    value = planned.target.contents(tensors, planned.spec, _facts(planned))
     with TorchFileWriter(place, value) as writer:
         for done in pipeline.forward(
-            made.rules, made.source.leaves, workers=workers, budget=made.budget
+            planned.rules, planned.source.leaves, workers=workers, budget=planned.budget
         ):
             record.add(done)
             for name, array in done.arrays.items():
@@ -292,37 +294,53 @@ def _write_file(made: Plan, place: Path, record: _Record, workers: int | None, v
         writer.close()
 
 
-def _facts(made: Plan) -> Facts:
-    """Returns what a file may tell beside the model."""
-    val_loss = made.source.metrics.get("val_loss")
-    facts = Facts(step=made.source.step, val_loss=None if val_loss is None else float(val_loss))
-    if made.target.container != "craft" or made.tokenizer is None:
+def _facts(planned: Plan) -> Facts:
+    """Returns the facts that a checkpoint file records beside the model."""
+    val_loss = planned.source.metrics.get("val_loss")
+    facts = Facts(step=planned.source.step, val_loss=None if val_loss is None else float(val_loss))
+    if planned.target.container != "craft" or planned.tokenizer is None:
         return facts
-    vocabulary = tokenizers.vocabulary_of(made.tokenizer)
-    special = tokenizers.special_of(made.tokenizer) or {}
+    vocabulary = tokenizers.vocabulary_of(planned.tokenizer)
+    special = tokenizers.special_of(planned.tokenizer) or {}
     return dataclasses.replace(facts, vocabulary=vocabulary, special_tokens=special)
 
 
-def _reopened(place: Path, made: Plan) -> Source:
-    recorded = {"synthetic": list(made.rules.synthetic), "spec": dataclasses.asdict(made.spec)}
-    return opening.open_source(place, Options(kind=made.target.name, recorded=recorded))
+def _reopened(place: Path, planned: Plan) -> Source:
+    recorded = {
+        "synthetic": list(planned.rules.synthetic),
+        "spec": dataclasses.asdict(planned.spec),
+    }
+    return opening.open_source(place, Options(kind=planned.target.name, recorded=recorded))
 
 
-def _read_back(made: Plan, place: Path, record: _Record, workers: int | None) -> None:
-    """Compares what stands in the files with what was read, by digests of the leaves.
+def _read_back(planned: Plan, place: Path, record: _Record, workers: int | None) -> None:
+    """Compares the written files with the source, by digests of the leaves.
 
     Raises:
       ParityError: they differ; names the leaves.
     """
-    again = _reopened(place, made)
-    if differences := made.spec.differences(again.spec):
-        raise ParityError(f"the written config says something else: {'; '.join(differences)}")
-    found = pipeline.digests(again.leaves, workers=workers, budget=made.budget)
+    again = _reopened(place, planned)
+    if differences := planned.spec.differences(again.spec):
+        raise ParityError(f"the written config differs from the model: {'; '.join(differences)}")
+    found = pipeline.digests(again.leaves, workers=workers, budget=planned.budget)
     wrong = [name for name, digest in record.canonical.items() if found.get(name) != digest]
     if wrong:
         raise ParityError(
             f"{len(wrong)} tensors read back from the files differ from the source: {listed(wrong)}"
         )
+
+
+def _compare_logits(planned: Plan, place: Path, out: Path) -> None:
+    """Compares the source's float64 logits with those of PyTorch for the written files.
+
+    Raises:
+      ParityError: they differ.
+    """
+    module = importlib.import_module("interop.commands.verify")
+    held = dataclasses.replace(planned.source, spec=planned.spec)
+    report = module.compare(held, _reopened(place, planned), level="logits")
+    if not report.passed:
+        raise ParityError(f"{out} was not written: {report.summary}")
 
 
 def save_pretrained(
@@ -332,18 +350,33 @@ def save_pretrained(
 
     Args:
       model: a path, a `craft_jax.runs.Run`, or a model of craft_jax with its parameters.
-      out_dir: what to make.
+      out_dir: the output.
       target: the name of a target, `hf`, or `auto`.
       **options: see `export_checkpoint` and `plan`.
     """
     return export_checkpoint(as_source(model), out_dir, target, **options)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add = parser.add_argument
+    add("ckpt", type=path, help="a run, or one of its checkpoints")
+    add("out", type=path, help="the folder to make; the file for nanogpt, torch-... and craft")
+    add("--to", default="auto", help="auto (default), hf, craft, or a target: see `targets`")
+    add("--family", help="of Hugging Face: gpt2, biogpt or opt")
+    add("--max-shard-size", default="5GB", help="of a safetensors file (default: 5GB)")
+    add("--trim-vocab", action="store_true", help="leave out rows that stand for no token")
+    add("--dry-run", action="store_true", help="show what would be written, and write nothing")
+    add_writing(parser)
+    add("--verify", default="bits", help="none, bits (default) or logits")
+    add_reading(parser)
+
+
 def run(args: argparse.Namespace) -> Result:
     """Runs the command."""
     if args.workers is not None and args.workers < 1:
-        raise UsageError(f"--workers={args.workers} must be at least 1")
-    planned = {
+        raise UsageError(f"`workers={args.workers}` must be at least 1")
+    plan_options = {
         "family": args.family,
         "dtype": args.dtype,
         "max_shard_size": args.max_shard_size,
@@ -354,8 +387,8 @@ def run(args: argparse.Namespace) -> Result:
         "options": reading_options(args),
     }
     if args.dry_run:
-        made = plan(args.ckpt, args.to, **planned)
-        return Result(made.to_json(), _plan_lines(made))
+        planned = plan(args.ckpt, args.to, **plan_options)
+        return Result(planned.to_json(), _plan_lines(planned))
     done = export_checkpoint(
         args.ckpt,
         args.out,
@@ -365,7 +398,7 @@ def run(args: argparse.Namespace) -> Result:
         probe=args.probe,
         workers=args.workers,
         strict_finite=args.strict_finite,
-        **planned,
+        **plan_options,
     )
     return Result(done.to_json(), _export_lines(done), tuple(done.notes))
 

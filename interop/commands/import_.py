@@ -19,8 +19,9 @@ from craft_jax import outputs
 from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.errors import StorageError, UsageError
 from craft_jax.outputs import PARAMS, Checkpoints
+from interop import commands
 from interop.commands import Result, reading_options
-from interop.commands.export import PROBE_LIMIT, model_digest
+from interop.commands.export import PROBE, PROBE_LIMIT, check_choice, model_digest
 from interop.commands.plan import memory_size
 from interop.errors import DiskSpaceError, ParityError, listed
 from interop.files import atomic, orbax
@@ -32,14 +33,14 @@ from interop.sources.source import CRAFT, Options, Source
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
       out: the folder of the run.
-      source: what it came from.
-      model_sha256: one digest of all leaves; None where nothing was verified.
-      probe: how many logits of the source's probe agreed; None where none were compared.
-      notes: what else is worth knowing.
+      source: the imported model.
+      model_sha256: one digest of all leaves; None without verification.
+      probe: number of logits of the source's probe that agreed; None if not compared.
+      notes: remarks for the user, one line each.
     """
 
     out: Path
@@ -76,52 +77,35 @@ def import_checkpoint(
     workers: int | None = None,
     max_memory: int | None = None,
 ) -> Imported:
-    """Makes a run out of a model that lives elsewhere.
+    """Makes a run of a model in another form.
 
     Args:
       path: a Hugging Face folder, a craft-torch folder, a nanoGPT checkpoint, or bare tensors.
       out: the folder of the run, `outputs/models/NAME`.
       options: how to read the source.
       dtype: keep, fp32, bf16, fp16 or fp64.
-      tokenizer: a folder or file that takes the place of the source's; `none` for none.
-      overwrite: take the place of a run that is there.
+      tokenizer: a folder or file that replaces the source's; `none` for none.
+      overwrite: replace an earlier run.
       verify: none, or bits: read the checkpoint back and compare.
       probe: auto (up to 200M parameters), none or always: compute the logits that the source's
         `probe.json` records, and compare.
       strict_finite: refuse NaN and infinities instead of counting them.
       workers: threads.
-      max_memory: bytes of arrays under way at once.
+      max_memory: bytes of arrays in flight at once.
 
     Raises:
       UsageError, InteropError: refused or failed; `out` is as it was.
     """
-    for flag, value, choices in (
-        ("--verify", verify, ("none", "bits")),
-        ("--probe", probe, ("auto", "none", "always")),
-    ):
-        if value not in choices:
-            raise UsageError(f"{flag}={value} is not one of {', '.join(choices)}")
+    check_choice("verify", verify, ("none", "bits"))
+    check_choice("probe", probe, PROBE)
     out = Path(out).expanduser()
     outputs.check_name(out.name)
-    opened = opening.open_source(path, options)
-    if opened.kind == CRAFT:
-        raise UsageError(
-            f"{path} is a run of craft_jax already; begin a new run with its weights by "
-            f"--config.init_from={path}"
-        )
-    opened = dataclasses.replace(opened, tokenizer=opening.tokenizer_of(opened, tokenizer))
-    opened = source.with_dtype(opened, dtypes.named(dtype))
+    opened = _opened(path, options, dtype, tokenizer)
     atomic.check_place(out, [opened.path], overwrite)
     survey = pipeline.survey(
         opened.leaves, digests=verify == "bits", workers=workers, budget=max_memory
     )
-    notes = [
-        *opened.notes,
-        *(f"{name}: {reason}" for name, reason in opened.approximations.items()),
-        *dtypes.nonfinite_notes(survey.nonfinite, strict_finite),
-    ]
-    if opened.tokenizer is None and opened.images is None:
-        notes.append("tokenizer: the source has none; commands that read text need --tokenizer")
+    notes = [*_remarks(opened), *dtypes.nonfinite_notes(survey.nonfinite, strict_finite)]
     num_bytes = sum(leaf.nbytes for leaf in opened.leaves.values())
     with atomic.output(out, overwrite=overwrite, num_bytes=num_bytes) as place:
         write_run(opened, out, place, spill=dtype != "keep")
@@ -134,13 +118,38 @@ def import_checkpoint(
     return Imported(out=out, source=opened, model_sha256=sha256, probe=compared, notes=tuple(notes))
 
 
+def _opened(
+    path: str | Path, options: Options | None, dtype: str, tokenizer: str | Path | None
+) -> Source:
+    """Opens the source, with the tokenizer and the dtype that the run will have.
+
+    Raises:
+      UsageError, InteropError: it is a run already, or cannot be read.
+    """
+    opened = opening.open_source(path, options)
+    if opened.kind == CRAFT:
+        raise UsageError(
+            f"{path} is a run of craft_jax already; begin a new run with its weights by "
+            f"--config.init_from={path}"
+        )
+    opened = dataclasses.replace(opened, tokenizer=opening.tokenizer_of(opened, tokenizer))
+    return source.with_dtype(opened, dtypes.named(dtype))
+
+
+def _remarks(opened: Source) -> list[str]:
+    found = [*opened.notes, *(f"{n}: {reason}" for n, reason in opened.approximations.items())]
+    if opened.tokenizer is None and opened.images is None:
+        found.append("tokenizer: the source has none; commands that read text need --tokenizer")
+    return found
+
+
 def write_run(opened: Source, out: Path, place: Path, spill: bool) -> None:
     """Writes the files of a run with one checkpoint.
 
     Args:
       opened: the model.
-      out: what the run's folder will be.
-      place: where it is written until then.
+      out: the final folder of the run.
+      place: the temporary folder to write to.
       spill: keep leaves that are computed, such as converted ones, on disk instead of in memory.
 
     Raises:
@@ -202,7 +211,7 @@ def _spilled(leaf: LazyTensor, file: Path) -> np.ndarray:
 
 
 def _changed_since(opened: Source, digests: Mapping[str, str]) -> list[str]:
-    """Notes the leaves that are not what the source's manifest recorded when it was exported."""
+    """Returns a warning if leaves differ from the digests in the source's manifest."""
     recorded = (opened.manifest or {}).get("canonical", {})
     names = [
         name
@@ -248,9 +257,20 @@ def _compare_probe(opened: Source, probe: str) -> int | None:
         return None
     if not file.is_file():
         if probe == "always":
-            raise UsageError(f"--probe always: {opened.path} has no probe.json")
+            raise UsageError(f"`probe=always`: {opened.path} has no probe.json")
         return None
     return importlib.import_module("interop.commands.probe").check(opened, file)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add = parser.add_argument
+    src = "a Hugging Face or craft-torch folder, a .pt or .safetensors file"
+    add("src", type=commands.path, help=src)
+    add("out", type=commands.path, help="the run to make, outputs/models/NAME")
+    commands.add_writing(parser)
+    add("--verify", default="bits", help="none or bits (default)")
+    commands.add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

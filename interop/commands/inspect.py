@@ -1,11 +1,11 @@
-"""inspect: what is at a path, from headers alone."""
+"""inspect: describes a file, folder or run from its headers."""
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop.commands import Result, reading_options
+from interop.commands import Result, add_models, add_reading, reading_options
 from interop.errors import InteropError
 from interop.files.weights import open_weights
 from interop.mapping.tensors import LazyTensor, Tensors
@@ -14,15 +14,15 @@ from interop.sources.source import Options, Source
 
 
 def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
-    """Says what is at a path: tensors, dtypes, prefixes, architecture; reads headers only.
+    """Describes a path: tensors, dtypes, prefixes, architecture; reads headers only.
 
     Args:
       path: a run, a folder or a file.
       options: how to read a foreign source.
 
     Returns:
-      Plain JSON. `model` is None, and `problem` says why, where the tensors can be listed and the
-      model cannot be understood.
+      Plain JSON. If the tensors can be listed but the model cannot be read, `model` is None and
+      `problem` is the reason.
 
     Raises:
       InteropError: the tensors cannot even be listed.
@@ -55,7 +55,7 @@ def inspect(path: str | Path, options: Options | None = None) -> dict[str, Any]:
 
 
 def _listed(place: Path, options: Options, error: InteropError) -> tuple[Tensors, tuple[str, ...]]:
-    """Returns the tensors of something that is no model known here, or says why there are none."""
+    """Returns the tensors of an unknown model; raises `error` if there are none."""
     try:
         weights = open_weights(place, options.allow_globals)
     except InteropError:
@@ -91,6 +91,12 @@ def _exported(opened: Source) -> dict[str, Any] | None:
         return None
     names = ("source", "target", "exact", "approximations", "dtype", "model_sha256")
     return {name: opened.manifest.get(name) for name in names}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "path")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

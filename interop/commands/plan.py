@@ -1,4 +1,4 @@
-"""What an export would write, worked out from headers alone."""
+"""The plan of an export, computed from headers alone."""
 
 import dataclasses
 import importlib
@@ -9,7 +9,7 @@ from typing import Any
 
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
-from interop.files.weights import parse_size
+from interop.files.shards import parse_size
 from interop.mapping import dtypes, folds, pipeline
 from interop.mapping.spec import Spec
 from interop.mapping.table import Mapping as Rules
@@ -24,20 +24,20 @@ _SHARD_SIZE = "5GB"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an export will do; made from metadata alone.
+    """The plan of an export, computed from metadata alone.
 
     Attributes:
       source: the model, with dtype and rows as they will be written.
-      target: where it goes.
-      spec: what the target will hold.
+      target: the target.
+      spec: the model as the target will hold it.
       rules: from leaves to tensors.
-      tensors: what will be written, by name, in order.
-      approximations: what changes, reason by name; empty for an exact export.
+      tensors: the tensors to write, by name, in order.
+      approximations: the limits crossed, reason by name; empty for an exact export.
       trimmed: rows that are left out, or None.
       tokenizer: or None.
-      dtype: as it was asked for.
+      dtype: as given.
       max_shard_size: in bytes.
-      budget: bytes under way at once.
+      budget: bytes in flight at once.
     """
 
     source: Source
@@ -54,12 +54,12 @@ class Plan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every bit and every number survives."""
+        """Returns whether every bit and every number survives."""
         return not self.approximations and self.dtype == "keep" and self.trimmed is None
 
     @property
     def stored(self) -> dict[str, Abstract]:
-        """The tensors that take room in the file: of tied names, the first."""
+        """The tensors stored in the file: of tied names, the first."""
         names = [one.targets[0] for one in self.rules.rules]
         return {name: self.tensors[name] for name in names}
 
@@ -125,8 +125,8 @@ def plan(
       family: of Hugging Face, such as `gpt2`; None for the best.
       dtype: keep, fp32, bf16, fp16 or fp64.
       max_shard_size: bytes of tensors in a safetensors file, such as `5GB`.
-      max_memory: bytes of arrays under way at once.
-      tokenizer: a folder or file that takes the place of the run's; `none` for none.
+      max_memory: bytes of arrays in flight at once.
+      tokenizer: a folder or file that replaces the run's; `none` for none.
       trim_vocab: leave out embedding rows that stand for no token.
       allow_approx: True, or names; see docs/interop.md.
       options: how to read a foreign source.
@@ -150,7 +150,7 @@ def plan(
         opened = dataclasses.replace(opened, spec=reading.spec, leaves=found)
     rules = chosen.mapping(reading.spec)
     if chosen.container in FILES and max_shard_size != _SHARD_SIZE:
-        raise UsageError(f"--max-shard-size={max_shard_size}: {chosen.name} is one file")
+        raise UsageError(f"`max_shard_size={max_shard_size}`: {chosen.name} is one file")
     return Plan(
         source=opened,
         target=chosen,
@@ -161,31 +161,31 @@ def plan(
         trimmed=cut,
         tokenizer=opened.tokenizer,
         dtype=dtype,
-        max_shard_size=_size("--max-shard-size", max_shard_size),
+        max_shard_size=_size("max_shard_size", max_shard_size),
         budget=memory_size(max_memory),
     )
 
 
 def memory_size(max_memory: str | int | None) -> int:
-    """Returns the bytes that `--max-memory` names; the default for None.
+    """Returns the bytes that `max_memory` names; the default for None.
 
     Raises:
       UsageError: it names none.
     """
-    return _size("--max-memory", max_memory or pipeline.DEFAULT_BUDGET)
+    return _size("max_memory", max_memory or pipeline.DEFAULT_BUDGET)
 
 
-def _size(flag: str, size: str | int) -> int:
+def _size(option: str, size: str | int) -> int:
     try:
         return parse_size(size)
     except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from None
+        raise UsageError(f"`{option}`: {error}") from None
 
 
 def as_source(model: Any) -> "str | Path | Source":
-    """Returns what can be exported from a path, a `Run`, or a model object."""
+    """Returns a path or a source for a path, a `Run`, or a model object."""
     if isinstance(model, (str, Path, Source)):
         return model
-    if hasattr(model, "paths") and hasattr(model, "step"):
+    if isinstance(model, importlib.import_module("craft_jax.runs").Run):
         return model.paths.checkpoints / str(model.step)
     return importlib.import_module("interop.sources.live").source_of(model)

@@ -1,8 +1,8 @@
-"""The probe: numbers by which an exported folder proves that whoever loads it gets this model.
+"""The probe: reference outputs in an exported folder, to test any program that loads it.
 
 `probe.json` holds token ids, float64 logits that craft_jax computed for them, and a greedy
-continuation; or, of a flow, velocities and images that it made of noise that a formula gives.
-`verify.py` beside it compares them with what PyTorch computes. Needs JAX.
+continuation; for a flow, velocities and images for noise from a formula. `verify.py` beside it
+compares them with the outputs of PyTorch. Needs JAX.
 """
 
 import json
@@ -20,7 +20,7 @@ from interop.sources.source import Source
 
 FILE = "probe.json"
 TOLERANCE = 1e-8
-"""Times max(1, |logit|): above every rounding of float64, below every mistake that was measured."""
+"""Times max(1, |logit|): above float64 rounding, below the effect of all mistakes tried."""
 
 _SCRIPT = Path(__file__).parents[1] / "pytorch" / "verify_folder.py"
 _SEED = 20260101
@@ -31,11 +31,11 @@ _PROMPT, _NEW = 16, 8
 _NUMBERS, _STEPS = 512, 20
 
 
-def write(made: Plan, place: Path) -> None:
-    """Puts `probe.json` and `verify.py` into a folder that is being written."""
-    reference = Reference(made.spec, made.source.leaves)
-    make = compute if made.spec.is_of_tokens else compute_of_flow
-    probe = make(reference, made.source)
+def write(planned: Plan, place: Path) -> None:
+    """Writes `probe.json` and `verify.py` into an unfinished output folder."""
+    reference = Reference(planned.spec, planned.source.leaves)
+    make = compute if planned.spec.is_of_tokens else compute_of_flow
+    probe = make(reference, planned.source)
     (place / FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
     (place / "verify.py").write_bytes(_SCRIPT.read_bytes())
 
@@ -43,8 +43,8 @@ def write(made: Plan, place: Path) -> None:
 def compute(reference: Reference, source: Source) -> dict[str, Any]:
     """Returns the probe of a model: deterministic, and plain JSON.
 
-    The last position has the logits of every id, so that every row of the head takes part; some
-    others have those of a few.
+    The last position has the logits of every id, so that every row of the head is tested; some
+    other positions have those of a few ids.
     """
     vocab_size, context = source.spec.vocab_size, source.spec.max_seq_len
     rng = np.random.default_rng(_SEED)
@@ -93,10 +93,10 @@ def compute_of_flow(reference: Reference, source: Source) -> dict[str, Any]:
         "at": sorted(rng.choice(size, min(size, _NUMBERS), replace=False).tolist()),
         "steps": _STEPS,
     }
-    return probe | _made(reference, probe)
+    return probe | _flow_numbers(reference, probe)
 
 
-def _made(reference: Reference, probe: dict[str, Any]) -> dict[str, list[float]]:
+def _flow_numbers(reference: Reference, probe: dict[str, Any]) -> dict[str, list[float]]:
     """Returns the numbers that a flow's probe records."""
     x = 1.5 * np.sin(12.9898 * np.arange(math.prod(probe["shape"])) + 0.5)
     inputs = {
@@ -110,7 +110,7 @@ def _made(reference: Reference, probe: dict[str, Any]) -> dict[str, list[float]]
 
 
 def _check_of_flow(source: Source, file: Path) -> int:
-    """Does for a flow what `check` does."""
+    """Checks the probe of a flow; see `check`."""
     probe = hugging_face.read_json(file)
     spec = source.spec
     try:
@@ -128,7 +128,7 @@ def _check_of_flow(source: Source, file: Path) -> int:
             raise ValueError("its numbers are not those of this model's images")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{file} is no probe: {error!r}") from error
-    found = _made(Reference(spec, source.leaves), probe)
+    found = _flow_numbers(Reference(spec, source.leaves), probe)
     worst = max(
         float(np.max(np.abs(np.array(found[name]) - want) / np.maximum(1, np.abs(want))))
         for name, want in wanted.items()
@@ -137,13 +137,13 @@ def _check_of_flow(source: Source, file: Path) -> int:
         raise ParityError(
             f"{source.path}: the weights do not give the velocities and images that its probe.json "
             f"records: they differ by {worst:.3g}, more than {tolerance:g}; somebody changed one "
-            "of them; --probe none imports them as they are"
+            "of them; `probe=none` imports them as they are"
         )
     return 2 * len(probe["at"])
 
 
 def _read(probe: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns what an encoder reads of a probe."""
+    """Returns the encoder inputs of a probe; empty for a language model."""
     if "source" not in probe:
         return {}
     source_BS = np.asarray(probe["source"], np.int32)[None]
@@ -151,10 +151,10 @@ def _read(probe: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def check(source: Source, file: Path) -> int:
-    """Computes the logits that a probe records, and compares.
+    """Compares the logits that a probe records with those of a model.
 
     Returns:
-      How many logits agreed.
+      The number of logits that agreed.
 
     Raises:
       CorruptFileError: the probe cannot be read.
@@ -185,6 +185,6 @@ def check(source: Source, file: Path) -> int:
         raise ParityError(
             f"{source.path}: the weights do not give the logits that its probe.json records: they "
             f"differ by {worst:.3g} x max(1, |logit|), more than {tolerance:g}; somebody changed "
-            "one of them; --probe none imports them as they are"
+            "one of them; `probe=none` imports them as they are"
         )
     return sum(len(ids) for _, ids, _ in rows)

@@ -1,9 +1,9 @@
-"""targets: where a model can go, and what stands in the way."""
+"""targets: lists the targets for a model, and the limits of each."""
 
 import argparse
 from typing import Any
 
-from interop.commands import Result, reading_options
+from interop.commands import Result, add_models, add_reading, reading_options
 from interop.mapping.spec import Spec
 from interop.sources import opening
 from interop.targets import registry
@@ -17,7 +17,7 @@ def spec_of(model: Any) -> Spec:
 
 
 def targets_for(model: Any) -> list[Answer]:
-    """Returns where a model can go: an answer for each target, the exact ones first.
+    """Returns an answer for each target, the exact ones first.
 
     Args:
       model: a `ModelSpec`, or the path of a run or of any other source.
@@ -26,7 +26,7 @@ def targets_for(model: Any) -> list[Answer]:
 
 
 def explain(model: Any, target: str) -> list[str]:
-    """Returns what stands in the way of an exact export to a target; empty if nothing does.
+    """Returns the reasons against an exact export to a target; empty if it is exact.
 
     Args:
       model: a `ModelSpec`, or the path of a run or of any other source.
@@ -36,6 +36,12 @@ def explain(model: Any, target: str) -> list[str]:
       KeyError: there is no such target.
     """
     return list(TARGETS[target].answer(spec_of(model)).reasons)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "path")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -1,37 +1,30 @@
-"""Verification: whether two models, wherever they live, are the same.
+"""Verification: tests whether two models, in whatever form, are the same.
 
-`structure` compares what the models are, and loads the weights' names strictly into PyTorch's own
+`structure` compares the architectures, and the names and shapes of the weights with PyTorch's own
 module; `bits` compares every bit of every leaf; `logits` computes in float64 on both sides, at full
-context, and finds the first submodule that differs; `generate` compares greedy tokens and the
-tokenizers. Of a flow they compare velocities, and images made of the same noise. The torch side
-runs in a process of its own. The JAX side is imported when it is needed.
+context, and names the first submodule that differs; `generate` compares greedy tokens and the
+tokenizers. For a flow the last two compare velocities, and images from the same noise. PyTorch runs
+in a process of its own; JAX is imported only if needed.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from craft_jax.errors import FAILED_CHECK, OK, UsageError
-from interop.commands import Result, reading_options
-from interop.errors import InteropError, MissingDependencyError, listed
-from interop.mapping import dtypes, folds, pipeline
+from interop.commands import Result, add_models, add_reading, reading_options, torch_process
+from interop.commands.diff import describe, differences
+from interop.errors import InteropError, listed
+from interop.mapping import dtypes, folds
 from interop.mapping.spec import FlowSpec, ModelSpec, Spec
 from interop.mapping.table import Tap
-from interop.mapping.tensors import LazyTensor, bits
 from interop.sources import opening, source
 from interop.sources.source import CRAFT, Options, Source
-from interop.targets.base import FILES
 from interop.targets.registry import TARGETS
 
 LEVELS = ("structure", "bits", "logits", "generate")
@@ -39,7 +32,6 @@ TOLERANCE = 1e-10
 """Times max(1, |logit|), in float64. Measured: equal models 4e-15, the smallest mistake 5e-4."""
 
 _SEED = 20260101
-_WORKER = Path(__file__).parents[1] / "pytorch" / "worker.py"
 _NEW = 64
 _STEPS = 20
 _IMAGE_TOLERANCE = 1e-8
@@ -55,14 +47,14 @@ _TEXTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """How a comparison went.
+    """The result of a comparison.
 
     Attributes:
-      passed: whether the models are the same, as far as the level looks.
-      level: how far that is.
+      passed: whether the models are the same at this level.
+      level: the level of the comparison.
       summary: one line.
       problems: one line for each difference.
-      figures: what was measured.
+      figures: the measured values.
     """
 
     passed: bool
@@ -97,7 +89,7 @@ def verify(
       InteropError: one of them cannot be read.
     """
     if level not in LEVELS:
-        raise UsageError(f"--level={level} is not one of {', '.join(LEVELS)}")
+        raise UsageError(f"`level={level}` is not one of {', '.join(LEVELS)}")
     first, second = _open(a, options), _open(b, options)
     first, second, notes = _as_exported(first, second)
     return compare(first, second, level, seq_len=seq_len, notes=notes)
@@ -108,10 +100,10 @@ def _open(model: Any, options: Options | None) -> Source:
 
 
 def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
-    """Applies to one model what the other's manifest says that its export did on request."""
+    """Applies to each model the conversions that the other's manifest records."""
     notes: list[str] = []
 
-    def follow(model: Source, manifest: Any) -> Source:
+    def convert(model: Source, manifest: Any) -> Source:
         if not manifest:
             return model
         dtype = manifest.get("dtype", "keep")
@@ -121,14 +113,14 @@ def _as_exported(a: Source, b: Source) -> tuple[Source, Source, list[str]]:
         tokens = model.tokenizer.vocab_size if model.tokenizer else model.spec.vocab_size
         if manifest.get("trimmed") and model.spec.vocab_size > tokens:
             model, _ = source.trimmed(model)
-            notes.append("compared without the rows that --trim-vocab left out")
+            notes.append("compared without the rows that `trim_vocab` left out")
         wanted = dtypes.named(dtype)
         if wanted is not None and any(leaf.dtype != wanted for leaf in model.leaves.values()):
-            notes.append(f"compared after the same --dtype {dtype}")
+            notes.append(f"compared after the same `dtype={dtype}`")
             model = dataclasses.replace(model, leaves=dtypes.as_dtype(model.leaves, wanted))
         return model
 
-    return follow(a, b.manifest), follow(b, a.manifest), notes
+    return convert(a, b.manifest), convert(b, a.manifest), notes
 
 
 def _folded(model: Source, names: set[str]) -> Source:
@@ -161,12 +153,12 @@ def compare(
         figures["notes"] = list(notes)
     names = f"{a.path} and {b.path}"
     summary = (
-        f"{names} are the same: {figures.pop('said')}"
+        f"{names} are the same: {figures.pop('summary')}"
         if not problems
         else f"{names} differ: {problems[0]}"
         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
     )
-    figures.pop("said", None)
+    figures.pop("summary", None)
     return Report(
         passed=not problems,
         level=level,
@@ -187,15 +179,15 @@ def _structure(a: Source, b: Source) -> Checked:
     for model in (a, b):
         if model.kind != CRAFT:
             problems += _strict_load(model)
-    return problems, {"said": f"the same architecture, {a.num_params:,} parameters"}
+    return problems, {"summary": f"the same architecture, {a.num_params:,} parameters"}
 
 
 def _strict_load(model: Source) -> list[str]:
     """Compares names and shapes with those of PyTorch's own module, built without memory."""
     assert model.tensors is not None and model.rules is not None
-    if not _can_run(model):
+    if not torch_process.can_run(model):
         return []
-    answer, _ = _ask(model, {"what": "structure"})
+    answer, _ = torch_process.ask(model, {"what": "structure"})
     wanted = {name: tuple(shape) for name, shape in answer["tensors"].items()}
     extra = {one.name for one in (*model.rules.aliases, *model.rules.buffers)}
     missing = [name for name in wanted if name not in model.tensors and name not in extra]
@@ -205,8 +197,8 @@ def _strict_load(model: Source) -> list[str]:
         for name, shape in wanted.items()
         if name in model.tensors and model.tensors[name].shape != shape
     ]
-    lines = [f"PyTorch's module has {name}, the file has not" for name in missing]
-    return lines + [f"the file has {name}, PyTorch's module has not" for name in beyond] + shapes
+    lines = [f"{name} is in PyTorch's module, not in the file" for name in missing]
+    return lines + [f"{name} is in the file, not in PyTorch's module" for name in beyond] + shapes
 
 
 # Bits.
@@ -215,63 +207,9 @@ def _strict_load(model: Source) -> list[str]:
 def _bits(a: Source, b: Source) -> Checked:
     problems = a.spec.differences(b.spec)
     rows = differences(a, b)
-    problems += [_in_words(row, a, b) for row in rows]
+    problems += [describe(row, a, b) for row in rows]
     said = f"{len(a.leaves)} tensors, {a.num_params:,} parameters, bit for bit"
-    return problems, {"said": said, "tensors": len(a.leaves), "different": len(rows)}
-
-
-def differences(a: Source, b: Source) -> list[dict[str, Any]]:
-    """Returns one row for each leaf that is not the same, bit for bit, in both."""
-    found: list[dict[str, Any]] = []
-    for name in [*a.leaves, *(n for n in b.leaves if n not in a.leaves)]:
-        if name not in a.leaves or name not in b.leaves:
-            found.append({"name": name, "what": "only in one"})
-    both = [name for name in a.leaves if name in b.leaves]
-
-    def work(name: str) -> dict[str, Any] | None:
-        return _difference(name, a.leaves[name], b.leaves[name])
-
-    def cost(name: str) -> int:
-        return 2 * (a.leaves[name].nbytes + b.leaves[name].nbytes)
-
-    return found + [row for row in pipeline.ordered(work, both, cost) if row]
-
-
-def _difference(name: str, a: LazyTensor, b: LazyTensor) -> dict[str, Any] | None:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        what = f"{a.dtype.name} {list(a.shape)} and {b.dtype.name} {list(b.shape)}"
-        return {"name": name, "what": what}
-    x, y = a.read(), b.read()
-    unequal = bits(x) != bits(y)
-    count = int(np.count_nonzero(unequal))
-    if not count:
-        return None
-    where = tuple(int(i[0]) for i in np.nonzero(unequal))
-    with np.errstate(all="ignore"):
-        gap = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
-    return {
-        "name": name,
-        "what": f"{count} of {x.size} values",
-        "count": count,
-        "first": where,
-        "largest": float(np.max(gap)),
-        "values": [float(x[where]), float(y[where])],
-    }
-
-
-def _in_words(row: dict[str, Any], a: Source, b: Source) -> str:
-    places = [row["name"]]
-    for model in (a, b):
-        if model.rules and row["name"] in model.rules.rule_from:
-            places += [t for t in model.rules.rule_from[row["name"]].targets if t not in places]
-    name = places[0] + (f" ({', '.join(places[1:])})" if len(places) > 1 else "")
-    if "count" not in row:
-        return f"{name}: {row['what']}"
-    x, y = row["values"]
-    return (
-        f"{name}: {row['what']} differ, the first at {list(row['first'])}: {x!r} and {y!r}; the "
-        f"largest difference is {row['largest']:.3g}"
-    )
+    return problems, {"summary": said, "tensors": len(a.leaves), "different": len(rows)}
 
 
 # Logits.
@@ -288,7 +226,7 @@ def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
 
 
 def _differ_in_size(a: Spec, b: Spec) -> bool:
-    """Whether two models cannot compute the same inputs."""
+    """Returns whether two models cannot compute the same inputs."""
     if not (a.is_of_tokens and b.is_of_tokens):
         return bool(a.differences(b))
     sizes = ("vocab_size", "max_seq_len", "num_decoder_layers")
@@ -296,9 +234,9 @@ def _differ_in_size(a: Spec, b: Spec) -> bool:
 
 
 def _compared(
-    a: Source, b: Source, inputs: dict[str, np.ndarray], what: str, where_in_words: str
+    a: Source, b: Source, inputs: dict[str, np.ndarray], what: str, condition: str
 ) -> Checked:
-    """Compares what two models compute of inputs: `what`, whose last axis is of alternatives."""
+    """Compares the outputs of two models, `what` (logits or velocities), for the same inputs."""
     taps = _taps(a, b)
     x_BTV, x_states = _run(a, inputs, taps)
     y_BTV, y_states = _run(b, inputs, taps)
@@ -309,7 +247,7 @@ def _compared(
     figures = {
         "largest": worst,
         "tolerance": TOLERANCE,
-        "said": f"float64 {what} {where_in_words}, largest difference {worst:.3g} x max(1, {unit})",
+        "summary": f"float64 {what} {condition}, largest difference {worst:.3g} x max(1, {unit})",
     }
     if what == "logits":
         figures |= {"tokens": list(inputs["tokens"].shape), "same_top_token": agree}
@@ -319,11 +257,11 @@ def _compared(
     place, more = f"row {where[1]}, column {where[2]}", ""
     if what == "logits":
         place = f"position {int(where[1])}, token id {int(where[2])}"
-        more = f", and {agree:.1%} of the likeliest tokens agree"
+        more = f", and {agree:.1%} of the top tokens agree"
     problems = [
         f"float64 {what} differ by {worst:.3g} x max(1, {unit}), first of all at {place}; "
         f"{TOLERANCE:g} is allowed{more}",
-        _bisected(taps, x_states, y_states),
+        _first_difference(taps, x_states, y_states),
     ]
     return problems, figures
 
@@ -337,7 +275,7 @@ def _points(spec: FlowSpec) -> dict[str, np.ndarray]:
 
 
 def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
-    """Returns ids of two rows, the least and the largest among them, and what an encoder reads."""
+    """Returns two rows of ids, the least and the largest among them, and encoder inputs."""
     rng = np.random.default_rng(_SEED)
     tokens_BT = rng.integers(0, spec.vocab_size, (2, length), np.int32)
     tokens_BT[0, 0], tokens_BT[-1, -1] = 0, spec.vocab_size - 1
@@ -350,7 +288,7 @@ def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
 
 
 def _taps(a: Source, b: Source) -> tuple[Tap, ...]:
-    """The places where both models can be looked into, in the order of the forward pass."""
+    """Returns the submodules whose outputs both models expose, in the order of the forward."""
     places = [
         {tap.source: tap for tap in TARGETS[model.kind].mapping(model.spec).taps}
         for model in (a, b)
@@ -370,13 +308,13 @@ def _run(
     own = {tap.source: tap.target for tap in TARGETS[model.kind].mapping(model.spec).taps}
     paths = [own[tap.source] for tap in taps]
     request = {"what": "logits", "dtype": "float64", "taps": paths}
-    answer, arrays = _ask(model, request, inputs)
+    answer, arrays = torch_process.ask(model, request, inputs)
     if answer["loading"]:
         raise InteropError(f"{model.path} does not fill PyTorch's model: {answer['loading']}")
     return arrays["logits"], [arrays[f"tap {path}"] for path in paths]
 
 
-def _bisected(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -> str:
+def _first_difference(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -> str:
     for tap, x, y in zip(taps, a, b, strict=True):
         # A table of positions may put out (T, D) or (1, T, D).
         gap = (
@@ -389,84 +327,11 @@ def _bisected(taps: tuple[Tap, ...], a: list[np.ndarray], b: list[np.ndarray]) -
                 f"the first submodule that differs is {tap.source} ({tap.target}), by {gap:.3g}; "
                 f"look at {tap.causes}"
             )
-    return "all blocks agree and the logits do not: look at the head"
+    return "all blocks agree, but the logits differ: look at the head"
 
 
 def _live() -> Any:
     return importlib.import_module("interop.sources.live")
-
-
-def _can_run(model: Source) -> bool:
-    needed = ["torch"] + (["transformers"] if TARGETS[model.kind].container == "hf" else [])
-    return all(importlib.util.find_spec(name) is not None for name in needed)
-
-
-def _ask(
-    model: Source, request: dict[str, Any], inputs: dict[str, np.ndarray] | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Runs the torch side of a model in a process of its own.
-
-    Raises:
-      MissingDependencyError: torch or transformers is not installed.
-      InteropError: it failed; says how.
-    """
-    target = TARGETS[model.kind]
-    if not _can_run(model):
-        what = "torch and transformers" if target.container == "hf" else "torch"
-        raise MissingDependencyError(
-            f"running {model.path} needs {what}: pip install 'craft_jax[torch,hf]'"
-        )
-    if target.container not in FILES and not model.path.is_dir():
-        raise UsageError(
-            f"{model.path} is a file without a config, which PyTorch cannot run; import it, export "
-            "it to a folder, and verify that"
-        )
-    request = request | {
-        "container": target.container,
-        "target": target.name,
-        "path": str(model.path.absolute()),
-        "model": dataclasses.asdict(model.spec),
-        "names": {name: model.original.get(name, name) for name in _weights(model)},
-    }
-    with tempfile.TemporaryDirectory(prefix="interop_") as folder:
-        place = Path(folder)
-        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        np.savez(place / "inputs.npz", **(inputs or {}))
-        if problem := _run_worker(place):
-            raise InteropError(f"PyTorch cannot run {model.path}: {problem[:500]}")
-        answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
-        with np.load(place / "arrays.npz") as arrays:
-            return answer, dict(arrays)
-
-
-def _run_worker(folder: Path) -> str | None:
-    """Answers the request in a folder, in a process of its own; returns what went wrong, or None.
-
-    A process may run out of memory, or meet an instruction that the CPU does not have.
-    """
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(_WORKER), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if not done.returncode:
-        return None
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
-def _weights(model: Source) -> list[str]:
-    """Returns the names of the tensors that PyTorch's module loads: all but constants."""
-    assert model.tensors is not None and model.rules is not None
-    constants = {buffer.name for buffer in model.rules.buffers}
-    return [name for name in model.tensors if name not in constants]
 
 
 # Generate.
@@ -486,7 +351,7 @@ def _generate(a: Source, b: Source) -> Checked:
         problems.append(f"greedy tokens differ from number {first} on: {x[first:]} and {y[first:]}")
     both = a.tokenizer is not None and b.tokenizer is not None
     tokenizer = "the same tokenizer" if both else "no two tokenizers to compare"
-    return problems, {"said": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
+    return problems, {"summary": f"{count} greedy tokens, and {tokenizer}", "greedy": x}
 
 
 def _same_images(a: Source, b: Source) -> Checked:
@@ -498,7 +363,7 @@ def _same_images(a: Source, b: Source) -> Checked:
     figures = {
         "largest": largest,
         "tolerance": _IMAGE_TOLERANCE,
-        "said": f"{len(x_BHWC)} images of the same noise in {_STEPS} steps, largest difference "
+        "summary": f"{len(x_BHWC)} images of the same noise in {_STEPS} steps, largest difference "
         f"{largest:.3g}",
     }
     if largest <= _IMAGE_TOLERANCE:
@@ -511,7 +376,7 @@ def _images(model: Source, inputs: dict[str, np.ndarray]) -> np.ndarray:
     if model.kind == CRAFT:
         return _live().Reference(model.spec, model.leaves).images(inputs, _STEPS)
     request = {"what": "images", "dtype": "float64", "steps": _STEPS}
-    return _ask(model, request, inputs)[1]["images"]
+    return torch_process.ask(model, request, inputs)[1]["images"]
 
 
 def _greedy(
@@ -520,7 +385,7 @@ def _greedy(
     if model.kind == CRAFT:
         return _live().Reference(model.spec, model.leaves).greedy(prompt, count, inputs)
     request = {"what": "greedy", "dtype": "float64", "prompt": prompt, "new": count}
-    return _ask(model, request, inputs)[0]["greedy"]
+    return torch_process.ask(model, request, inputs)[0]["greedy"]
 
 
 def _tokenizer_problems(a: Source, b: Source) -> list[str]:
@@ -542,6 +407,15 @@ def _tokenizer_problems(a: Source, b: Source) -> list[str]:
         elif a.tokenizer.decode(x) != b.tokenizer.decode(x):
             problems.append(f"the tokenizers decode the ids of {known!r} to different texts")
     return problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_models(parser, "a", "b")
+    add = parser.add_argument
+    add("--level", default="bits", help="structure, bits (default), logits or generate")
+    add("--seq-len", type=int, help="tokens of context for logits (default: all)")
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -7,8 +7,8 @@
     craft-c  torch.nn.TransformerDecoder, whose memory is one zero vector
     craft-b  the first: torch.nn.TransformerEncoder, positions learned or sinusoidal
 
-A file is a checkpoint as Craft's trainer saves it. The settings of the model stand in it in one of
-several places; sizes are those of the tensors.
+A file is a checkpoint as Craft's trainer saves it. The settings of the model are in one of several
+places; sizes come from the tensors.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from interop.targets.base import (
     Limit,
     Reading,
     Target,
-    check_told,
+    check_inferred,
     count_layers,
     fixed,
     need_heads,
@@ -56,7 +56,7 @@ SETTINGS = {
 }
 _NO_SETTINGS = ("_target_", "model_type", "architecture", "pos_encoding_type")
 _DEFAULTS = {"dropout": 0.1, "norm_eps": 1e-5, "activation": "gelu", "norm_first": True}
-"""What Craft's own code takes where its config is silent."""
+"""Defaults of Craft's own code."""
 
 _PLACES = (
     ("model_config",),
@@ -76,7 +76,7 @@ def settings_in(around: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the settings of a model, by Craft's names, that a checkpoint holds; None for none.
 
     Args:
-      around: the checkpoint, as plain data: its config, in whichever place it stands.
+      around: the checkpoint, as plain data.
     """
     for place in _PLACES:
         found: Any = around
@@ -96,7 +96,7 @@ def _nested(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    """Returns a number that YAML took for text, such as 1e-5, as one; anything else as it is."""
+    """Converts numbers that YAML reads as text, such as 1e-5; returns other values unchanged."""
     if isinstance(value, str):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
@@ -105,7 +105,7 @@ def _number(value: Any) -> Any:
 
 
 def is_additive_mask(array: np.ndarray) -> bool:
-    """Whether an array (n, n) is 0 up to the diagonal and -inf above it."""
+    """Returns whether an array (n, n) is 0 up to the diagonal and -inf above it."""
     if array.ndim != 2 or array.shape[0] != array.shape[1]:
         return False
     n = len(array)
@@ -120,7 +120,7 @@ def _is_counting(array: np.ndarray) -> bool:
 
 
 class _Lineage(Target):
-    """What the generations have in common.
+    """Base of all generations.
 
     Attributes:
       path: of its class, as Craft's configs name it.
@@ -215,28 +215,30 @@ class _Lineage(Target):
         self, config: Mapping[str, Any] | None, tensors: Tensors, num_heads: int | None
     ) -> Mapping[str, Any]:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        told = self._told(shapes)
+        inferred = self._inferred(shapes)
         given = {}
         for theirs, ours in SETTINGS.items():
             value = (config or {}).get(theirs)
-            # An interpolation that nobody resolved says nothing.
+            # Ignores unresolved interpolations.
             if value is not None and not (isinstance(value, str) and value.startswith("${")):
                 given.setdefault(ours, _number(value))
         if num_heads is not None:
             given.setdefault("num_heads", num_heads)
-        # A file may say how long its texts were meant to be; the table of positions says it better.
-        check_told({n: v for n, v in told.items() if n not in ("max_seq_len", "bias")}, given)
-        need_heads(told["d_model"], given.get("num_heads"))
-        if given.get("bias", told["bias"]) != told["bias"]:
+        # The table of positions is right where the config has another length.
+        check_inferred(
+            {n: v for n, v in inferred.items() if n not in ("max_seq_len", "bias")}, given
+        )
+        need_heads(inferred["d_model"], given.get("num_heads"))
+        if given.get("bias", inferred["bias"]) != inferred["bias"]:
             raise CorruptFileError(f"bias is {given['bias']} by the config, and not by the tensors")
-        return _DEFAULTS | given | told
+        return _DEFAULTS | given | inferred
 
     def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
         known = {*SETTINGS, *_NO_SETTINGS, "config", "experiment", "model"}
         return [name for name in config if name not in known]
 
-    def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Returns the settings that tensors tell, by our names."""
+    def _inferred(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Returns the settings that follow from the shapes, by our names."""
         first = f"{self.stack}.0."
         rows, width = shapes[f"{self.embedding}.weight"]
         return {
@@ -260,7 +262,7 @@ class _Lineage(Target):
         return Reading(ModelSpec.simplest(**(dict(config) | self._fixed(config))))
 
     def _fixed(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the attributes that the generation has, whatever its config says."""
+        """Returns the attributes that the generation fixes, whatever its config."""
         return dict(self.has)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -375,8 +377,8 @@ class CraftD(_Lineage):
         what = "a causal mask of 0 and -inf"
         return (Buffer("layers.{i}.self_attn.causal_mask", is_additive_mask, what),)
 
-    def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        return super()._told(shapes) | {"head_bias": f"{self.head}.bias" in shapes}
+    def _inferred(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return super()._inferred(shapes) | {"head_bias": f"{self.head}.bias" in shapes}
 
     def _fixed(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.has, "norm_bias": True}
@@ -426,9 +428,9 @@ class CraftB(_Lineage):
     def write_config(self, spec: ModelSpec) -> dict[str, Any]:
         return super().write_config(spec) | {"pos_encoding_type": spec.positions}
 
-    def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    def _inferred(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         kind = "learned" if self._learned in shapes else "sinusoidal"
-        return super()._told(shapes) | {"positions": kind}
+        return super()._inferred(shapes) | {"positions": kind}
 
     def _num_positions(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return shapes[self._learned][0] if self._learned in shapes else shapes[self._sinusoids][1]
@@ -442,4 +444,4 @@ LINEAGES: tuple[_Lineage, ...] = (
     CraftB(),
     CraftD0(),
 )
-"""The last generation first: `--to craft` takes the first that holds the model."""
+"""The latest generation first: `target=craft` takes the first that holds the model."""

@@ -29,6 +29,7 @@ class CraftBPositions(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         count, d = model["max_seq_len"], model["d_model"]
+        self._is_sinusoidal = model["positions"] == "sinusoidal"
         if model["positions"] == "learned":
             self.position_embeddings = nn.Embedding(count, d)
             self.register_buffer("position_ids", torch.arange(count)[None])
@@ -37,7 +38,7 @@ class CraftBPositions(nn.Module):
 
     def forward(self, T: int) -> torch.Tensor:
         """Returns the rows of the first T positions: (1, T, D)."""
-        if hasattr(self, "pe"):
+        if self._is_sinusoidal:
             return self.pe[:, :T]
         return self.position_embeddings(self.position_ids[:, :T])
 

@@ -1,8 +1,7 @@
-"""Outputs that are whole or absent: written beside their place, synced, and renamed.
+"""Atomic outputs: written under a temporary name, synced, and renamed.
 
-Whatever ends a conversion, an earlier output stays as it was until the new one replaces it in one
-step, and what was half-written is removed. What a killed process left behind is removed by the next
-one.
+An earlier output stays as it was until the new one replaces it in one step. Partial outputs are
+removed on failure; those of a killed process, by the next conversion.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from craft_jax.checkpoint import atomic
 from interop.errors import DiskSpaceError, OutputExistsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What a folder or file must have to be a model: --overwrite must not cost anything else.
+# Overwriting replaces only models: folders with one of these names, files that begin like this.
 _OF_MODELS = {"interop_manifest.json", "config.json", "run.json"}
 _OF_CHECKPOINTS = (b"", b"PK", b"\x80\x02")
 
@@ -29,12 +28,12 @@ def check_place(
 
     Args:
       out: a file or a folder.
-      inputs: what it is made from.
-      overwrite: whether it may take the place of a model that is there.
-      is_folder: whether a folder is made, or a checkpoint file.
+      inputs: the sources.
+      overwrite: whether it may replace an earlier model.
+      is_folder: whether the output is a folder, or a checkpoint file.
 
     Raises:
-      OutputExistsError: it is there, or cannot be made, or is one of the inputs or inside one.
+      OutputExistsError: it exists, cannot be created, or is an input or inside one.
     """
     place = out.resolve()
     for source in inputs:
@@ -46,20 +45,22 @@ def check_place(
                 f"{out} and the input {source} lie within each other; choose another output"
             )
     if os.path.lexists(out) and not overwrite:
-        raise OutputExistsError(f"{out} exists already; choose another output, or add --overwrite")
+        raise OutputExistsError(f"{out} exists already; choose another output, or set `overwrite`")
     if os.path.lexists(out) and not _is_replaceable(out, is_folder):
         kind = "folder" if is_folder else "checkpoint file"
         raise OutputExistsError(
-            f"{out} is not an earlier {kind} of a model, so --overwrite does not replace it; move "
+            f"{out} is not an earlier {kind} of a model, so `overwrite` does not replace it; move "
             "it away, or choose another output"
         )
     parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputExistsError(f"{out} cannot be made: {parent} is not a folder that I may write")
+        raise OutputExistsError(
+            f"{out} cannot be created: {parent} is not a writable folder; choose another output"
+        )
 
 
 def _is_replaceable(out: Path, is_folder: bool) -> bool:
-    """Whether what is there is a model, an empty folder or an empty file, and no other work."""
+    """Returns whether the output is an earlier model, or an empty folder or file."""
     if out.is_symlink() or out.is_dir() != is_folder:
         return False
     if is_folder:
@@ -71,22 +72,22 @@ def _is_replaceable(out: Path, is_folder: bool) -> bool:
 
 @contextlib.contextmanager
 def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
-    """Gives a place to write to, which becomes `out` when the context ends without an exception.
+    """Yields a temporary path, which is renamed to `out` if no exception leaves the context.
 
     Args:
-      out: a file or a folder; missing parents are made.
-      overwrite: whether it may take the place of what is there.
-      num_bytes: how much is about to be written.
+      out: a file or a folder; missing parents are created.
+      overwrite: whether it may replace an earlier output.
+      num_bytes: the size of the output.
 
     Yields:
-      A path beside `out` where nothing is; make a file or a folder there.
+      A free path beside `out`, for a file or a folder.
 
     Raises:
-      OutputExistsError: `out` appeared in the meantime, or cannot be made.
+      OutputExistsError: `out` appeared in the meantime, or cannot be created.
       DiskSpaceError: there is no room.
     """
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    made = _make_parents(out)
+    created = _create_parents(out)
     try:
         _remove_leftovers(out)
         atomic.remove(partial)
@@ -99,7 +100,7 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
         yield partial
         atomic.sync_tree(partial)
         _publish(partial, out, overwrite)
-        made = []
+        created = []
     except OSError as error:
         if error.errno in _FULL:
             raise DiskSpaceError(
@@ -109,23 +110,23 @@ def output(out: Path, *, overwrite: bool, num_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         atomic.remove(partial)
-        for folder in made:
+        for folder in created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _make_parents(out: Path) -> list[Path]:
-    """Makes missing parents; returns them, innermost first."""
+def _create_parents(out: Path) -> list[Path]:
+    """Creates missing parents; returns them, innermost first."""
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputExistsError(f"{out} cannot be made: {error}") from error
+        raise OutputExistsError(f"{out} cannot be created: {error}") from error
     return missing
 
 
 def _publish(partial: Path, out: Path, overwrite: bool) -> None:
-    exists = f"{out} was made by another process in the meantime; nothing was overwritten"
+    exists = f"{out} was created by another process in the meantime; nothing was overwritten"
     if not overwrite:
         try:
             if partial.is_dir():
@@ -153,7 +154,7 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Removes what processes that are gone left beside `out`."""
+    """Removes temporary outputs of dead processes beside `out`; restores an output they moved."""
     pattern = re.compile(re.escape(out.name) + r"\.(tmp|old)-(\d+)")
     for path in out.parent.iterdir():
         found = pattern.fullmatch(path.name)

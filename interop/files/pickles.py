@@ -325,7 +325,7 @@ class Machine:
         shown = one_line(name if name.isprintable() else ascii(name))
         raise UnsafePickleError(
             f"{self._path}: its pickle asks for {shown}, which is not known to be harmless; "
-            f"nothing was run. To read it as an inert stub, add --allow-global {shown}",
+            f"nothing was run. To read it as an inert stub, give `allow_globals={shown}`",
             path=str(self._path),
             name=name,
         )
@@ -501,7 +501,7 @@ _ACTIONS: dict[str, Callable[[Machine, Any], None]] = {
 
 
 def _is_harmless(module: str, attribute: str) -> bool:
-    """Whether a name may become a stub: a class, and not one of Python, numpy or torch."""
+    """Returns whether a name may become a stub: a class, and not one of Python, numpy or torch."""
     if f"{module}.{attribute}" in _STUBS:
         return True
     # Without dots, as attributes of attributes are a way to reach anything.
@@ -543,7 +543,7 @@ def one_line(text: Any) -> str:
 
 
 def is_pickle(data: mmap.mmap) -> bool:
-    """Whether a file can be a pickle: it says so, or its opcodes make sense up to the last one."""
+    """Returns whether a file can be a pickle, by its header or by valid opcodes to the end."""
     if data[:1] == b"\x80" and data[1:2] <= b"\x05":
         return True
     try:

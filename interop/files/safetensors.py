@@ -121,7 +121,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text is free of half surrogate pairs, which no terminal and no file could take."""
+    """Returns whether a text has no lone surrogates, which cannot be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

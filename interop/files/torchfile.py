@@ -249,7 +249,7 @@ class _Source:
         return storage
 
     def _begins_with_magic(self, reader: Reader) -> bool:
-        """Whether this is the legacy format. Leaves the reader behind the first pickle."""
+        """Returns whether this is the legacy format. Leaves the reader behind the first pickle."""
         if not is_pickle(self._data):
             return False
         value = self._run(reader)

@@ -1,7 +1,6 @@
 """The weights of a model in the ways Hugging Face stores them: a file, or a folder with shards.
 
-A path flows in; named lazy arrays flow out, once all that a folder says about them agrees. The
-other way, names and sizes flow in, and which file each tensor goes to flows out.
+Returns named lazy arrays, once all files and indexes of a folder agree.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ import json
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,16 @@ from interop.errors import (
 )
 from interop.files.pickles import StoredTensor
 from interop.files.safetensors import read_safetensors, unique_names
+from interop.files.shards import INDEX, SINGLE
 from interop.files.torchfile import read_torch_file
-from interop.mapping.tensors import Abstract, LazyTensor, same_bits
+from interop.mapping.tensors import LazyTensor, same_bits
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# Best first: whoever comes later is compared with the first that is there.
+# Best first; the others are compared with the first that exists.
 _STANDARD = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INDEX_SUFFIX = ".index.json"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r".+-\d{5,}-of-\d{5,}\.(safetensors|bin)")
-_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([kmgt]i?b|b|)", re.IGNORECASE)
-_MAX_SIZE = 2**63 - 1
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_DIFFERENCES = 3
 _SHORT = reprlib.Repr()
@@ -44,13 +39,13 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a path holds.
+    """The weights at a path.
 
     Attributes:
-      tensors: the arrays by name; empty for a torch file that is no flat dict of tensors.
+      tensors: the arrays by name; empty for a torch file that is not a flat dict of tensors.
       files: the files that they are in.
-      notes: what a person should know about the choice of files.
-      container: all that a torch file holds; None for other files, and for folders.
+      notes: remarks on the choice of files.
+      container: the whole content of a torch file; None for other files, and for folders.
       metadata: text from safetensors headers.
     """
 
@@ -65,7 +60,7 @@ def open_weights(path: Path, allow_globals: Collection[str] = ()) -> Weights:
     """Opens a file of weights, an index of shards, or a folder with either.
 
     Args:
-      path: what to open. What a file is in is told by its content, not by its name.
+      path: the file or folder. The content of a file determines its format, not its name.
       allow_globals: see `read_torch_file`.
 
     Raises:
@@ -155,7 +150,7 @@ def _open_folder(folder: Path, allow_globals: Collection[str]) -> Weights:
 
 def _listed_folder(folder: Path) -> list[str]:
     try:
-        # Names with a dot are what systems leave behind, such as `._model.safetensors`.
+        # Names with a dot are system files, such as `._model.safetensors`.
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise CorruptFileError(
@@ -168,8 +163,8 @@ def _only_other(folder: Path, names: Sequence[str]) -> str:
     shards = [name for name in names if _SHARD.fullmatch(name)]
     if shards:
         raise CorruptFileError(
-            f"{folder} has shards without an index: {listed(shards)}; add {INDEX}, which says "
-            "what is complete",
+            f"{folder} has shards without an index: {listed(shards)}; add {INDEX}, which "
+            "lists them",
             path=str(folder),
         )
     adapter = [name for name in _ADAPTER if name in names]
@@ -197,7 +192,7 @@ def _only_other(folder: Path, names: Sequence[str]) -> str:
 
 
 def _leftovers(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
-    """Yields notes on files of weights that nothing refers to."""
+    """Yields notes on unused files of weights."""
     unknown = [name for name in names if name not in known]
     stale = [name for name in unknown if _SHARD.fullmatch(name)]
     if stale:
@@ -210,7 +205,7 @@ def _leftovers(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
 def _compared(
     folder: Path, first: str, weights: Weights, other: str, allow_globals: Collection[str]
 ) -> Weights:
-    """Opens other weights of the same folder, which must be the same to the bit."""
+    """Opens other weights of the same folder, which must have the same bits."""
     remedy = "name the one to use instead of the folder, or remove the other"
     files = {"path": str(folder), "files": [first, other]}
     try:
@@ -233,7 +228,7 @@ def _compared(
 def _differences(
     first: str, a: Mapping[str, LazyTensor], second: str, b: Mapping[str, LazyTensor]
 ) -> Iterator[str]:
-    """Yields what differs, reading one tensor of each at a time."""
+    """Yields the differences, reading one tensor of each at a time."""
     both = a.keys() & b.keys()
     for file, tensors in ((first, a), (second, b)):
         memories = _memories(tensors[name] for name in both)
@@ -382,85 +377,3 @@ def _check_total(index: Path, metadata: Any, tensors: Mapping[str, LazyTensor]) 
             expected=claimed,
             actual=total,
         )
-
-
-# ---- writing
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file to write.
-
-    Attributes:
-      file: its name.
-      names: the tensors that go into it.
-    """
-
-    file: str
-    names: tuple[str, ...]
-
-
-def plan_shards(tensors: Mapping[str, Abstract], max_shard_size: int) -> list[Shard]:
-    """Fills files with tensors in their order.
-
-    Args:
-      tensors: what will be written.
-      max_shard_size: bytes of tensors that a file may have; a larger tensor is alone in one.
-
-    Raises:
-      ValueError: the limit is below one byte.
-    """
-    if max_shard_size < 1:
-        raise ValueError(f"a shard of {max_shard_size} bytes holds nothing; give 1 or more")
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > max_shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor.nbytes
-    if len(groups) == 1:
-        return [Shard(SINGLE, tuple(groups[0]))]
-    return [
-        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(names))
-        for i, names in enumerate(groups, 1)
-    ]
-
-
-def index_json(shards: Iterable[Shard], tensors: Mapping[str, Abstract]) -> dict[str, Any]:
-    """Returns the content of `model.safetensors.index.json`."""
-    home = {name: shard.file for shard in shards for name in shard.names}
-    return {
-        "metadata": {
-            "total_parameters": sum(tensors[name].size for name in home),
-            "total_size": sum(tensors[name].nbytes for name in home),
-        },
-        "weight_map": dict(sorted(home.items())),
-    }
-
-
-def parse_size(size: str | int) -> int:
-    """Returns a number of bytes.
-
-    Args:
-      size: such as `5GB` (10^9 each), `1.5 GiB` (2^30 each), or `1000` (bytes).
-
-    Raises:
-      ValueError: it is not a whole number of bytes from 1 to 2^63 - 1.
-    """
-    problem = f"{_SHORT.repr(size)} is not a size; give bytes, or a size such as 500MB or 5GiB"
-    if isinstance(size, bool) or not isinstance(size, (str, int)):
-        raise ValueError(problem)
-    found = _SIZE.fullmatch(str(size).strip()) if isinstance(size, str) else None
-    if isinstance(size, str) and not found:
-        raise ValueError(problem)
-    value = Decimal(found[1]) * _unit(found[2].lower()) if found else Decimal(size)
-    if value != int(value) or not 1 <= value <= _MAX_SIZE:
-        raise ValueError(f"{_SHORT.repr(size)} is not a whole number of bytes from 1 to 2^63 - 1")
-    return int(value)
-
-
-def _unit(name: str) -> int:
-    base = 1024 if name.endswith("ib") else 1000
-    return base ** " kmgt".index(name[0]) if name not in ("", "b") else 1

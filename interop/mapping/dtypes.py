@@ -1,6 +1,6 @@
-"""What happens to a model's leaves before any table sees them: dtypes, padding rows, odd numbers.
+"""Conversions of a model's leaves before any table: dtypes, padding rows, non-finite values.
 
-Both change the model on request and are recorded; after them, every table is exact again.
+They apply on request only and are recorded; after them, every table is exact again.
 """
 
 import functools
@@ -29,7 +29,7 @@ _SLAB = 1 << 20
 
 
 def named(dtype: str) -> np.dtype | None:
-    """Returns the dtype that `--dtype` names; None for `keep`.
+    """Returns the dtype that an option names; None for `keep`.
 
     Raises:
       UsageError: it names none.
@@ -37,24 +37,24 @@ def named(dtype: str) -> np.dtype | None:
     if dtype == "keep":
         return None
     if dtype not in _NAMES:
-        raise UsageError(f"--dtype={dtype} is not one of keep, fp32, bf16, fp16, fp64")
+        raise UsageError(f"`dtype={dtype}` is not one of keep, fp32, bf16, fp16, fp64")
     return DTYPES[_NAMES[dtype]]
 
 
-def check_dtypes(tensors: Mapping[str, Any], asked: np.dtype | None) -> None:
+def check_dtypes(tensors: Mapping[str, Any], dtype: np.dtype | None) -> None:
     """Checks that every tensor has a dtype that a model can have.
 
     Raises:
-      DtypeError: it has not; float64 only where it, or another dtype, is asked for.
+      DtypeError: it has not; float64 is accepted only with an explicit dtype.
     """
     kept = {DTYPES[name] for name in _KEPT}
     for name, tensor in tensors.items():
-        if tensor.dtype in kept or (tensor.dtype == np.float64 and asked is not None):
+        if tensor.dtype in kept or (tensor.dtype == np.float64 and dtype is not None):
             continue
         if tensor.dtype == np.float64:
             raise DtypeError(
-                f"{name} is float64, which training here does not use; say --dtype fp32 to round "
-                "it, or --dtype fp64 to keep it"
+                f"{name} is float64, which training here does not use; `dtype=fp32` rounds it, "
+                "`dtype=fp64` keeps it"
             )
         raise DtypeError(
             f"{name} is {tensor.dtype.name}, a quantised or counting dtype; convert the weights to "
@@ -104,7 +104,7 @@ def trimmed(tensors: Tensors, names: tuple[str, ...], rows: int) -> dict[str, La
 
 
 def count_nonfinite(array: np.ndarray) -> int:
-    """Returns how many values are NaN or infinite, by their exponent bits, in bounded memory."""
+    """Counts NaN and infinite values by their exponent bits, in bounded memory."""
     masks = {
         "float64": 0x7FF0 << 48,
         "float32": 0x7F80 << 16,
@@ -127,13 +127,13 @@ def nonfinite_notes(counts: Mapping[str, int], strict: bool) -> list[str]:
     """Returns a warning about tensors that hold NaN or infinities; empty if none does.
 
     Raises:
-      DtypeError: one does, and `strict` refuses that.
+      DtypeError: one does, and `strict` is set.
     """
     if not counts:
         return []
     text = f"{sum(counts.values())} values are NaN or infinite, in {listed(counts)}"
     if strict:
-        raise DtypeError(f"{text}; refused because of --strict-finite")
+        raise DtypeError(f"{text}; refused because of `strict_finite`")
     return [f"warning: {text}"]
 
 

@@ -1,7 +1,7 @@
-"""What can be multiplied or added into the weights, so that a simpler architecture holds a model.
+"""Folds: factors and constants that can be moved into the weights of a simpler architecture.
 
-The numbers stay the same up to rounding, and the weights do not come back: a fold is made only
-where it was asked for by name (`--allow-approx`). Leaves flow in and out; each is computed in
+Outputs stay the same up to rounding, and a fold cannot be undone: it is applied only
+if `allow_approx` names it. Leaves flow in and out; each is computed in
 float64 when it is read, and rounded once.
 """
 
@@ -19,11 +19,11 @@ from interop.mapping.tensors import LazyTensor, Tensors
 
 CROSS, SCALE = "cross-fold", "scale-fold"
 CONSTANT = ("zeros", "empty")
-"""Cross-attention that reads nothing, and so adds the same to every position."""
+"""Cross-attention without a source, which adds the same vector at every position."""
 
 
 def without_cross_attention(spec: ModelSpec) -> ModelSpec:
-    """Returns what a model is when its constant cross-attention is folded.
+    """Returns the spec of a model after its constant cross-attention is folded.
 
     Raises:
       NotRepresentableError: a layer norm follows it.
@@ -38,19 +38,19 @@ def without_cross_attention(spec: ModelSpec) -> ModelSpec:
 
 def towards(spec: ModelSpec, found: Tensors, folded: ModelSpec) -> dict[str, LazyTensor]:
     """Returns the leaves of `folded`, which is `spec` without cross-attention or without scale."""
-    made = dict(found)
+    result = dict(found)
     if spec.embedding_scale and not folded.embedding_scale:
-        table = made["token_embedding.embedding"]
+        table = result["token_embedding.embedding"]
         if spec.tie_embeddings:
-            made["head.embedding"] = table
+            result["head.embedding"] = table
         scaled = functools.partial(_scaled, table, math.sqrt(spec.d_model))
-        made["token_embedding.embedding"] = _computed(table, scaled)
+        result["token_embedding.embedding"] = _computed(table, scaled)
     if spec.cross_attention in CONSTANT and folded.cross_attention == "none" and spec.bias:
         for i in range(spec.num_layers):
-            bias = made[f"blocks.{i}.attn.out.bias"]
+            bias = result[f"blocks.{i}.attn.out.bias"]
             add = functools.partial(_with_constant, spec, found, i)
-            made[f"blocks.{i}.attn.out.bias"] = _computed(bias, add)
-    return {name: made[name] for name in leaves(folded)}
+            result[f"blocks.{i}.attn.out.bias"] = _computed(bias, add)
+    return {name: result[name] for name in leaves(folded)}
 
 
 def _computed(like: LazyTensor, read: Callable[[], np.ndarray]) -> LazyTensor:
@@ -62,11 +62,11 @@ def _scaled(table: LazyTensor, factor: float) -> np.ndarray:
 
 
 def _with_constant(spec: ModelSpec, found: Tensors, i: int) -> np.ndarray:
-    def wide(name: str) -> np.ndarray:
+    def in_float64(name: str) -> np.ndarray:
         return found[f"blocks.{i}.{name}"].read().astype(np.float64)
 
-    total_D = wide("attn.out.bias") + wide("cross.out.bias")
+    total_D = in_float64("attn.out.bias") + in_float64("cross.out.bias")
     if spec.cross_attention == "zeros":
         # Over one key the softmax is 1, and the value of a zero vector is the bias.
-        total_D += wide("cross.value.bias") @ wide("cross.out.kernel")
+        total_D += in_float64("cross.value.bias") @ in_float64("cross.out.kernel")
     return total_D

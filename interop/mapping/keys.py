@@ -1,6 +1,6 @@
-"""What wrappers do to the names of tensors, undone: torch.compile, DDP, FSDP, Lightning, PEFT.
+"""Removes the prefixes of wrappers from tensor names: torch.compile, DDP, FSDP, Lightning, PEFT.
 
-Every name that comes out is one that a table may know; nothing is guessed, and nothing collides.
+Nothing is guessed; names that would collide are an error.
 """
 
 import fnmatch
@@ -11,7 +11,7 @@ from interop.errors import AmbiguousSourceError, CollidingKeysError, listed
 
 # Path segments that wrappers add, in any order and at any depth.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Heads stand beside what a prefix is about.
+# Heads are beside the module that a prefix names.
 _HEADS = ("lm_head.", "output_projection.")
 _LEGACY = {"gamma": "weight", "beta": "bias"}
 
@@ -23,7 +23,7 @@ class Renamed(NamedTuple):
 
     Attributes:
       tensors: by name.
-      found: the prefixes and segments that were taken away.
+      found: the prefixes and segments that were removed.
       original: clean name to the one in the file.
     """
 
@@ -38,12 +38,12 @@ def cleaned(
     strip_prefix: str | None = None,
     ignore: Collection[str] = (),
 ) -> Renamed:
-    """Takes the prefixes of wrappers away.
+    """Removes the prefixes of wrappers.
 
     Args:
       tensors: by the names of a file.
-      anchors: pairs of a name that the file must hold, and what its names lack at the front.
-      strip_prefix: the prefix of the names that count, where there are several.
+      anchors: pairs of a name that the file must hold, and the prefix that its names lack.
+      strip_prefix: read only the names with this prefix.
       ignore: glob patterns of names to leave out.
 
     Raises:
@@ -101,13 +101,13 @@ def _check_distinct(names: Mapping[str, str]) -> None:
         if name in seen:
             raise CollidingKeysError(
                 f"{seen[name]} and {original} both become {name}; keep one of them with "
-                "--strip-prefix or --ignore-keys"
+                "`strip_prefix` or `ignore_keys`"
             )
         seen[name] = original
 
 
 def _prefix(names: Collection[str], anchors: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """Returns the one prefix before an anchor, and what the names lack at the front."""
+    """Returns the one prefix before an anchor, and the prefix that the names lack."""
     for anchor, missing in anchors:
         found = sorted(
             {
@@ -118,8 +118,8 @@ def _prefix(names: Collection[str], anchors: Sequence[tuple[str, str]]) -> tuple
         )
         if len(found) > 1:
             raise AmbiguousSourceError(
-                f"several sets of weights are there, with the prefixes {listed(map(repr, found))}; "
-                "choose one with --strip-prefix"
+                f"there are several sets of weights, with the prefixes {listed(map(repr, found))}; "
+                "choose one with `strip_prefix`"
             )
         if found:
             return found[0], missing

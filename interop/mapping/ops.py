@@ -1,8 +1,8 @@
 """The operations of a rule: typed, invertible, pure functions on numpy arrays.
 
-An operation knows what it does to shapes before it sees an array. Forward goes from craft_jax to
-the target, inverse comes back. `exact` means that it only moves data: every bit survives, both
-ways. All operations return views where they can; whoever writes an array makes it contiguous.
+An operation computes shapes without arrays. `forward` goes from craft_jax to the target, `inverse`
+back. `exact` operations only move data: every bit survives, both ways. Operations return views
+where they can; writers make arrays contiguous.
 """
 
 import abc
@@ -32,7 +32,7 @@ class Op(abc.ABC):
 
     @abc.abstractmethod
     def shapes(self, sources: Abstracts) -> Abstracts:
-        """Returns what `forward` makes of arrays like these.
+        """Returns the shapes and dtypes of the output of `forward`.
 
         Raises:
           ShapeMismatchError, DtypeError: it cannot take them.
@@ -47,7 +47,7 @@ class Op(abc.ABC):
         """Returns the source arrays.
 
         Args:
-          targets: what `forward` made.
+          targets: the output of `forward`.
           sources: shapes of the sources; their dtypes are those of the targets.
 
         Raises:
@@ -86,7 +86,7 @@ class Concat(Op):
             dtypes = ", ".join(str(s.dtype) for s in sources)
             raise DtypeError(
                 f"the target joins arrays whose dtypes differ ({dtypes}); give all of them one "
-                "with --dtype, or use --to craft-torch"
+                "with `dtype`, or use `target=craft-torch`"
             )
         shape = list(sources[0].shape)
         shape[self.axis] = sum(s.shape[self.axis] for s in sources)
@@ -120,9 +120,9 @@ class Tie(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Zeros(Op):
-    """An array that the target demands and craft_jax does not have: explicit zeros.
+    """Zeros for an array that the target demands and craft_jax lacks.
 
-    Forward, its one source only lends its dtype; the rule does not consume it.
+    `forward` takes only the dtype of its source; the rule does not consume it.
     """
 
     shape: tuple[int, ...]
@@ -144,7 +144,7 @@ class Zeros(Op):
 
 @dataclasses.dataclass(frozen=True)
 class OffsetRows(Op):
-    """Zero rows before the first, which nothing reads: some tables of positions begin later."""
+    """Unused zero rows before the first row of a position table."""
 
     count: int
 
@@ -162,7 +162,7 @@ class OffsetRows(Op):
 
 
 class SinusoidBuffer(Op):
-    """A table of sines (rows, d) as a buffer (1, rows, d); coming back, its values are checked."""
+    """A table of sines (rows, d) as a buffer (1, rows, d); `inverse` checks its values."""
 
     def shapes(self, sources: Abstracts) -> Abstracts:
         (source,) = sources
@@ -179,7 +179,7 @@ class SinusoidBuffer(Op):
 def check_sinusoids(table_PD: np.ndarray) -> None:
     """Checks that a table holds the sines and cosines of Vaswani et al. 2017, section 3.5.
 
-    Whoever computed it rounded the angle, which grows with the position, to float32.
+    The tolerance grows with the position: writers round the angle to float32.
 
     Raises:
       UnexpectedKeysError: it holds something else.
@@ -228,13 +228,13 @@ def _slabs(array: np.ndarray, rows: int = 1024) -> list[np.ndarray]:
 
 
 class Chain(NamedTuple):
-    """Operations applied one after the other; none at all renames."""
+    """Operations applied in order; an empty chain renames."""
 
     ops: tuple[Op, ...]
 
     @property
     def exact(self) -> bool:
-        """Whether every bit survives."""
+        """Returns whether every bit survives."""
         return all(op.exact for op in self.ops)
 
     def shapes(self, sources: Abstracts) -> Abstracts:

@@ -1,6 +1,6 @@
 """Streams tensors through a mapping: read, transform and hash in threads, write in order.
 
-Memory is bounded: what is under way never exceeds a budget by more than one rule's arrays.
+Memory is bounded: arrays in flight never exceed a budget by more than those of one rule.
 """
 
 import collections
@@ -16,20 +16,20 @@ from interop.mapping.table import Mapping, Rule
 from interop.mapping.tensors import Tensors
 
 DEFAULT_BUDGET = 256 * 2**20
-"""Bytes that may be under way at once."""
+"""Bytes that may be in flight at once."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Done(NamedTuple):
-    """A rule that was carried out.
+    """The result of one rule.
 
     Attributes:
       arrays: the target's tensors by name, contiguous; tied names share one.
       digests: of the target's tensors.
       canonical: digests of the leaves, in their own layout.
-      nonfinite: how many values of each leaf are NaN or infinite, where there are any.
+      nonfinite: the number of NaN and infinite values of each leaf that has any.
     """
 
     arrays: dict[str, np.ndarray]
@@ -39,14 +39,14 @@ class Done(NamedTuple):
 
 
 def workers_or_default(workers: int | None) -> int:
-    """Returns how many threads work; None for as many as help."""
+    """Returns the number of threads; the default for None."""
     return workers or min(4, os.cpu_count() or 1)
 
 
 def forward(
     rules: Mapping, leaves: Tensors, *, workers: int | None = None, budget: int | None = None
 ) -> Iterator[Done]:
-    """Yields what each rule makes of a model's leaves, in the order of the rules."""
+    """Yields the result of each rule, in their order."""
 
     def carry_out(one: Rule) -> Done:
         sources = {name: leaves[name].read() for name in one.reads}
@@ -87,11 +87,11 @@ def digests(
 
 
 class Survey(NamedTuple):
-    """What one reading of a model's leaves found.
+    """Digests and counts from one pass over a model's leaves.
 
     Attributes:
-      digests: of the leaves; empty if they were not asked for.
-      nonfinite: how many values of each leaf are NaN or infinite, where there are any.
+      digests: of the leaves; empty if not requested.
+      nonfinite: the number of NaN and infinite values of each leaf that has any.
     """
 
     digests: dict[str, str]
@@ -128,27 +128,27 @@ def ordered(
     """Yields `work(item)` in order, computed ahead in threads.
 
     Args:
-      work: what to do with an item.
+      work: the function of an item.
       items: all of them.
       cost: the bytes that an item takes; one that exceeds the budget goes alone.
       workers: threads.
-      budget: bytes of all items that are under way, that which was yielded last among them.
+      budget: bytes of all items in flight, including the last one yielded.
     """
     limit = DEFAULT_BUDGET if budget is None else budget
     waiting: collections.deque = collections.deque(items)
-    under_way: collections.deque = collections.deque()
+    in_flight: collections.deque = collections.deque()
     used = 0
     with concurrent.futures.ThreadPoolExecutor(workers_or_default(workers)) as pool:
         try:
-            while waiting or under_way:
-                while waiting and (not under_way or used + cost(waiting[0]) <= limit):
+            while waiting or in_flight:
+                while waiting and (not in_flight or used + cost(waiting[0]) <= limit):
                     item = waiting.popleft()
                     used += cost(item)
-                    under_way.append((pool.submit(work, item), cost(item)))
-                future, bytes_ = under_way.popleft()
+                    in_flight.append((pool.submit(work, item), cost(item)))
+                future, bytes_ = in_flight.popleft()
                 yield future.result()
                 del future
                 used -= bytes_
         finally:
-            for future, _ in under_way:
+            for future, _ in in_flight:
                 future.cancel()

@@ -147,12 +147,12 @@ class ModelSpec(Spec):
 
     @property
     def has_norm_bias(self) -> bool:
-        """Whether the layer norms of the blocks have biases."""
+        """Returns whether the layer norms of the blocks have biases."""
         return self.bias if self.norm_bias is None else self.norm_bias
 
     @property
     def has_final_norm_bias(self) -> bool:
-        """Whether the last layer norm has a bias."""
+        """Returns whether the last layer norm has a bias."""
         return self.has_norm_bias if self.final_norm_bias is None else self.final_norm_bias
 
     def _impossible(self) -> list[str]:

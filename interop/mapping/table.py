@@ -57,14 +57,14 @@ class Rule:
         return Chain(self.ops)
 
     def found(self, targets: Collection[str]) -> tuple[str, ...]:
-        """The tensors to read where a file holds `targets`: of one under several names, those."""
+        """Returns the tensors to read from a file with these names; of tied ones, any present."""
         is_tie = bool(self.ops) and isinstance(self.ops[-1], Tie)
         there = tuple(name for name in self.targets if name in targets)
         return there if is_tie and there else self.targets
 
     @property
     def mark(self) -> str | None:
-        """What stands for the layer in its names, if it stands for one rule in each."""
+        """The placeholder for the layer in its names, or None."""
         return _mark(*self.sources, *self.targets)
 
     def at_layer(self, i: int) -> "Rule":
@@ -123,7 +123,7 @@ class Tap:
 
     Attributes:
       source, target: paths of submodules, `{i}` for the layer.
-      causes: what is wrong, most likely, if this is the first place that differs.
+      causes: likely causes if this is the first place that differs.
     """
 
     source: str
@@ -133,11 +133,11 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """All that a target knows about names.
+    """The tensor names of a target.
 
     Attributes:
       rules: the tensors, in the order of the target's files.
-      aliases, buffers: what import accepts beyond them.
+      aliases, buffers: further tensors that import accepts.
       taps: places of the forward pass, in its order.
     """
 
@@ -147,7 +147,7 @@ class Table:
     taps: tuple[Tap, ...] = ()
 
     def bind(self, num_layers: int, num_decoder_layers: int = 0) -> "Mapping":
-        """Returns the rules of a model with so many layers."""
+        """Returns the rules of a model with these numbers of layers."""
         counts = dict(zip(MARKS, (num_layers, num_decoder_layers), strict=True))
 
         def each(name: str) -> list[str]:
@@ -212,11 +212,11 @@ class Mapping:
 
     @property
     def synthetic(self) -> tuple[str, ...]:
-        """Target tensors that no leaf goes into: zeros."""
+        """Target tensors without a source leaf: zeros."""
         return tuple(name for one in self.rules if not one.sources for name in one.targets)
 
     def shapes(self, sources: dict[str, Abstract] | Tensors) -> Abstracts:
-        """Returns what the target's tensors will be, having proven that the mapping is total.
+        """Returns the shapes of the target's tensors; proves that the mapping is total.
 
         Raises:
           MissingKeysError, UnexpectedKeysError: a leaf is missing, or consumed by no rule.
@@ -271,9 +271,9 @@ class Mapping:
         Constants among the targets (`buffers`, `aliases`, zeros) are read and checked here.
 
         Args:
-          targets: what a file holds, by the table's names.
+          targets: the tensors of a file, by the table's names.
           sources: the shapes that the leaves must have; their dtypes do not matter.
-          ignore: names that may be there and mean nothing.
+          ignore: further names to accept and ignore.
 
         Raises:
           MissingKeysError, UnexpectedKeysError, ShapeMismatchError, TiedWeightsError: with every
@@ -317,7 +317,7 @@ class Mapping:
         if extra:
             raise UnexpectedKeysError(
                 f"{len(extra)} tensors have no place in this architecture: {listed(extra)}; if "
-                "they mean nothing, leave them out with --ignore-keys",
+                "they mean nothing, leave them out with `ignore_keys`",
                 keys=extra,
             )
 
@@ -330,7 +330,7 @@ class Mapping:
         ]
         if wrong:
             raise ShapeMismatchError(
-                f"{len(wrong)} tensors have another shape than the config says: "
+                f"{len(wrong)} tensors have another shape than the config gives: "
                 + listed(wrong, "; "),
                 tensors=wrong,
             )
@@ -343,7 +343,7 @@ class Mapping:
                 except InteropError as error:
                     raise type(error)(
                         f"{alias.name} and {alias.of} are one tensor by the config, but the {error}"
-                        "; say that they are not tied, or leave one out with --ignore-keys",
+                        "; set them as not tied in the config, or leave one out with `ignore_keys`",
                         **error.details,
                     ) from None
         for buffer in self.buffers:

@@ -1,17 +1,17 @@
-"""What flows between files and rules: arrays that are described before they are read.
+"""Lazy tensors: arrays with a known shape and dtype that are read later.
 
 Everything is numpy; bfloat16 and float8 are `ml_dtypes`. Nothing here imports JAX or torch.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-# Names as in safetensors headers; the first column is also how messages call them.
+# Names as in safetensors headers; messages use them too.
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -51,20 +51,22 @@ class Abstract:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(Abstract):
-    """An array that is read when it is asked for.
+    """An array that is read on demand.
 
     Attributes:
       read: returns it; may be a read-only view of a mapped file.
+      memory: equal for two tensors that are the same elements of one storage; None if unknown.
     """
 
     read: Callable[[], np.ndarray] = dataclasses.field(compare=False, repr=False)
+    memory: Hashable = dataclasses.field(default=None, compare=False, repr=False)
 
 
 Tensors = Mapping[str, LazyTensor]
 
 
 def lazy(array: Any) -> LazyTensor:
-    """Wraps an array that is there already."""
+    """Wraps an array in memory."""
     array = np.asarray(array)
     return LazyTensor(array.shape, array.dtype, lambda: array)
 
@@ -76,16 +78,15 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have the same dtype, shape and bits."""
+    """Returns whether two arrays have the same dtype, shape and bits."""
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
 
 
 def is_one(tensors: Tensors, name: str, other: str) -> bool:
-    """Whether two names stand for one array: it is stored once, or `other` has its bits."""
+    """Returns whether two names are one array: stored once, or with the same bits."""
     if other not in tensors:
         return True
     a, b = tensors[name], tensors[other]
-    memory = getattr(a, "memory", None)
-    if memory is not None and memory == getattr(b, "memory", None):
+    if a.memory is not None and a.memory == b.memory:
         return True
     return (a.shape, a.dtype) == (b.shape, b.dtype) and same_bits(a.read(), b.read())

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ from interop.mapping.keys import cleaned
 from interop.mapping.shapes import leaves
 from interop.mapping.spec import Spec
 from interop.mapping.tensors import LazyTensor, Tensors
-from interop.sources.manifest import as_recorded, manifest_in, manifest_of, without_made_up
+from interop.sources.manifest import as_recorded, manifest_in, manifest_of, without_synthetic
 from interop.sources.source import Options, Source, check_layers, images_of
 from interop.targets import torch_stacks
 from interop.targets.base import Allowed, Reading
@@ -41,32 +41,40 @@ _STATE_DICTS = ("model", "state_dict", "model_state_dict", "module", "net")
 _EMA = ("ema", "model_ema", "ema_state_dict", "ema_model")
 
 
-# Everything else.
+class _Contents(NamedTuple):
+    """The parts of a folder or a file.
+
+    Attributes:
+      target: the form that it is in.
+      config: None where it has none.
+      tensors: by the names in the file.
+      around: the plain values beside the tensors of a file.
+      manifest: of the export that wrote it, or None.
+      step: number of updates.
+      metrics: of the last evaluation.
+      notes: on the choice of files.
+    """
+
+    target: Target
+    config: Mapping[str, Any] | None
+    tensors: Tensors
+    around: Mapping[str, Any]
+    manifest: Mapping[str, Any] | None
+    step: int
+    metrics: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def open_foreign(place: Path, options: Options) -> Source:
-    """Opens a folder or a file that is no run of craft_jax.
+    """Opens a folder or a file that is not a run of craft_jax.
 
     Raises:
       InteropError: it cannot be read; see docs/interop.md for the cases.
     """
-    if place.is_dir():
-        config: Mapping[str, Any] | None = _folder_config(place, options)
-        declared = _declared(config, place, options)
-        weights = open_weights(place, options.allow_globals)
-        raw: Tensors = weights.tensors
-        target = declared or _recognised(raw, place, dataclasses.replace(options, kind="craft"))
-        manifest, around = manifest_in(place), {}
-        step, metrics = (manifest or {}).get("source", {}).get("step", 0), {}
-    else:
-        weights = open_weights(place, options.allow_globals)
-        raw, found = _state_dict(weights, place)
-        around = plain(found or {})
-        manifest = manifest_of(place)
-        target, config = _of_file(raw, around, manifest, place, options)
-        step, metrics = _progress(around)
-    names = cleaned(raw, _anchors(target), options.strip_prefix, options.ignore_keys)
-    notes = list(weights.notes)
+    contents = (_folder_contents if place.is_dir() else _file_contents)(place, options)
+    target, config, manifest = contents.target, contents.config, contents.manifest
+    names = cleaned(contents.tensors, _anchors(target), options.strip_prefix, options.ignore_keys)
+    notes = list(contents.notes)
     if names.found:
         notes.append(f"names: took away {', '.join(names.found)}")
     complete, reading = _understood(target, config, names.tensors, options, place)
@@ -77,9 +85,8 @@ def open_foreign(place: Path, options: Options) -> Source:
     check_layers(reading.spec, len(names.tensors), place)
     _check_allowed(reading.approximations, options.allow_approx, place)
     spec = as_recorded(reading.spec, manifest)
-    spec, tensors = without_made_up(spec, target, names.tensors, manifest, options, notes)
-    rules = target.mapping(spec)
-    expected = leaves(spec)
+    spec, tensors = without_synthetic(spec, target, names.tensors, manifest, options, notes)
+    rules, expected = target.mapping(spec), leaves(spec)
     try:
         inverse = rules.inverse(tensors, expected)
     except InteropError as error:
@@ -98,10 +105,10 @@ def open_foreign(place: Path, options: Options) -> Source:
         kind=target.name,
         spec=spec,
         leaves={name: inverse[name] for name in expected},
-        tokenizer=_tokenizer_in(place, around, target, notes),
+        tokenizer=_tokenizer_in(place, contents.around, target, notes),
         images=_images_in(place, config, manifest),
-        step=step,
-        metrics=metrics,
+        step=contents.step,
+        metrics=contents.metrics,
         rules=rules,
         tensors=tensors,
         original=names.original,
@@ -111,6 +118,34 @@ def open_foreign(place: Path, options: Options) -> Source:
     )
 
 
+def _folder_contents(folder: Path, options: Options) -> _Contents:
+    config = _folder_config(folder, options)
+    declared = _declared(config, folder, options)
+    weights = open_weights(folder, options.allow_globals)
+    craft = dataclasses.replace(options, kind="craft")
+    manifest = manifest_in(folder)
+    return _Contents(
+        target=declared or _recognised_target(weights.tensors, folder, craft),
+        config=config,
+        tensors=weights.tensors,
+        around={},
+        manifest=manifest,
+        step=(manifest or {}).get("source", {}).get("step", 0),
+        metrics={},
+        notes=weights.notes,
+    )
+
+
+def _file_contents(file: Path, options: Options) -> _Contents:
+    weights = open_weights(file, options.allow_globals)
+    tensors, found = _state_dict(weights, file)
+    around = plain(found or {})
+    manifest = manifest_of(file)
+    target, config = _of_file(tensors, around, manifest, file, options)
+    step, metrics = _progress(around)
+    return _Contents(target, config, tensors, around, manifest, step, metrics, weights.notes)
+
+
 def _understood(
     target: Target,
     config: Mapping[str, Any] | None,
@@ -118,13 +153,13 @@ def _understood(
     options: Options,
     place: Path,
 ) -> tuple[Mapping[str, Any], Reading]:
-    """Returns the config, completed by what tensors and person say, and what it means."""
+    """Returns the config, completed from the tensors and the options, and its meaning."""
     try:
         _check_given(target, options)
         complete = target.complete_config(config, tensors, options.num_heads)
         reading = target.read_config(complete)
     except (InteropError, UsageError) as error:
-        details = getattr(error, "details", {})
+        details = error.details if isinstance(error, InteropError) else {}
         raise type(error)(f"{place}: {error}", **details) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = (
@@ -138,7 +173,7 @@ def _understood(
 
 
 def _wants_fold(spec: Spec, options: Options) -> bool:
-    """Whether the cross-attention is to be folded; allowing everything does not ask for that."""
+    """Returns whether to fold the cross-attention; `allow_approx=all` does not."""
     asked = folds.CROSS in Allowed.of(options.allow_approx).names
     return asked and spec.cross_attention in folds.CONSTANT
 
@@ -146,16 +181,16 @@ def _wants_fold(spec: Spec, options: Options) -> bool:
 def _check_heads(spec: Spec, options: Options, place: Path) -> None:
     if options.num_heads not in (None, spec.num_heads):
         raise UsageError(
-            f"{place}: --n-head={options.num_heads}, but its config says {spec.num_heads}; leave "
-            "it out, or give the config that is right with --config"
+            f"{place}: `num_heads={options.num_heads}`, but its config says {spec.num_heads}; "
+            "leave it out, or give the right `config`"
         )
 
 
 def _check_given(target: Target, options: Options) -> None:
-    """Checks that a config which a person gave says nothing in vain.
+    """Checks that the target knows all settings of a given config.
 
     Raises:
-      UsageError: it has a name that means nothing to the target.
+      UsageError: it does not know one.
     """
     given = options.given_config() or {}
     if unknown := target.unknown_settings(given):
@@ -165,7 +200,7 @@ def _check_given(target: Target, options: Options) -> None:
             if not target.unknown_settings({n: None})
         ]
         raise UsageError(
-            f"--config: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
+            f"`config`: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
             f"there are {', '.join(known)}"
         )
 
@@ -188,7 +223,7 @@ def _folder_config(folder: Path, options: Options) -> dict[str, Any]:
 
 
 def _declared(config: Mapping[str, Any], place: Path, options: Options) -> Target | None:
-    """Returns the target that a config names; None for one of Craft's, which name no library."""
+    """Returns the target that a config names; None for Craft, whose configs name no library."""
     kind = config.get("model_type")
     if options.kind in TARGETS:
         return TARGETS[options.kind]
@@ -255,7 +290,7 @@ def _of_file(
         target = TARGETS[written_by]
     else:
         declared = _declared(config, place, options) if config and "model_type" in config else None
-        target = declared or _recognised(raw, place, options)
+        target = declared or _recognised_target(raw, place, options)
     if config is None:
         config = target.config_in(around)
     if config is None and manifest is not None and written_by == target.name:
@@ -263,7 +298,7 @@ def _of_file(
     return target, config
 
 
-def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
+def _recognised_target(raw: Tensors, place: Path, options: Options) -> Target:
     problem: InteropError | None = None
     for target in options.targets:
         try:
@@ -271,19 +306,19 @@ def _recognised(raw: Tensors, place: Path, options: Options) -> Target:
             if target.recognises({name: tensor.shape for name, tensor in names.tensors.items()}):
                 return target
         except (AmbiguousSourceError, CollidingKeysError) as error:
-            # The anchor of one target may stand inside of another's names.
+            # The anchor of one target may be part of another's names.
             problem = problem or type(error)(f"{place}: {error}", **error.details)
     if problem is not None:
         raise problem
     raise UnknownArchitectureError(
         f"{place}: no architecture that interop knows has tensors like {listed(raw)}; it reads "
         + ", ".join(target.name for target in options.targets)
-        + "; if it is one of these, --from NAME says what is lacking"
+        + "; if it is one of these, `kind=NAME` says what is missing"
     )
 
 
 def _anchors(target: Target) -> list[tuple[str, str]]:
-    """The names by which a target is found: with, and without, what some files leave out."""
+    """Returns the names that identify a target, with and without its optional prefix."""
     prefix = target.optional_prefix
     short = [(target.anchor.removeprefix(prefix), prefix)] if prefix else []
     return [(target.anchor, ""), *short, *((anchor, "") for anchor in target.other_anchors)]
@@ -314,7 +349,7 @@ def _tokenizer_in(
 def _images_in(
     place: Path, config: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
 ) -> ImageFormat | None:
-    """Returns what config or manifest say of images, None if neither does.
+    """Returns the image format in the config or the manifest, or None.
 
     Raises:
       CorruptFileError: it cannot be understood.
@@ -330,7 +365,7 @@ def _check_allowed(crossed: Mapping[str, str], allow_approx: Any, place: Path) -
     refused = {name: why for name, why in crossed.items() if not allowed.covers(name)}
     if refused:
         raise NotRepresentableError(
-            f"{place} cannot be read exactly: {'; '.join(refused.values())}; --allow-approx="
-            f"{','.join(refused)} accepts that",
+            f"{place} cannot be read exactly: {'; '.join(refused.values())}; "
+            f"`allow_approx={','.join(refused)}` accepts that",
             reasons=list(refused.values()),
         )

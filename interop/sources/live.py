@@ -1,4 +1,4 @@
-"""Passage between models of craft_jax in memory and the rest of interop. Needs JAX."""
+"""Conversion between models of craft_jax in memory and sources. Needs JAX."""
 
 import dataclasses
 import functools
@@ -24,16 +24,14 @@ Inputs = Mapping[str, np.ndarray]
 
 
 def source_of(model: Any) -> Source:
-    """Returns a model with its parameters as something that can be exported.
+    """Returns a model in memory as a source.
 
     Raises:
-      UsageError: it is no model of craft_jax.
-      NotRepresentableError: it is one that interop does not know.
+      UsageError: it is not a model of craft_jax.
+      NotRepresentableError: interop does not know its kind.
     """
     if not isinstance(model, Model):
-        raise UsageError(
-            f"{type(model).__name__} is no path, no run and no model of craft_jax; pass one"
-        )
+        raise UsageError(f"{type(model).__name__} is not a path, a run or a model of craft_jax")
     leaves = {
         name: LazyTensor(leaf.shape, np.dtype(leaf.dtype), functools.partial(_fetch, leaf))
         for name, leaf in base.split(model).items()
@@ -52,7 +50,7 @@ def _fetch(leaf: jax.Array) -> np.ndarray:
 
 
 def spec_of(config: Any) -> Spec:
-    """Returns the spec of a model's config dataclass, such as `GPTConfig`; a spec is one already.
+    """Returns the spec of a model's config dataclass, such as `GPTConfig`, or the spec itself.
 
     Raises:
       NotRepresentableError: see `ModelSpec.from_model_config`.
@@ -93,12 +91,12 @@ class Reference:
             )
 
     def logits(self, inputs: Inputs) -> np.ndarray:
-        """Returns logits_BTV, float64, of what a model reads; of a flow, velocities v_BHWC."""
+        """Returns float64 logits_BTV; of a flow, velocities v_BHWC."""
         with _float64():
             return np.asarray(self._forward(self._params, inputs))
 
     def greedy(self, prompt: list[int], count: int, inputs: Inputs) -> list[int]:
-        """Returns the likeliest continuation, of the first source; up to the model's context."""
+        """Returns the greedy continuation for the first source, within the model's context."""
         tokens = list(prompt)
         width = min(self._spec.max_seq_len, len(prompt) + count)
         first = {name: array[:1] for name, array in inputs.items()}
@@ -110,14 +108,14 @@ class Reference:
         return tokens[len(prompt) :]
 
     def states(self, inputs: Inputs, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Returns what the submodules at some paths put out, float64."""
+        """Returns the float64 outputs of the submodules at some paths."""
         with _float64():
             model = self._definition.merge(self._params)
             arrays = {name: jax.numpy.asarray(array) for name, array in inputs.items()}
             return _observed(model, lambda: self._apply(model, arrays), paths)
 
     def images(self, inputs: Inputs, num_steps: int) -> np.ndarray:
-        """Returns the images that a flow makes of the noise `x` (B, H, W, C) and `labels` (B,)."""
+        """Returns the images of a flow for the noise `x` (B, H, W, C) and `labels` (B,)."""
 
         def generate(params: Any, inputs: Any) -> jax.Array:
             model = self._definition.merge(params)

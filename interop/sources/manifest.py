@@ -1,4 +1,4 @@
-"""What an export recorded of itself, and how it changes what is read back."""
+"""The manifest of an export, and its effect on reading the model back."""
 
 import contextlib
 import dataclasses
@@ -51,12 +51,12 @@ def _checked_manifest(value: dict[str, Any], file: Path) -> dict[str, Any]:
     return value
 
 
-_MADE_UP = ("bias", "norm_bias", "final_norm_bias", "cross_attention")
-"""Attributes by which a model may have less than a target demands."""
+_REMOVABLE = ("bias", "norm_bias", "final_norm_bias", "cross_attention")
+"""Attributes whose tensors a target may demand although the model lacks them."""
 
 
 def as_recorded(spec: Spec, manifest: Mapping[str, Any] | None) -> Spec:
-    """Returns a spec in the family that an export wrote down, if it is the same model in that."""
+    """Returns a spec in the family that an export recorded, if that family can express it."""
     name = (manifest or {}).get("spec", {}).get("name")
     try:
         return dataclasses.replace(spec, name=name) if isinstance(name, str) else spec
@@ -64,7 +64,7 @@ def as_recorded(spec: Spec, manifest: Mapping[str, Any] | None) -> Spec:
         return spec
 
 
-def without_made_up(
+def without_synthetic(
     spec: Spec,
     target: Target,
     tensors: Tensors,
@@ -72,30 +72,30 @@ def without_made_up(
     options: Options,
     notes: list[str],
 ) -> tuple[Spec, Tensors]:
-    """Reads zeros that an export made up, or that the user says mean nothing, as nothing."""
+    """Removes zeros that an export added, and with `drop_zero_bias` all biases that are zero."""
     record = options.recorded or manifest or {}
     recorded, drop = tuple(record.get("synthetic", ())), options.drop_zero_bias
     if not spec.is_of_tokens or target.mapping(spec).synthetic:
-        return spec, tensors  # The config says it already, and the table checks them.
-    for bare in _barer(spec, record if recorded else {}, drop):
-        made_up = target.mapping(bare).synthetic
-        if not made_up or (not drop and set(made_up) != set(recorded)):
+        return spec, tensors  # The config has it already, and the table checks them.
+    for simpler in _simpler_specs(spec, record if recorded else {}, drop):
+        synthetic = target.mapping(simpler).synthetic
+        if not synthetic or (not drop and set(synthetic) != set(recorded)):
             continue
-        used = [name for name in made_up if name in tensors and np.any(tensors[name].read())]
+        used = [name for name in synthetic if name in tensors and np.any(tensors[name].read())]
         if not used:
-            notes.append(f"biases: all {len(made_up)} are zeros, read as no biases")
-            return bare, tensors
+            notes.append(f"biases: all {len(synthetic)} are zeros, read as no biases")
+            return simpler, tensors
         if not drop:
             notes.append(
                 f"biases: {len(used)} of those that were made up as zeros are zero no more"
             )
             return spec, tensors
     if drop and spec.bias:
-        made_up = target.mapping(dataclasses.replace(spec, **_NO_BIAS)).synthetic
-        used = [name for name in made_up if name in tensors and np.any(tensors[name].read())]
+        synthetic = target.mapping(dataclasses.replace(spec, **_NO_BIAS)).synthetic
+        used = [name for name in synthetic if name in tensors and np.any(tensors[name].read())]
         if used:
             raise ShapeMismatchError(
-                f"--drop-zero-bias: {len(used)} biases are not zero: {listed(used)}; leave it out"
+                f"`drop_zero_bias`: {len(used)} biases are not zero: {listed(used)}; leave it out"
             )
     return spec, tensors
 
@@ -103,12 +103,12 @@ def without_made_up(
 _NO_BIAS = {"bias": False, "norm_bias": False, "final_norm_bias": False}
 
 
-def _barer(spec: Spec, record: Mapping[str, Any], drop: bool) -> Iterator[Spec]:
-    """Yields specs with less: what a manifest says, or else without biases."""
+def _simpler_specs(spec: Spec, record: Mapping[str, Any], drop: bool) -> Iterator[Spec]:
+    """Yields specs with fewer tensors: that of the manifest, or else those without biases."""
     candidates: list[dict[str, Any]] = []
     if recorded := record.get("spec"):
-        # Manifests from before layer norms had a setting of their own say bias alone.
-        candidates.append({name: recorded.get(name) for name in _MADE_UP if name in recorded})
+        # Manifests from before layer norms had a setting of their own have `bias` alone.
+        candidates.append({name: recorded.get(name) for name in _REMOVABLE if name in recorded})
         candidates[0].setdefault("norm_bias", None)
         candidates[0].setdefault("final_norm_bias", None)
     if drop and spec.bias:

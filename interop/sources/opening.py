@@ -1,4 +1,4 @@
-"""Opens a model wherever it lives: a run of craft_jax, or a file or folder of any target."""
+"""Opens a model in any form: a run of craft_jax, or a file or folder of any target."""
 
 from pathlib import Path
 
@@ -53,12 +53,12 @@ def tokenizer_of(source: Source, given: str | Path | None) -> Tokenizer | None:
             folder = Path(given)
             tokenizer = None if str(given) == "none" else _open_tokenizer(folder)
         except CraftError as error:
-            raise CorruptFileError(f"--tokenizer {given}: {error}") from None
+            raise CorruptFileError(f"`tokenizer={given}`: {error}") from None
     if tokenizer and tokenizer.vocab_size > source.spec.vocab_size:
         raise ShapeMismatchError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, and the embedding of {source.path} "
-            f"has {source.spec.vocab_size} rows; it is another model's; --tokenizer none leaves it "
-            "out"
+            f"has {source.spec.vocab_size} rows; it is another model's; `tokenizer=none` leaves "
+            "it out"
         )
     return tokenizer
 

@@ -36,7 +36,7 @@ def run_folder(place: Path) -> tuple[Path, int | None] | None:
 
 
 def looks_like_checkpoint(place: Path) -> bool:
-    """Whether a folder has parts of a checkpoint, but belongs to no run."""
+    """Returns whether a folder has parts of a checkpoint, but belongs to no run."""
     inside = ("_METADATA", "_CHECKPOINT_METADATA", "params", "optimizer", "checkpoints")
     return place.is_dir() and bool(
         any((place / name).exists() for name in inside) or re.match(r"\.\d+\.tmp-", place.name)
@@ -55,6 +55,48 @@ def open_run(folder: Path, step: int | None, *, last: bool) -> Source:
       InteropError: there is no such checkpoint, or it is damaged.
     """
     store = Checkpoints(outputs.open_run(folder).checkpoints)
+    step = _chosen_step(store, folder, step)
+    meta, config = store.meta(step), store.config(step)
+    try:
+        images = images_of(meta)
+        spec = read_spec(config["model"], sizes_from(meta["vocab_size"], images))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CorruptFileError(
+            f"checkpoint {step} of {folder}: its config cannot be understood: {error!r}"
+        ) from error
+    tokenizer_file = store.tokenizer_file(step)
+    found = _stored_leaves(store, step, last=last)
+    check_layers(spec, len(found), folder)
+    expected = leaves(spec)
+    if wrong := [
+        f"{name} is {list(found[name].shape)}, not {list(want.shape)}"
+        for name, want in expected.items()
+        if name in found and found[name].shape != want.shape
+    ]:
+        raise ShapeMismatchError(f"checkpoint {step} of {folder}: {listed(wrong, '; ')}")
+    # Imported weights that were not trained since keep their origin.
+    origin = meta.get("imported") or {"run": folder.name, "step": step}
+    return Source(
+        path=folder,
+        run=origin["run"],
+        kind=CRAFT,
+        spec=spec,
+        # In the order of the model; the table refuses unknown leaves.
+        leaves={name: found[name] for name in sorted(found, key=_position(expected))},
+        tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file else None,
+        images=images,
+        step=origin["step"],
+        metrics=meta.get("metrics", {}),
+    )
+
+
+def _chosen_step(store: Checkpoints, folder: Path, step: int | None) -> int:
+    """Returns the step to read: `step`, or the newest.
+
+    Raises:
+      CorruptFileError: that checkpoint, or one newer than it, is damaged.
+      UncommittedCheckpointError: there is none.
+    """
     steps = store.steps()
     bad = store.damaged()
     if step is None:
@@ -75,45 +117,17 @@ def open_run(folder: Path, step: int | None, *, last: bool) -> Source:
         raise UncommittedCheckpointError(
             f"run {folder} has no finished checkpoint of {which}{have}"
         )
-    meta, config = store.meta(step), store.config(step)
-    try:
-        images = images_of(meta)
-        spec = read_spec(config["model"], sizes_from(meta["vocab_size"], images))
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CorruptFileError(
-            f"checkpoint {step} of {folder}: its config cannot be understood: {error!r}"
-        ) from error
-    tokenizer_file = store.tokenizer_file(step)
-    manifest = manifests.read(store.folder / str(step))
-    crcs = {name: leaf.crc32 for name, leaf in manifest.leaves.items()}
-    part = store.params_part(step, last=last)
-    found = {
-        name: _checked(leaf, store.folder / str(step), name, crcs[f"{part}/{name}"])
-        for name, leaf in orbax.read_params(store.folder / str(step) / part).items()
+    return step
+
+
+def _stored_leaves(store: Checkpoints, step: int, *, last: bool) -> dict[str, LazyTensor]:
+    """Returns the parameters of a checkpoint, each checked against its checksum when it is read."""
+    checkpoint, part = store.folder / str(step), store.params_part(step, last=last)
+    crcs = {name: leaf.crc32 for name, leaf in manifests.read(checkpoint).leaves.items()}
+    return {
+        name: _checked(leaf, checkpoint, name, crcs[f"{part}/{name}"])
+        for name, leaf in orbax.read_params(checkpoint / part).items()
     }
-    check_layers(spec, len(found), folder)
-    expected = leaves(spec)
-    wrong = [
-        f"{name} is {list(found[name].shape)}, not {list(want.shape)}"
-        for name, want in expected.items()
-        if name in found and found[name].shape != want.shape
-    ]
-    if wrong:
-        raise ShapeMismatchError(f"checkpoint {step} of {folder}: {listed(wrong, '; ')}")
-    # Weights that were imported and not trained since are still those of where they came from.
-    origin = meta.get("imported") or {"run": folder.name, "step": step}
-    return Source(
-        path=folder,
-        run=origin["run"],
-        kind=CRAFT,
-        spec=spec,
-        # In the order of the model; what does not belong to it stays, for the table to refuse.
-        leaves={name: found[name] for name in sorted(found, key=_position(expected))},
-        tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file else None,
-        images=images,
-        step=origin["step"],
-        metrics=meta.get("metrics", {}),
-    )
 
 
 def _checked(leaf: LazyTensor, checkpoint: Path, name: str, crc: int) -> LazyTensor:

@@ -1,4 +1,4 @@
-"""A model that was found: what it is, and its leaves by the names of craft_jax, read one by one."""
+"""An opened model: its spec, and its leaves by the names of craft_jax, read one by one."""
 
 import dataclasses
 import json
@@ -11,9 +11,7 @@ import numpy as np
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
-from interop.errors import (
-    ShapeMismatchError,
-)
+from interop.errors import ShapeMismatchError
 from interop.files import hugging_face
 from interop.mapping import dtypes
 from interop.mapping.shapes import leaves
@@ -30,19 +28,19 @@ WEIGHTS = ("average", "last")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a person may say about a source.
+    """Options for reading a source.
 
     Attributes:
       kind: `auto`, or the name of a target; `hf` for a Hugging Face folder, `craft` for a file or
         folder of Craft.
       num_heads: for tensors without a config.
       config: a config for tensors without one: a file, or JSON that begins with `{`.
-      strip_prefix, ignore_keys: see `names.cleaned`.
+      strip_prefix, ignore_keys: see `keys.cleaned`.
       allow_approx: approximations, see `Allowed`.
       allow_globals: names that a pickle may mention; they become inert stubs.
       drop_zero_bias: read biases that are all zero as no biases.
-      weights: of a run whose optimizer kept an average of them: `average`, or the `last` ones.
-      recorded: the part of a manifest that an export has not written yet when it reads back.
+      weights: `average` or `last`, for a run whose optimizer keeps an average.
+      recorded: the part of the manifest that reading back needs before it is written.
     """
 
     kind: str = "auto"
@@ -59,14 +57,14 @@ class Options:
     def __post_init__(self):
         if self.kind not in GROUPS and self.kind not in TARGETS:
             kinds = ", ".join((*GROUPS, *TARGETS))
-            raise UsageError(f"--from {self.kind} is not one of {kinds}")
+            raise UsageError(f"`kind={self.kind}` is not one of {kinds}")
         if self.weights not in WEIGHTS:
-            raise UsageError(f"--weights {self.weights} is not one of {', '.join(WEIGHTS)}")
+            raise UsageError(f"`weights={self.weights}` is not one of {', '.join(WEIGHTS)}")
         Allowed.of(self.allow_approx)
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """The targets that the source may be in the form of."""
+        """The targets whose form the source may have."""
         return tuple(TARGETS[name] for name in GROUPS.get(self.kind, (self.kind,)))
 
     def given_config(self) -> dict[str, Any] | None:
@@ -82,52 +80,51 @@ class Options:
             try:
                 return dict(json.loads(str(self.config)))
             except ValueError as error:
-                raise UsageError(f"--config {self.config}: no JSON: {error}") from None
+                raise UsageError(f"`config={self.config}`: no JSON: {error}") from None
         if not Path(self.config).is_file():
-            raise UsageError(f"--config {self.config}: no such file")
+            raise UsageError(f"`config={self.config}`: no such file")
         return hugging_face.read_json(Path(self.config))
 
     def check_unused(self, place: str) -> None:
-        """Checks that nothing is said about a source that is a run, which knows all of it itself.
+        """Checks that no option for foreign sources is given with a run.
 
         Raises:
-          UsageError: something is.
+          UsageError: one is.
         """
         default = Options()
-        flags = {"kind": "--from", "num_heads": "--n-head", "allow_globals": "--allow-global"}
-        said = [
-            flags.get(field.name, "--" + field.name.replace("_", "-"))
+        given = [
+            f"`{field.name}`"
             for field in dataclasses.fields(self)
             if field.name not in ("allow_approx", "weights")
             and getattr(self, field.name) != getattr(default, field.name)
         ]
-        if said:
+        if given:
             raise UsageError(
-                f"{', '.join(said)}: {place} is a run of craft_jax, which says all of that itself; "
-                "leave it out"
+                f"{', '.join(given)}: {place} is a run of craft_jax, whose own config and metadata "
+                "apply; leave it out"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model, found.
+    """An opened model.
 
     Attributes:
-      path: where.
-      run: the name of the run that the weights come from, as far as it is known.
-      kind: `craft_jax`, or the name of the target that it is in the form of.
-      spec: what it is.
-      leaves: its parameters by the names of craft_jax; read when asked for.
+      path: the folder or file.
+      run: the name of the run that the weights come from, if known.
+      kind: `craft_jax`, or the name of the target whose form it has.
+      spec: the architecture.
+      leaves: its parameters by the names of craft_jax, read lazily.
       tokenizer: or None.
-      images: what the images are that it was trained on; None for text, or where nothing says.
-      step: updates made, where that is known.
-      metrics: of the last evaluation, where they are known.
+      images: the format of its training images; None for text, or if unknown.
+      step: number of updates, if known.
+      metrics: of the last evaluation, if known.
       rules: between leaves and `tensors`; None for a run.
       tensors: by the target's names; None for a run.
-      original: the names of these in the file, where wrappers have changed them.
-      manifest: what the export that wrote it recorded, if one did.
-      approximations: what had to be crossed to read it, reason by name.
-      notes: what else is worth knowing, one line each.
+      original: clean name to the name in the file.
+      manifest: of the export that wrote it, or None.
+      approximations: limits crossed to read it, reason by name.
+      notes: remarks for the user, one line each.
     """
 
     path: Path
@@ -153,10 +150,10 @@ class Source:
 
 
 def check_layers(spec: Spec, num_tensors: int, place: Path) -> None:
-    """Checks that a number of layers can be meant, before names of all of them are made."""
+    """Checks the number of layers before the names of all are computed."""
     if spec.num_layers > num_tensors:
         raise ShapeMismatchError(
-            f"{place}: the config says {spec.num_layers} layers, and there are {num_tensors} "
+            f"{place}: its config has {spec.num_layers} layers, and there are {num_tensors} "
             "tensors; one of them belongs to another model"
         )
 
@@ -187,10 +184,10 @@ def trimmed(source: Source) -> tuple[Source, dict[str, Any]]:
       UsageError: there is no tokenizer, or nothing to leave out.
     """
     if source.tokenizer is None:
-        raise UsageError("--trim-vocab: without a tokenizer, no row is known to be unused")
+        raise UsageError("`trim_vocab`: without a tokenizer, no row is known to be unused")
     rows, keep = source.spec.vocab_size, source.tokenizer.vocab_size
     if keep >= rows:
-        raise UsageError(f"--trim-vocab: all {rows} rows stand for tokens; leave it out")
+        raise UsageError(f"`trim_vocab`: all {rows} rows stand for tokens; leave it out")
     spec = dataclasses.replace(source.spec, vocab_size=keep)
     now = leaves(spec)
     names = tuple(n for n, leaf in source.leaves.items() if n in now and now[n].shape != leaf.shape)

@@ -42,7 +42,7 @@ def from_pretrained(
 
 
 class StateDict(Mapping[str, Any]):
-    """The tensors of a target by name, each computed when it is asked for."""
+    """The tensors of a target by name, each computed on access."""
 
     def __init__(self, tensors: Tensors, convert: Any):
         self.abstract: Tensors = tensors
@@ -98,7 +98,7 @@ def from_state_dict(state_dict: Mapping[str, Any], spec: Any, source: str) -> di
       source: the name of the target whose names these are.
 
     Raises:
-      UsageError, InteropError: names, shapes or values are not those of such a model.
+      UsageError, InteropError: names, shapes or values do not match the model.
     """
     chosen, known = _target(source), live.spec_of(spec)
     given = {name: _as_lazy(value) for name, value in state_dict.items()}
@@ -116,5 +116,5 @@ def _as_lazy(value: Any) -> LazyTensor:
 
 def _target(name: str) -> Target:
     if name not in TARGETS:
-        raise UsageError(f"{name!r} is no target; there are {', '.join(TARGETS)}")
+        raise UsageError(f"{name!r} is not a target; there are {', '.join(TARGETS)}")
     return TARGETS[name]

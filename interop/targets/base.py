@@ -1,4 +1,4 @@
-"""What a target is: a table of names, the limits of what it can hold, and its own config.
+"""Targets: a table of names, the limits of the models it can hold, and a config of its own.
 
 A target's file defines one subclass of `Target`; nothing else of the project knows its names.
 """
@@ -28,19 +28,19 @@ APPROXIMATIONS = {
     "scale-fold": "the factor on embedded tokens multiplied into their table",
     "cross-fold": "cross-attention to nothing, which adds a constant, folded into a bias",
 }
-"""What `--allow-approx` may name."""
+"""The names that `allow_approx` takes, and what each changes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Something that a target cannot hold.
+    """A limit of the models that a target can hold.
 
     Attributes:
       attribute: of `ModelSpec`.
       holds: whether a spec is within the limit.
-      reason: what the target has instead.
-      approx: the name under which `--allow-approx` may cross it; None where nothing can.
-      becomes: what a spec turns into when it is crossed.
+      reason: the property of the target that sets the limit.
+      approx: the name by which `allow_approx` may cross it; None where nothing can.
+      becomes: returns the spec after crossing it.
     """
 
     attribute: str
@@ -128,9 +128,9 @@ class Reading:
     """A target's config, understood.
 
     Attributes:
-      spec: what it says.
-      approximations: what had to be crossed for that, name by reason.
-      notes: what changes no number that the model computes, one line each.
+      spec: the model that it describes.
+      approximations: the limits crossed for that, reason by name.
+      notes: differences that change no output, one line each.
     """
 
     spec: ModelSpec
@@ -140,7 +140,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a file may tell beside the model.
+    """Facts that a checkpoint file records beside the model.
 
     Attributes:
       step: updates made.
@@ -156,18 +156,18 @@ class Facts:
 
 
 class Target(abc.ABC):
-    """A place outside of craft_jax where a model can live.
+    """A format outside of craft_jax that can hold a model.
 
     Attributes:
-      name: as in `--to`.
+      name: as users give it.
       summary: one line.
       container: the files around the tensors.
       anchor: a tensor that every file of it has, by which names and files are recognised.
-      other_anchors: those of other kinds of models.
-      optional_prefix: what the names of some files lack.
+      other_anchors: anchors of other kinds of models.
+      optional_prefix: a prefix that the names in some files lack.
       model_type: as in its `config.json`; None where it has no such file.
       specs: the kinds of models that it holds.
-      limits: what it cannot hold of them.
+      limits: the limits among those.
     """
 
     name: ClassVar[str]
@@ -193,35 +193,35 @@ class Target(abc.ABC):
         """Understands the target's config.
 
         Raises:
-          UnknownArchitectureError: it says something that craft_jax does not have.
+          UnknownArchitectureError: it has a setting that craft_jax lacks.
         """
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether tensors with these clean names and shapes, and no config, are of this target."""
+        """Returns whether tensors without a config, by clean name, have the form of this target."""
         return self.anchor in shapes
 
     def guess_config(
         self, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None
     ) -> dict[str, Any]:
-        """Returns the config of tensors that came without one, as far as shapes tell.
+        """Returns the config of tensors that came without one, inferred from their shapes.
 
         Raises:
-          UsageError: what they cannot tell was not given; asks for it.
+          UsageError: a setting that shapes do not determine was not given.
         """
         raise UsageError(
-            f"these are the tensors of {self.name}, but what the config of such a model says "
-            "cannot be read from them; give it with --config FILE"
+            f"these are tensors of {self.name}, and its config does not follow from their shapes; "
+            "give it with `config=FILE`"
         )
 
     def complete_config(
         self, config: Mapping[str, Any] | None, tensors: Tensors, num_heads: int | None
     ) -> Mapping[str, Any]:
-        """Returns the config to read: the one that was found, or what the tensors tell.
+        """Returns the config to read: the one at hand, completed or inferred from the tensors.
 
         Args:
-          config: found in the file, beside it, or given; None for none.
+          config: from the file, beside it, or given; None for none.
           tensors: by clean names.
-          num_heads: as it was given.
+          num_heads: as given.
 
         Raises:
           UsageError: see `guess_config`.
@@ -232,7 +232,7 @@ class Target(abc.ABC):
         return self.guess_config({n: t.shape for n, t in tensors.items()}, num_heads)
 
     def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
-        """Returns the names in a config, given by a person, that mean nothing to this target."""
+        """Returns the settings of a user's config that this target does not know."""
         return []
 
     def config_in(self, around: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -240,7 +240,7 @@ class Target(abc.ABC):
         return None
 
     def contents(self, tensors: Mapping[str, Any], spec: ModelSpec, facts: "Facts") -> Any:
-        """Returns what a file holds: its tensors by name, and what stands around them."""
+        """Returns the content of a checkpoint file: tensors by name, and the data around them."""
         raise AssertionError(f"{self.name} is no file")
 
     def mapping(self, spec: ModelSpec) -> mapping.Mapping:
@@ -248,7 +248,7 @@ class Target(abc.ABC):
         return self.table(spec).bind(spec.num_layers, spec.num_decoder_layers)
 
     def answer(self, spec: ModelSpec) -> "Answer":
-        """Returns whether a model fits, and what stands in the way."""
+        """Returns whether a model fits, and the limits that it exceeds."""
         crossed = self._crossed(spec)
         return Answer(
             target=self.name,
@@ -271,7 +271,7 @@ class Target(abc.ABC):
         )
 
     def _beyond(self, spec: ModelSpec, crossed: Sequence[Limit]) -> ModelSpec | None:
-        """Returns what a spec becomes when limits are crossed; None where that cannot be held."""
+        """Returns a spec after crossing limits; None if the target cannot hold that either."""
         if not all(limit.approx for limit in crossed):
             return None
         for limit in crossed:
@@ -288,7 +288,7 @@ class Target(abc.ABC):
         reasons, beyond = self._reasons(spec, crossed), self._beyond(spec, crossed)
         if beyond is None or not all(allowed.covers(limit.approx) for limit in crossed):
             names = sorted({limit.approx for limit in crossed if limit.approx})
-            remedy = f"; --allow-approx={','.join(names)} accepts that" if beyond else ""
+            remedy = f"; `allow_approx={','.join(names)}` accepts that" if beyond else ""
             raise NotRepresentableError(
                 f"{self.name} cannot hold this model exactly: {'; '.join(reasons)}{remedy}",
                 target=self.name,
@@ -302,13 +302,13 @@ class Target(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Whether a model fits into a target.
+    """Returns whether a model fits into a target.
 
     Attributes:
       target: its name.
       exact: every bit and every number survives.
-      reasons: one line for each attribute that stands in the way.
-      approximations: names for `--allow-approx` that would cross them.
+      reasons: one line for each attribute beyond a limit.
+      approximations: names for `allow_approx` that would cross them.
       is_possible: whether those names cross all of them.
     """
 
@@ -321,7 +321,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """What `--allow-approx` allows: nothing, everything, or a list of names."""
+    """The approximations that `allow_approx` allows: none, all, or those that it names."""
 
     everything: bool = False
     names: tuple[str, ...] = ()
@@ -338,12 +338,12 @@ class Allowed:
             return cls(everything=True)
         if unknown := [name for name in names if name not in APPROXIMATIONS]:
             raise UsageError(
-                f"--allow-approx={','.join(unknown)} is not one of {', '.join(APPROXIMATIONS)}"
+                f"`allow_approx={','.join(unknown)}` is not one of {', '.join(APPROXIMATIONS)}"
             )
         return cls(names=names)
 
     def covers(self, name: str | None) -> bool:
-        """Whether an approximation is allowed."""
+        """Returns whether an approximation is allowed."""
         return name is not None and (self.everything or name in self.names)
 
 
@@ -355,16 +355,16 @@ def demand(config: Mapping[str, Any], what: str, *names: str) -> list[Any]:
     """
     if lacking := [name for name in names if config.get(name) is None]:
         raise CorruptFileError(
-            f"{what} lacks {', '.join(lacking)}; add what is missing, or give --config FILE"
+            f"{what} lacks {', '.join(lacking)}; add what is missing, or give `config=FILE`"
         )
     return [config[name] for name in names]
 
 
-def check_told(told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_inferred(inferred: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Checks that a config does not contradict the tensors.
 
     Args:
-      told: settings that tensors tell.
+      inferred: settings that follow from the tensors.
       given: settings of the config.
 
     Raises:
@@ -372,7 +372,7 @@ def check_told(told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """
     wrong = [
         f"{name} is {given[name]!r} by the config and {value!r} by the tensors"
-        for name, value in told.items()
+        for name, value in inferred.items()
         if given.get(name) is not None and given[name] != value
     ]
     if wrong:
@@ -380,7 +380,7 @@ def check_told(told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def need_heads(width: int, num_heads: int | None) -> int:
-    """Returns the number of heads, which no tensor tells.
+    """Returns the number of heads, which no shape determines.
 
     Raises:
       UsageError: it is not given, or does not divide the width.
@@ -389,11 +389,11 @@ def need_heads(width: int, num_heads: int | None) -> int:
     if num_heads is None:
         raise UsageError(
             "the tensors came without a config, and the number of attention heads cannot be read "
-            f"from them; give --n-head (one of {', '.join(map(str, divisors))}) or --config FILE"
+            f"from them; give `num_heads` (one of {', '.join(map(str, divisors))}) or `config=FILE`"
         )
     if num_heads not in divisors:
         raise UsageError(
-            f"--n-head={num_heads} does not divide the width {width}; it is one of "
+            f"`num_heads={num_heads}` does not divide the width {width}; it is one of "
             + ", ".join(map(str, divisors))
         )
     return num_heads

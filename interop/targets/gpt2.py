@@ -30,7 +30,7 @@ from interop.targets.base import (
 )
 from interop.targets.hf_config import TO_HF, activation, check_settings, one_rate
 
-# What must have its default, since craft_jax has no other; attribute by (default, approximation).
+# Settings that must have their default: (default, approximation that crosses it).
 _FIXED: dict[str, tuple[Any, str | None]] = {
     "scale_attn_weights": (True, None),
     "scale_attn_by_inverse_layer_idx": (False, None),
@@ -51,7 +51,7 @@ _READ = frozenset(
 
 
 def guessed_sizes(shapes: Mapping[str, tuple[int, ...]], num_heads: int | None) -> dict[str, Any]:
-    """Returns the sizes that tensors of GPT-2's names tell, under GPT-2's names of settings."""
+    """Returns the sizes that follow from tensors of GPT-2, by GPT-2's names of settings."""
     vocab_size, width = shapes["transformer.wte.weight"]
     return {
         "vocab_size": vocab_size,
@@ -62,7 +62,7 @@ def guessed_sizes(shapes: Mapping[str, tuple[int, ...]], num_heads: int | None) 
 
 
 def is_causal_mask(array: np.ndarray) -> bool:
-    """Whether an array (1, 1, n, n) is the lower triangle of ones that GPT-2 files carry."""
+    """Returns whether an array (1, 1, n, n) is the causal mask of ones in GPT-2 files."""
     if array.ndim != 4 or array.shape[:2] != (1, 1) or array.shape[2] != array.shape[3]:
         return False
     n = array.shape[2]
@@ -86,7 +86,7 @@ GPT2_LIMITS = (
     NO_CROSS_AFTER_NORM,
     NO_HEAD_BIAS,
 )
-"""What nothing of GPT-2's architecture can hold."""
+"""The limits of all targets with GPT-2's architecture."""
 
 
 class GPT2(Target):

@@ -1,4 +1,4 @@
-"""The registry of targets, best first for `--to auto`, and the questions that one can ask of it."""
+"""The registry of targets, best first for `auto`, and the choice among them."""
 
 from craft_jax.errors import UsageError
 from interop.craft.lineages import LINEAGES
@@ -40,7 +40,7 @@ def targets_for(spec: ModelSpec) -> list[Answer]:
 
 
 def choose(spec: ModelSpec, to: str, family: str | None, allowed: Allowed) -> Target:
-    """Returns the target that `--to` and `--family` mean for a model.
+    """Returns the target for a model.
 
     Args:
       spec: the model.
@@ -54,10 +54,10 @@ def choose(spec: ModelSpec, to: str, family: str | None, allowed: Allowed) -> Ta
       NotRepresentableError: it cannot hold the model; names what can.
     """
     if to not in GROUPS and to not in TARGETS:
-        raise UsageError(f"--to {to} is not one of {', '.join((*GROUPS, *TARGETS))}")
+        raise UsageError(f"`target={to}` is not one of {', '.join((*GROUPS, *TARGETS))}")
     if family is not None and (family not in HF_FAMILIES or to not in ("auto", "hf", family)):
         raise UsageError(
-            f"--family {family} with --to {to}: the families of --to hf are "
+            f"`family={family}` with `target={to}`: the families of `target=hf` are "
             + ", ".join(HF_FAMILIES)
         )
     names = GROUPS.get(family or to, (family or to,))

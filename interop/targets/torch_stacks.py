@@ -26,7 +26,7 @@ from interop.targets.base import (
     Limit,
     Reading,
     Target,
-    check_told,
+    check_inferred,
     count_layers,
     fixed,
     need_heads,
@@ -36,19 +36,19 @@ from interop.targets.rules import Layout, head, positions
 
 ENCODER_LAYER = Layout()
 DECODER_LAYER = Layout(mlp_norm="norm3")
-# What tensors do not tell, with an example for the message.
+# Settings that no shape determines, with an example for the message.
 _UNKNOWN = {"norm_first": "true", "activation": '"gelu"', "embedding_scale": "false"}
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelSpec))
 _UNKNOWN_MEMORY = {"cross_attention": '"empty"'}
 
 
 class _Stack(Target):
-    """What the three have in common.
+    """Base of the three targets.
 
     Attributes:
-      layer: a module that has the layers; its first parameters tell the sizes.
-      table_name: the embedding of what is predicted.
-      unknown: settings that tensors do not tell, with an example.
+      layer: the module that has the layers; its first parameters determine the sizes.
+      table_name: the embedding of the predicted tokens.
+      unknown: settings that no shape determines, with an example.
       ties: settings that say whether another tensor is that embedding.
     """
 
@@ -67,30 +67,30 @@ class _Stack(Target):
     def complete_config(
         self, config: Mapping[str, Any] | None, tensors: Tensors, num_heads: int | None
     ) -> Mapping[str, Any]:
-        told = self._told({name: tensor.shape for name, tensor in tensors.items()})
+        inferred = self._inferred({name: tensor.shape for name, tensor in tensors.items()})
         given = {name: value for name, value in (config or {}).items() if value is not None}
         if num_heads is not None:
             given.setdefault("num_heads", num_heads)
-        check_told(told, given)
+        check_inferred(inferred, given)
         lacking = [name for name in self.unknown if name not in given]
         if lacking:
             heads = {} if "num_heads" in given else {"num_heads": "4"}
             wanted = heads | {name: self.unknown[name] for name in lacking}
             example = ", ".join(f'"{name}": {value}' for name, value in wanted.items())
             raise UsageError(
-                f"a bare state dict does not tell {', '.join(wanted)}: give them with "
-                f"--config '{{{example}}}', or in a file (--n-head alone does for num_heads)"
+                f"a bare state dict does not determine {', '.join(wanted)}; give them with "
+                f"`config='{{{example}}}'`, or in a file (`num_heads` can be given alone)"
             )
-        need_heads(told["d_model"], given.get("num_heads"))
+        need_heads(inferred["d_model"], given.get("num_heads"))
         for setting, name in self.ties.items():
             given.setdefault(setting, is_one(tensors, f"{self.table_name}.weight", name))
-        return {"norm_eps": 1e-5, "dropout": 0.0, "positions": "learned"} | given | told
+        return {"norm_eps": 1e-5, "dropout": 0.0, "positions": "learned"} | given | inferred
 
     def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
         return [name for name in config if name not in FIELDS]
 
-    def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Returns the settings that tensors tell."""
+    def _inferred(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Returns the settings that follow from the shapes."""
         first = f"{self.layer}.layers.0."
         rows, width = shapes[f"{self.table_name}.weight"]
         return {
@@ -151,11 +151,11 @@ class TorchEncoder(_Stack):
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return {self.anchor, "token_embedding.weight", "position_embedding.weight"} <= set(shapes)
 
-    def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    def _inferred(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         has_final = f"{self.layer}.norm.weight" in shapes
         final = {"final_norm_bias": f"{self.layer}.norm.bias" in shapes} if has_final else {}
         sizes = {"max_seq_len": shapes["position_embedding.weight"][0], "final_norm": has_final}
-        return super()._told(shapes) | sizes | final
+        return super()._inferred(shapes) | sizes | final
 
 
 class TorchDecoder(TorchEncoder):
@@ -218,8 +218,8 @@ class TorchTransformer(_Stack):
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return {self.anchor, "target_embedding.weight", "target_positions.weight"} <= set(shapes)
 
-    def _told(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        return super()._told(shapes) | {
+    def _inferred(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return super()._inferred(shapes) | {
             "num_decoder_layers": count_layers(shapes, "transformer.decoder.layers."),
             "max_seq_len": shapes["target_positions.weight"][0],
         }

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 
-from interop.commands import verify
+from interop.commands import torch_process
 
 
 @pytest.fixture(autouse=True)
 def torch_in_this_process(request, monkeypatch):
-    """Answers what `verify` asks of torch here: a process of its own takes seconds to import it.
+    """Runs the torch worker in this process: a new one takes seconds to import torch.
 
     A test marked `own_process` has the process.
     """
@@ -33,4 +33,4 @@ def torch_in_this_process(request, monkeypatch):
             sys.path[:], sys.dont_write_bytecode = path, writes
         return None
 
-    monkeypatch.setattr(verify, "_run_worker", run_worker)
+    monkeypatch.setattr(torch_process, "run_worker", run_worker)

@@ -99,7 +99,7 @@ def bring(capsys, tmp_path, source, *words):
             "is int8",
             65,
         ),
-        (lambda t: t.update({"transformer.wpe.weight": np.ones((33, 48))}), "--dtype fp32", 65),
+        (lambda t: t.update({"transformer.wpe.weight": np.ones((33, 48))}), "--dtype=fp32", 65),
         (
             lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 33, 33), np.uint8)}),
             "not a causal mask",
@@ -146,7 +146,7 @@ PREFIXES = ["model.", "", "_orig_mod.", "module._orig_mod."]
         for j, wrap in enumerate(WRAPS)
     ],
 )
-def test_wrappers_and_prefixes_are_taken_away(tmp_path, capsys, wrap, prefix):
+def test_wrappers_and_prefixes_are_removed(tmp_path, capsys, wrap, prefix):
     weights = {f"{prefix}{name}": values for name, values in tensors("nanogpt").items()}
     value = {wrap: weights, "epoch": 3} if wrap else weights
     source = write_pt(tmp_path / "x.pt", value)
@@ -277,7 +277,7 @@ class Mine:
     ],
 )
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "hf/model.safetensors"])
-def test_what_is_no_model_at_all(tmp_path, capsys, content, words, name):
+def test_files_without_a_model(tmp_path, capsys, content, words, name):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
@@ -322,7 +322,7 @@ def test_configs_that_cannot_be(tmp_path, capsys, change, words):
     [
         (lambda c: c.pop("n_head"), "hf: config.json lacks n_head; add what is missing"),
         (lambda c: c.update(resid_pdrop=[]), "its config cannot be understood"),
-        (lambda c: c.update(n_layer=1 << 40), "says 1099511627776 layers, and there are 28"),
+        (lambda c: c.update(n_layer=1 << 40), "has 1099511627776 layers, and there are 28"),
     ],
 )
 def test_configs_at_odds_with_the_tensors(tmp_path, capsys, change, words):
@@ -342,7 +342,7 @@ def test_a_config_that_is_no_json(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"source": {"step": "x"}}'])
-def test_a_manifest_that_is_none(tmp_path, capsys, content):
+def test_an_invalid_manifest(tmp_path, capsys, content):
     folder = write_folder(tmp_path / "hf", tensors())
     (folder / "interop_manifest.json").write_text(content)
     code, said = bring(capsys, tmp_path, folder)
@@ -350,7 +350,7 @@ def test_a_manifest_that_is_none(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize("change", [{"rows": []}, {"tokens": [97]}, {"tokens": None}])
-def test_a_probe_that_is_none(tmp_path, capsys, change):
+def test_an_invalid_probe(tmp_path, capsys, change):
     folder = write_folder(tmp_path / "hf", tensors())
     row = {"position": 0, "ids": [0], "logits": [0.0]}
     probe = {"tokens": [0], "tolerance": 1.0, "rows": [row]} | change

@@ -15,7 +15,7 @@ from craft_jax.data.images.format import ImageFormat
 from craft_jax.errors import UsageError
 from craft_jax.models import base
 from craft_jax.models.flow import Flow, FlowConfig
-from interop.commands import export, plan, verify
+from interop.commands import diff, export, plan, verify
 from interop.commands import import_ as imports
 from interop.errors import InteropError, NotRepresentableError
 from interop.mapping.shapes import leaves
@@ -180,7 +180,7 @@ def test_out_and_back_bit_for_bit(dtype, tmp_path):
     done = imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     assert done.probe == 2 * min(512, 2 * 6 * 9 * 3)
     back = opening.open_source(tmp_path / "models" / "back")
-    assert not verify.differences(model, back)
+    assert not diff.differences(model, back)
     assert back.images == model.images
     assert back.spec == model.spec
     assert (back.run, back.step) == ("one", 7)
@@ -265,7 +265,7 @@ def test_a_damaged_description_of_images(images, folder, tmp_path):
         opening.open_source(place)
 
 
-def test_what_pytorch_refuses(folder):
+def test_refusals_of_pytorch(folder):
     model = modeling_craft.CraftFlow.from_pretrained(folder("flow"))
     for options, message in (
         ({"solver": "rk4"}, "solver='rk4'"),
@@ -313,11 +313,11 @@ def test_a_palette_goes_with_a_model_of_pixels(target, tmp_path):
     imports.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     back = opening.open_source(tmp_path / "models" / "back")
     assert back.images == PIXELS
-    assert not verify.differences(model, back)
+    assert not diff.differences(model, back)
 
 
 def test_pytorch_makes_the_images_of_a_model_of_pixels(tmp_path):
-    """The likeliest pixels are those of craft_jax, whatever the randomness."""
+    """Greedy pixels are those of craft_jax, whatever the seed."""
     model = of_pixels()
     export.export_checkpoint(model, tmp_path / "out", "craft-torch")
     theirs = modeling_craft.CraftForCausalLM.from_pretrained(tmp_path / "out").double()

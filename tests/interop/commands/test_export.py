@@ -52,7 +52,7 @@ CASES += [
     and TARGETS[target].answer(spec(**SPECS[name])).exact
 ]
 # By default through a run and a second export: every target, architecture and dtype, not every
-# combination. All combinations are written and opened in `test_what_is_written_is_opened_again`,
+# combination. All combinations are written and opened in `test_exports_open_again`,
 # and mapped both ways in tests/interop/mapping/test_table.py.
 BOTH_WAYS = {
     ("gpt2", "plain", "float32"),
@@ -110,7 +110,7 @@ def nano(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("target", "name", "dtype"), CASES)
-def test_what_is_written_is_opened_again(tmp_path, target, name, dtype):
+def test_exports_open_again(tmp_path, target, name, dtype):
     """The architecture and every bit."""
     known = spec(**SPECS[name])
     model = in_memory(known, dtype)
@@ -158,7 +158,7 @@ def test_bits_that_arithmetic_would_change(tmp_path):
     assert same_bits(array(tmp_path / "out", "transformer.h.0.mlp.c_fc.weight"), values)
     interop.import_checkpoint(tmp_path / "out", tmp_path / "models" / "back")
     assert same_bits(open_source(tmp_path / "models" / "back").leaves[name].read(), values)
-    with pytest.raises(interop.InteropError, match="--strict-finite"):
+    with pytest.raises(interop.InteropError, match="strict_finite"):
         interop.export_checkpoint(changed, tmp_path / "x", "gpt2", strict_finite=True, **QUICK)
     assert not (tmp_path / "x").exists()
 
@@ -174,7 +174,7 @@ def test_shards(plain, tmp_path):
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == done.plan.num_bytes
         assert interop.diff(whole.out, out) == []
-    with pytest.raises(CraftError, match="max-shard-size"):
+    with pytest.raises(CraftError, match="max_shard_size"):
         interop.export_checkpoint(plain, tmp_path / "z", "gpt2", max_shard_size="0")
 
 
@@ -184,13 +184,13 @@ def test_the_number_of_threads_changes_nothing(plain, tmp_path):
     assert tree(tmp_path / "1") == tree(tmp_path / "4")
 
 
-def test_what_a_target_cannot_hold_is_refused_with_reasons(tmp_path):
+def test_models_beyond_a_target_are_refused_with_reasons(tmp_path):
     run = run_of(tmp_path, activation="gelu_tanh", norm_eps=1e-6, d_ff=192)
     with pytest.raises(NotRepresentableError) as caught:
         interop.export_checkpoint(run, tmp_path / "x.pt", "nanogpt", **QUICK)
     text = str(caught.value)
     assert "activation=gelu_tanh" in text and "norm_eps=1e-06" in text
-    assert "--allow-approx=eps,gelu" in text and "exact targets: gpt2, craft-torch" in text
+    assert "allow_approx=eps,gelu" in text and "exact targets: gpt2, craft-torch" in text
     with pytest.raises(NotRepresentableError, match="norm_eps"):
         interop.export_checkpoint(run, tmp_path / "x.pt", "nanogpt", allow_approx="gelu")
     done = interop.export_checkpoint(run, tmp_path / "x.pt", "nanogpt", allow_approx=True, **QUICK)
@@ -233,7 +233,7 @@ def test_dtype_and_trimmed_rows_are_recorded(tmp_path):
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_ids_that_only_pad_are_never_made(tmp_path):
+def test_padding_ids_are_never_generated(tmp_path):
     tokenizer = tokenizers.characters(TEXT, end_token=True)
     out = tmp_path / "out"
     interop.export_checkpoint(run_of(tmp_path, tokenizer=tokenizer), out, "gpt2", **QUICK)
@@ -242,7 +242,7 @@ def test_ids_that_only_pad_are_never_made(tmp_path):
     assert generation["eos_token_id"] == tokenizer.end_id
 
 
-def test_a_run_without_tokenizer_says_so(tmp_path):
+def test_a_run_without_tokenizer_is_noted(tmp_path):
     done = interop.export_checkpoint(run_of(tmp_path), tmp_path / "out", "gpt2", **QUICK)
     assert any(note.startswith("tokenizer: the run has none") for note in done.notes)
     assert not list((tmp_path / "out").glob("tokenizer*"))
@@ -254,7 +254,7 @@ def test_nothing_is_overwritten_unless_asked(plain, tmp_path):
     out = tmp_path / "out"
     interop.export_checkpoint(plain, out, "gpt2", max_shard_size="20KB", **QUICK)
     before = tree(out)
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="overwrite"):
         interop.export_checkpoint(plain, out, "gpt2", **QUICK)
     assert tree(out) == before
     interop.export_checkpoint(plain, out, "craft-torch", overwrite=True, **QUICK)
@@ -287,7 +287,7 @@ def test_the_source_is_never_written_to(tmp_path, place):
     assert tree(run) == before
 
 
-def test_what_is_read_back_must_be_what_was_read(plain, tmp_path, monkeypatch):
+def test_read_back_compares_with_the_source(plain, tmp_path, monkeypatch):
     honest = SafetensorsWriter.write
 
     def careless(self, name, values):
@@ -509,20 +509,20 @@ def test_the_command_line_in_words_and_as_json(nano, tmp_path, capsys):
         (["export", "RUN", "/dev/null/out"], 73, "/dev/null"),
         (["verify", "RUN", "RUN", "--level", "x"], 2, "--level=x"),
         (["import", "RUN", "OUT"], 2, "init_from"),
-        (["export", "RUN", "OUT", "--from", "nope"], 2, "--from nope"),
+        (["export", "RUN", "OUT", "--from", "nope"], 2, "--from=nope"),
         (["export", "RUN", "OUT", "--n-head", "3"], 2, "--n-head"),
         (["export", "RUN", "OUT", "--config", "x.json"], 2, "--config"),
         (["export", "RUN", "OUT", "--ignore-keys", "*"], 2, "--ignore-keys"),
         (["export", "RUN", "OUT", "--allow-approx=foo"], 2, "--allow-approx=foo"),
         (["export", "RUN", "OUT", "--allow-approx="], 2, "--allow-approx="),
         (["export", "RUN", "O", "--to=nanogpt", "--max-shard-size=1KB"], 2, "one file"),
-        (["export", "RUN", ""], 2, "OUT is empty"),
-        (["inspect", ""], 2, "PATH is empty"),
+        (["export", "RUN", ""], 2, "out: is empty"),
+        (["inspect", ""], 2, "path: is empty"),
         (["nonsense"], 2, "nonsense"),
         ([], 2, "COMMAND"),
     ],
 )
-def test_wrong_words(nano, tmp_path, capsys, words, code, said):
+def test_invalid_command_lines(nano, tmp_path, capsys, words, code, said):
     before = tree(nano)
     places = {"RUN": str(nano), "OUT": str(tmp_path / "out"), "OUT.pt": str(tmp_path / "o.pt")}
     assert cli.main([places.get(word, word) for word in words]) == code
@@ -532,7 +532,7 @@ def test_wrong_words(nano, tmp_path, capsys, words, code, said):
 
 
 @pytest.mark.parametrize(("stdout", "code"), [(">&-", 0), ("> /dev/full", 74), ("| head -c1", 0)])
-def test_standard_output_that_takes_nothing(plain, stdout, code):
+def test_unwritable_standard_output(plain, stdout, code):
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m interop inspect {plain} {stdout}"],
         env=environment(),

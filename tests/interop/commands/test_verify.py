@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import re
@@ -123,7 +124,7 @@ def test_one_flipped_bit_names_the_tensor(exported, copied, capsys):
     assert row["count"] == 1 and row["first"] == (47, 47)
 
 
-def test_any_flipped_byte_of_any_tensor_is_seen(exported, copied, rng):
+def test_any_flipped_byte_of_any_tensor_is_detected(exported, copied, rng):
     out = copied("craft-torch")
     file = out / "model.safetensors"
     whole = file.read_bytes()
@@ -137,7 +138,7 @@ def test_any_flipped_byte_of_any_tensor_is_seen(exported, copied, rng):
     assert interop.verify(exported["run"], out).passed
 
 
-def test_a_config_that_says_something_else(exported, copied):
+def test_a_changed_config_is_detected(exported, copied):
     out = copied("gpt2")
     edit(out / "config.json", layer_norm_epsilon=1e-6)
     for level in ("structure", "bits"):
@@ -239,9 +240,9 @@ def test_logits_can_be_part_of_the_export(exported, tmp_path):
 
 
 def test_without_torch_the_bits_still_compare(exported, monkeypatch):
-    real = interop.commands.verify.importlib.util.find_spec
+    real = importlib.util.find_spec
     monkeypatch.setattr(
-        interop.commands.verify.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "torch" else real(name, *rest),
     )
@@ -251,7 +252,7 @@ def test_without_torch_the_bits_still_compare(exported, monkeypatch):
 
 
 @pytest.mark.torch
-def test_other_tokenizers_are_seen(exported, copied):
+def test_other_tokenizers_are_detected(exported, copied):
     out = copied("gpt2")
     other = tokenizers.characters("ABC the quick brown fox\n", end_token=True)
     (out / "tokenizer.json").write_text(other.json)

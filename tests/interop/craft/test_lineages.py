@@ -174,7 +174,7 @@ def test_wrapped_and_run_with_objects_of_omegaconf(tmp_path, prefixes):
         lambda s: {"experiment": {"model": s}, "config": {}},
     ],
 )
-def test_wherever_the_settings_stand(tmp_path, place):
+def test_settings_in_every_place_of_a_checkpoint(tmp_path, place):
     known = spec(**SPECS["craft e, post-norm, relu"])
     model = model_of("craft-e", known)
     torch.save(training_state(model, known) | place(settings(known)), tmp_path / "c.pt")
@@ -196,7 +196,7 @@ def test_a_bare_state_dict_asks_for_the_heads(tmp_path, capsys):
     assert same_logits(tmp_path / "c.pt", model, known, Options(num_heads=6))
 
 
-def test_what_is_said_in_vain_is_refused(tmp_path, capsys):
+def test_unknown_settings_are_refused(tmp_path, capsys):
     known = spec(**SPECS["craft e"])
     model = model_of("craft-e", known)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
@@ -226,7 +226,7 @@ def test_a_config_that_contradicts_the_tensors(tmp_path):
     for change, words in (
         ({"n_layers": 4}, "num_layers is 4 by the config and 3 by the tensors"),
         ({"bias": False}, "bias is False by the config"),
-        ({"n_head": 5}, "5 does not divide the width 48"),
+        ({"n_head": 5}, "num_heads=5` does not divide the width 48"),
     ):
         config = {"model": settings(known) | change}
         torch.save(training_state(model, known, config=config), tmp_path / "c.pt")
@@ -291,7 +291,7 @@ def test_vocabularies_inside_and_beside_a_checkpoint(tmp_path):
         assert done.source.tokenizer.digest == found.digest
 
 
-def test_what_we_train_goes_back_into_craft(tmp_path):
+def test_a_trained_run_goes_back_to_craft(tmp_path):
     """One file: Craft's trainer reads its checkpoint, and its inference code the model_config."""
     for target, name in (("craft-e", "craft e"), ("craft-d", "craft d"), ("craft-f", "craft f")):
         known = spec(**SPECS[name] | {"vocab_size": len(VOCABULARY)})

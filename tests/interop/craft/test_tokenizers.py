@@ -127,7 +127,7 @@ def test_special_tokens_of_other_names():
     }
 
 
-def test_a_single_character_that_stands_for_unknown_ones_stays_text():
+def test_a_single_character_for_unknown_ones_stays_text():
     tokenizer = of_vocabulary({"a": 0, "?": 1}, {"unk_token": "?"})
     assert tokenizer.encode("a?b").tolist() == [0, 1, 1]
     assert tokenizer.decode([0, 1]) == "a?"
@@ -150,7 +150,7 @@ def test_a_single_character_that_stands_for_unknown_ones_stays_text():
         ([("a", 0)], "list, not a dict"),
     ],
 )
-def test_what_is_no_vocabulary_of_characters(vocabulary, said):
+def test_invalid_character_vocabularies(vocabulary, said):
     with pytest.raises(CorruptFileError, match=said):
         of_vocabulary(vocabulary)
 

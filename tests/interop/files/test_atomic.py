@@ -51,7 +51,7 @@ def test_nothing_is_left_behind(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_said_so(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(DiskSpaceError, match="No space left") as caught:
         fail(tmp_path / "out", OSError(errno.ENOSPC, "full"))
     assert caught.value.exit_code == 74 and names(tmp_path) == []
@@ -59,7 +59,7 @@ def test_a_full_disk_is_said_so(tmp_path):
         fail(tmp_path / "out", AssertionError("nothing may be written"), num_bytes=1 << 60)
 
 
-def test_what_the_dead_left_is_removed_and_what_they_moved_comes_back(tmp_path):
+def test_leftovers_of_dead_processes_are_removed_and_moved_outputs_restored(tmp_path):
     dead = 2**22 - 3
     (tmp_path / f"out.tmp-{dead}").mkdir()
     alive = tmp_path / f"out.tmp-{os.getppid()}"
@@ -98,7 +98,7 @@ def test_places_that_cannot_be(tmp_path):
     with pytest.raises(OutputExistsError, match="exists already"):
         atomic.check_place(tmp_path / "source", [], overwrite=False)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputExistsError, match="not a folder"):
+    with pytest.raises(OutputExistsError, match="not a writable folder"):
         atomic.check_place(tmp_path / "file" / "out", [], overwrite=False)
     link = tmp_path / "link"
     link.symlink_to(source)

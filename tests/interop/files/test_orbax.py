@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     return folder / "3" / "params", {n: np.asarray(p) for n, p in state.params.items()}
 
 
-def test_what_eight_devices_wrote(trained):
+def test_checkpoints_of_eight_devices(trained):
     folder, params = trained
     found = read_params(folder)
     assert set(found) == set(params)
@@ -44,7 +44,7 @@ def test_what_eight_devices_wrote(trained):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
-def test_what_an_import_wrote(tmp_path, dtype):
+def test_checkpoints_of_imports(tmp_path, dtype):
     known = spec(num_layers=1)
     run = make_run(tmp_path / "models" / "run", known, dtype)
     found = read_params(run / "checkpoints" / "0" / "params")

@@ -286,7 +286,7 @@ def test_the_pickles_of_these_tests_do_run(marker):
 
 @pytest.mark.torch
 @BOTH
-def test_what_torch_saves_of_it_does_not_run(torch, tmp_path, marker, new):
+def test_saved_objects_do_not_run(torch, tmp_path, marker, new):
     evil, name = calls(marker)["system"]
     value = {"model": {"w": torch.zeros(3)}, "x": evil}
     torch.save(value, tmp_path / "t.pt", _use_new_zipfile_serialization=new)
@@ -326,7 +326,7 @@ def test_what_torch_saves_of_it_does_not_run(torch, tmp_path, marker, new):
         (b"c\nEval\n.", ".Eval"),
     ],
 )
-def test_every_way_to_name_a_function_is_seen(tmp_path, marker, pickled, name):
+def test_every_way_to_name_a_function_is_detected(tmp_path, marker, pickled, name):
     pickled = pickled.replace(b"{}", str(marker).encode())
     unsafe(archive(tmp_path / "t.pt", pickled), name, marker)
     (tmp_path / "t.bin").write_bytes(pickled)

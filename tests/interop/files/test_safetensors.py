@@ -194,7 +194,7 @@ def test_the_official_library_reads_ours(official, tmp_path):
     assert all(same_bits(loaded[name], array) for name, array in arrays.items())
 
 
-def test_what_the_official_library_writes_is_read(official, tmp_path):
+def test_files_of_the_official_library_are_read(official, tmp_path):
     arrays = of_numpy()
     official.save_file(arrays, tmp_path / "x.safetensors", {"a": "1", "b": "2"})
     file = read_safetensors(tmp_path / "x.safetensors")
@@ -324,7 +324,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_what_is_no_safetensors_file_is_named(tmp_path, case):
+def test_other_files_are_refused_by_kind(tmp_path, case):
     data, words = BAD_FILES[case]
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
@@ -436,7 +436,7 @@ def test_huge_claims_allocate_nothing(tmp_path):
         assert str(path.stat().st_size) in text
 
 
-def test_what_is_no_file(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "nothing.safetensors")
     (tmp_path / "file").write_bytes(b"")
@@ -563,7 +563,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path):
     assert all(tensors[name].read()[[0, -1]].tolist() == [int(name)] * 2 for name in tensors)
 
 
-def test_a_file_that_is_not_finished_is_none(tmp_path):
+def test_an_unfinished_file_does_not_read(tmp_path):
     arrays = {"a": np.ones(3), "b": np.ones(4)}
     writer = SafetensorsWriter(tmp_path / "x", described(arrays), {})
     writer.write("a", arrays["a"])
@@ -632,7 +632,7 @@ def test_closing_waits_for_the_disk(tmp_path, monkeypatch):
         ("h.0.weight", np.zeros((2, 3), np.int32), r"int32"),
     ],
 )
-def test_what_was_not_announced_is_refused(tmp_path, name, array, words):
+def test_undeclared_arrays_are_refused(tmp_path, name, array, words):
     announced = {"h.0.weight": Abstract((2, 3), np.dtype(np.float32))}
     writer = SafetensorsWriter(tmp_path / "x", announced, {})
     with pytest.raises(ValueError, match=words):
@@ -651,7 +651,7 @@ def test_an_existing_file_is_not_touched(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_what_the_format_cannot_hold_is_refused(tmp_path):
+def test_dtypes_beyond_the_format_are_refused(tmp_path):
     path = tmp_path / "x"
     for dtype in (np.complex64, ">f4", ml_dtypes.float8_e4m3fnuz, "U3"):
         with pytest.raises(DtypeError, match=f"'h.a' has dtype {np.dtype(dtype)}"):
@@ -667,7 +667,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path):
     assert not path.exists()
 
 
-def test_a_limit_on_the_size_of_files_is_told(tmp_path):
+def test_a_file_size_limit_is_reported(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
@@ -679,7 +679,7 @@ def test_a_limit_on_the_size_of_files_is_told(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_full_disk_is_told_and_leaves_no_file_that_reads(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_valid_file(tmp_path, monkeypatch):
     pwrite = os.pwrite
 
     def full(handle: int, data: memoryview, position: int) -> int:

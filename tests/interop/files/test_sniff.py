@@ -61,7 +61,7 @@ def safetensors(length: int = 0) -> bytes:
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
-def test_says_what_it_is(data, words):
+def test_descriptions_of_bad_files(data, words):
     assert words in describe(data)
 
 

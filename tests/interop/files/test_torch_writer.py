@@ -26,7 +26,7 @@ from tests.interop.files.torch_files import (
 )
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_files_are_read_back(tmp_path):
     value = {
         "model": collections.OrderedDict(
             a=Placeholder("w", Abstract((2, 3), np.dtype(np.float32))),
@@ -222,7 +222,7 @@ def test_extra_records_cannot_take_the_place_of_torchs(tmp_path, name):
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"bytes", np.float32(1), 1j, ...], ids=repr)
-def test_what_is_no_plain_data_is_named(tmp_path, value):
+def test_values_other_than_plain_data_are_refused(tmp_path, value):
     with pytest.raises(TypeError, match=r"config\.1.*is no plain data"):
         TorchFileWriter(tmp_path / "t.pt", {"config": [0, value]})
     assert not (tmp_path / "t.pt").exists()

@@ -121,7 +121,7 @@ def test_a_view_that_leaves_its_storage_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("extra", ["extra.pkl", "nested/deep.pkl"])
-def test_other_pickles_in_the_archive_are_seen(tmp_path, marker, extra):
+def test_other_pickles_in_the_archive_are_checked(tmp_path, marker, extra):
     evil, name = calls(marker)["system"]
     harmless = pickle.dumps({"a": 1}, 2)
     for protocol in range(6):
@@ -134,7 +134,7 @@ def test_other_pickles_in_the_archive_are_seen(tmp_path, marker, extra):
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("prefix", [b"", b"\x80\x02NR0", b"Ix\n0"])
-def test_what_stands_behind_damage_is_seen(tmp_path, marker, protocol, prefix):
+def test_pickles_behind_damage_are_checked(tmp_path, marker, protocol, prefix):
     evil, name = calls(marker)["system"]
     pickled = prefix + pickle.dumps(["text", Config(), evil], protocol)
     if prefix == b"Ix\n0":
@@ -145,7 +145,7 @@ def test_what_stands_behind_damage_is_seen(tmp_path, marker, protocol, prefix):
 
 
 @pytest.mark.parametrize("member", ["pickle", "tensors", "storages", "sys_info", "x/data.pkl"])
-def test_the_pickles_of_a_tar_archive_are_seen(tmp_path, marker, member):
+def test_the_pickles_of_a_tar_archive_are_checked(tmp_path, marker, member):
     evil, name = calls(marker)["system"]
     path = tmp_path / "t.pt"
     for data in (pickle.dumps(evil, 2), pickle.dumps(1, 2) + pickle.dumps((1, evil), 2)):

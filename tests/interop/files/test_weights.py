@@ -16,15 +16,9 @@ from interop.errors import (
     UnsafePickleError,
 )
 from interop.files.safetensors import SafetensorsWriter
+from interop.files.shards import Shard, index_json, plan_shards
 from interop.files.torch_writer import Placeholder, TorchFileWriter
-from interop.files.weights import (
-    Shard,
-    Weights,
-    index_json,
-    open_weights,
-    parse_size,
-    plan_shards,
-)
+from interop.files.weights import Weights, open_weights
 from interop.mapping.tensors import Abstract, same_bits
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -119,7 +113,7 @@ def test_a_safetensors_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "a.bin", "a.pth", "a.ckpt", "no_suffix", "a.json"])
-def test_what_a_file_is_in_is_told_by_its_content(tmp_path, name):
+def test_content_determines_the_format(tmp_path, name):
     assert_holds(open_weights(save(tmp_path / name, arrays())), arrays())
     (tmp_path / name).unlink()
     weights = open_weights(save_torch(tmp_path / name, arrays()))
@@ -184,13 +178,13 @@ def test_unsafe_pickles_are_refused_unless_their_names_are_allowed(tmp_path):
         ("a.safetensors", b"PK\x03\x04" + bytes(50), "zip"),
     ],
 )
-def test_what_holds_no_weights_is_named(tmp_path, name, data, words):
+def test_a_file_without_weights_is_refused(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     assert words in refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.pt", "nothing.safetensors"])
-def test_a_path_where_nothing_is(tmp_path, name):
+def test_a_missing_path(tmp_path, name):
     assert "no such file" in refusal(tmp_path / name)
 
 
@@ -268,7 +262,7 @@ def test_a_folder_with_several_other_files(tmp_path):
     assert "a.safetensors, b.safetensors" in text and "name one" in text
 
 
-def test_a_folder_without_weights_lists_what_is_there(tmp_path):
+def test_a_folder_without_weights_lists_its_files(tmp_path):
     assert "it is empty" in refusal(tmp_path)
     for name in ("config.json", "ckpt.pt", ".hidden.safetensors"):
         (tmp_path / name).write_text("{}")
@@ -276,7 +270,7 @@ def test_a_folder_without_weights_lists_what_is_there(tmp_path):
     assert "it has ckpt.pt, config.json;" in text and SINGLE in text
 
 
-def test_files_that_systems_leave_behind_are_no_weights(tmp_path):
+def test_system_files_are_ignored(tmp_path):
     save(tmp_path / SINGLE, arrays())
     (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7")
     assert open_weights(tmp_path).notes == ()
@@ -436,7 +430,7 @@ def test_three_are_all_compared(tmp_path):
     assert len(open_weights(tmp_path).notes) == 2
 
 
-def test_another_that_cannot_be_read_is_told_with_its_reason(tmp_path):
+def test_an_unreadable_second_file_is_named_with_the_reason(tmp_path):
     save(tmp_path / SINGLE, arrays())
     (tmp_path / BIN).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     text = refusal(tmp_path, AmbiguousSourceError)
@@ -469,7 +463,7 @@ def test_a_damaged_first_choice_is_not_passed_over(tmp_path):
         ('{"weight_map": {"h.0.w": 3}}', "'h.0.w' to 3"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, text, words):
+def test_an_invalid_index_is_refused(tmp_path, text, words):
     (tmp_path / INDEX).write_text(text, encoding="latin-1")
     assert words in refusal(tmp_path)
 
@@ -509,7 +503,7 @@ def test_missing_shards_are_all_named(tmp_path):
     assert files[1] in text and files[2] in text and files[0] not in text
 
 
-def test_a_shard_whose_link_leads_nowhere_is_missing(tmp_path):
+def test_a_broken_symlink_is_a_missing_shard(tmp_path):
     files = shard(tmp_path, arrays())
     (tmp_path / files[0]).unlink()
     (tmp_path / files[0]).symlink_to("../blobs/1")
@@ -601,144 +595,3 @@ def test_an_index_that_is_a_folder_or_not_there(tmp_path):
     (tmp_path / INDEX).mkdir()
     with pytest.raises(CorruptFileError, match=INDEX):
         open_weights(tmp_path)
-
-
-# ---- planning shards
-
-
-def floats(*counts: int) -> dict[str, Abstract]:
-    return {f"t{i}": Abstract((n,), np.dtype(np.float32)) for i, n in enumerate(counts)}
-
-
-def groups(tensors: dict[str, Abstract], limit: int) -> list[tuple[str, ...]]:
-    return [one.names for one in plan_shards(tensors, limit)]
-
-
-def test_what_fits_is_one_file():
-    assert plan_shards(floats(2, 3), 20) == [Shard("model.safetensors", ("t0", "t1"))]
-    assert plan_shards({}, 20) == [Shard("model.safetensors", ())]
-
-
-def test_one_byte_less_than_all_makes_two_files():
-    assert plan_shards(floats(2, 3), 19) == [
-        Shard("model-00001-of-00002.safetensors", ("t0",)),
-        Shard("model-00002-of-00002.safetensors", ("t1",)),
-    ]
-
-
-def test_shards_are_filled_in_order():
-    assert groups(floats(1, 1, 1, 1, 1), 8) == [("t0", "t1"), ("t2", "t3"), ("t4",)]
-    assert groups(floats(1, 2, 1), 8) == [("t0",), ("t1",), ("t2",)]
-
-
-def test_a_larger_tensor_is_alone():
-    assert groups(floats(1, 9, 1, 1), 8) == [("t0",), ("t1",), ("t2", "t3")]
-    assert groups(floats(9, 1), 8) == [("t0",), ("t1",)]
-    assert groups(floats(9), 8) == [("t0",)]
-    assert plan_shards(floats(9), 8)[0].file == "model.safetensors"
-
-
-def test_a_limit_of_one_byte_gives_each_tensor_its_file():
-    assert groups(floats(1, 1, 1), 1) == [("t0",), ("t1",), ("t2",)]
-    assert groups(floats(0, 0), 1) == [("t0", "t1")]
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_byte(limit):
-    with pytest.raises(ValueError, match=str(limit)):
-        plan_shards(floats(1), limit)
-
-
-@pytest.mark.parametrize("limit", range(1, 60))
-def test_every_plan_keeps_every_tensor_and_the_limit(limit):
-    tensors = floats(3, 0, 1, 7, 2, 2, 5, 0, 1, 12, 1)
-    shards = plan_shards(tensors, limit)
-    assert [name for one in shards for name in one.names] == list(tensors)
-    assert all(
-        len(one.names) == 1 or sum(tensors[name].nbytes for name in one.names) <= limit
-        for one in shards
-    )
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("limit", [8, 9, 20, 1000])
-def test_plans_are_those_of_the_hub(limit):
-    hub = pytest.importorskip("huggingface_hub")
-    torch = pytest.importorskip("torch")
-    tensors = {f"t{i}": torch.zeros(n) for i, n in enumerate([1, 2, 2, 1, 1])}
-    theirs = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
-    ours = plan_shards(floats(1, 2, 2, 1, 1), limit)
-    assert {one.file: list(one.names) for one in ours} == theirs.filename_to_tensors
-    total = index_json(ours, floats(1, 2, 2, 1, 1))["metadata"]["total_size"]
-    assert total == theirs.metadata["total_size"]
-
-
-def test_the_index_counts_and_sorts():
-    tensors = {
-        "b": Abstract((2, 3), np.dtype(np.float32)),
-        "c": Abstract((), np.dtype(np.float64)),
-        "a": Abstract((5,), np.dtype(np.int8)),
-    }
-    found = index_json(plan_shards(tensors, 24), tensors)
-    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    assert found == {
-        "metadata": {"total_parameters": 12, "total_size": 37},
-        "weight_map": {"a": second, "b": first, "c": second},
-    }
-    assert list(found["weight_map"]) == ["a", "b", "c"]
-
-
-# ---- sizes
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("5GB", 5 * 10**9),
-        ("5GiB", 5 * 2**30),
-        ("1", 1),
-        ("1000", 1000),
-        ("7B", 7),
-        ("2KB", 2000),
-        ("2KiB", 2048),
-        ("3MB", 3_000_000),
-        ("3MiB", 3 * 2**20),
-        ("1TB", 10**12),
-        ("1TiB", 2**40),
-        (" 10 mb ", 10_000_000),
-        ("1.5GB", 1_500_000_000),
-        ("0.5KiB", 512),
-        ("0.1GB", 10**8),
-        (12, 12),
-        ("9223372036854775807", 2**63 - 1),
-    ],
-)
-def test_sizes(text, size):
-    found = parse_size(text)
-    assert found == size and type(found) is int
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "0", "0GB", "-1", "-5GB", "GB", "5 G", "5XB", "five", "1e9", "nan", "inf", "1_000"),
-        *(
-            "1.5",
-            "1.0005KB",
-            "1,5GB",
-            "1.GB",
-            ".5GB",
-            "0.3",
-            "0.0001KB",
-            "5GBs",
-            "5\n0",
-            "٣",
-            "9223372036854775808",
-        ),
-        *("9" * 5000, "x" * 5000, "0x10", "5GB 5GB", 0, -1, True, 2.5, None),
-    ],
-)
-def test_what_is_no_size(text):
-    with pytest.raises(ValueError) as caught:
-        parse_size(text)
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 250

@@ -153,7 +153,7 @@ def unsafe(path: Path, name: str, marker: Path) -> None:
     assert caught.value.exit_code == 77
     assert caught.value.details["name"] == name
     assert message.startswith(str(path))
-    assert f"--allow-global {name}" in message
+    assert f"allow_globals={name}" in message
     assert "nothing was run" in message
     assert "\n" not in message
     assert not marker.exists()

@@ -34,12 +34,12 @@ def test_odd_values_are_counted_as_numpy_counts_them(dtype, rng):
 
 
 def test_dtypes_that_no_model_has():
-    with pytest.raises(DtypeError, match="--dtype fp32"):
+    with pytest.raises(DtypeError, match="dtype=fp32"):
         dtypes.check_dtypes({"w": lazy(np.ones(1))}, None)
     dtypes.check_dtypes({"w": lazy(np.ones(1))}, dtypes.named("fp64"))
     with pytest.raises(DtypeError, match="w is int8"):
         dtypes.check_dtypes({"w": lazy(np.ones(1, np.int8))}, dtypes.named("fp32"))
-    with pytest.raises(UsageError, match="--dtype=int4"):
+    with pytest.raises(UsageError, match="dtype=int4"):
         dtypes.named("int4")
 
 

@@ -8,7 +8,7 @@ from tests.interop.models import SPECS, random_leaves, spec
 
 
 @pytest.mark.parametrize("name", ["craft c", "craft f", "craft f, no bias"])
-def test_what_cross_attention_to_nothing_adds_goes_into_a_bias(name):
+def test_constant_cross_attention_is_folded_into_a_bias(name):
     known = spec(**SPECS[name])
     folded = folds.without_cross_attention(known)
     before = random_leaves(known)

@@ -35,7 +35,7 @@ def test_every_bit_comes_back(name, dtype, rng):
     assert all(same_bits(a, b) for a, b in zip(arrays, again, strict=True))
 
 
-def test_a_square_is_turned_all_the_same(rng):
+def test_square_matrices_are_transposed_too(rng):
     array = rng.standard_normal((4, 4))
     (made,) = Transpose().forward((array,))
     assert np.array_equal(made, array.T) and not np.array_equal(made, array)

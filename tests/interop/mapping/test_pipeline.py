@@ -32,7 +32,7 @@ def test_results_come_in_order_and_work_is_bounded():
     assert 2 <= max(most) <= 3
 
 
-def test_what_exceeds_the_budget_goes_alone():
+def test_items_beyond_the_budget_go_alone():
     alone = []
     active = set()
 

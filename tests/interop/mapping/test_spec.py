@@ -49,7 +49,7 @@ def test_settings_from_before_they_were_there():
     assert ModelSpec.from_model_config(old, 77) == ModelSpec.from_model_config(SAVED, 77)
 
 
-def test_what_a_config_leaves_to_others_is_filled_in():
+def test_defaults_of_a_config_are_filled_in():
     found = ModelSpec.from_model_config(SAVED, 77)
     assert (found.vocab_size, found.d_ff) == (77, 64)
     assert GPTConfig(**found.model_config()).hidden_width == 64

@@ -82,7 +82,7 @@ def test_missing_tensors_are_all_named_with_the_nearest():
 def test_extra_tensors_are_listed_or_ignored_on_demand():
     rules, found, expected = tensors()
     found["transformer.h.0.attn.rotary.freqs"] = lazy(np.ones(3))
-    with pytest.raises(UnexpectedKeysError, match=r"rotary\.freqs.*--ignore-keys"):
+    with pytest.raises(UnexpectedKeysError, match=r"rotary\.freqs.*ignore_keys"):
         rules.inverse(found, expected)
     rules.inverse(found, expected, ignore=["transformer.h.0.attn.rotary.freqs"])
 
@@ -118,7 +118,7 @@ def test_a_second_name_of_a_tied_tensor_must_have_its_bits():
         rules.inverse(found | {"lm_head.weight": lazy(head)}, expected)
 
 
-def test_biases_that_were_made_up_must_be_zero():
+def test_synthetic_biases_must_be_zero():
     rules, found, expected = tensors(bias=False)
     assert len(rules.synthetic) == 3 * 6 + 1
     found["transformer.h.2.ln_1.bias"] = lazy(np.full(48, 0.1, np.float32))

@@ -81,7 +81,7 @@ def logits(spec, leaves, tokens, **inputs) -> np.ndarray:
 
 
 def greedy(spec, leaves, prompt, count, **inputs) -> list[int]:
-    """Returns the likeliest continuation of a prompt, by whole forwards."""
+    """Returns the greedy continuation of a prompt, by whole forwards."""
     text = list(prompt)
     for _ in range(count):
         row = np.array([[*text, *[0] * (spec.max_seq_len - len(text))]])

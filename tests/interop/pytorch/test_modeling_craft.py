@@ -62,7 +62,7 @@ def tokens(count, seed=0):
 
 
 @pytest.mark.parametrize("cuts", [[1] * 33, [20, 1, 1, 11], [32, 1]])
-def test_the_cache_gives_what_the_whole_gives(cuts):
+def test_cached_and_whole_forwards_agree(cuts):
     model, ids = model_of().double(), tokens(33)
     whole, _ = model(ids)
     cache, parts = None, []
@@ -157,7 +157,7 @@ def test_a_cache_without_tokens_takes_a_mask():
     assert whole.cache is None
 
 
-def test_likeliest_tokens_of_other_families():
+def test_greedy_tokens_of_other_families():
     """A language model goes on past the context; a target ends there."""
     greedy, options = SamplingConfig(temperature=0.0), {"max_new_tokens": 45}
     prompts = [[1, 2, 3], list(range(33))]
@@ -196,7 +196,7 @@ def craft_model(known, found=None):
 
 
 @pytest.mark.parametrize(("beams", "count"), [pytest.param(2, 12, marks=pytest.mark.soak), (4, 20)])
-def test_beams_find_what_craft_jax_finds(beams, count):
+def test_beam_search_agrees_with_craft_jax(beams, count):
     """Few tokens of near probabilities, so that beams cross, end, and end otherwise than greedy."""
     known = reference.pair(num_layers=1, share_embeddings=True, tie_embeddings=False)
     flat = {
@@ -224,7 +224,7 @@ def test_beams_find_what_craft_jax_finds(beams, count):
             assert made != greedy
 
 
-def test_beams_find_the_likeliest_of_all():
+def test_beam_search_finds_the_most_likely_text():
     """As many beams as there are tokens lose nothing among targets of two tokens."""
     model, source = model_of(PAIRS["post-norm"]).double(), torch.tensor([[4, 5, 6]])
     model.config = dataclasses.replace(model.config, eos_token_id=9)
@@ -287,7 +287,7 @@ def test_impossible_options_of_pairs(options):
     assert model_of(PAIRS["seq2seq"]).generate([[1]], max_new_tokens=0, num_beams=2) == [[]]
 
 
-def test_likeliest_tokens_are_those_of_craft_jax(tmp_path):
+def test_greedy_tokens_are_those_of_craft_jax(tmp_path):
     """Past the end of the context too, where both go on from the last half."""
     ours = interop.from_pretrained(make_run(tmp_path / "models" / "run", SMALL))
     prompts = [[1, 2, 3], [90, 5, 7, 11, 13, 17], list(range(33))]
@@ -309,7 +309,7 @@ def test_likeliest_tokens_are_those_of_craft_jax(tmp_path):
         {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 0.8},
     ],
 )
-def test_what_may_be_chosen_is_what_craft_jax_may_choose(options, rng, monkeypatch):
+def test_sampling_candidates_are_those_of_craft_jax(options, rng, monkeypatch):
     logits = (2 * rng.standard_normal(97)).astype(np.float32)
     seen = rng.integers(0, 97, 12)
     theirs = Options(**options).filtered(torch.tensor(logits), torch.tensor(seen)).numpy()
@@ -392,7 +392,7 @@ def test_dropout_only_while_training():
     assert model.training
 
 
-def test_what_dropout_falls_on():
+def test_dropout_applies_where_craft_jax_applies_it():
     """In layers of torch.nn on hidden units too."""
     for known, has in [(spec(dropout=0.5), False), (reference.lm(dropout=0.5), True)]:
         mlp = model_of(known).train().blocks[0].mlp

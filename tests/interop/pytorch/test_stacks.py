@@ -380,6 +380,6 @@ def test_tied_tables_are_one():
         ("craft-f", lm(cross_attention="zeros", **SCALED, **APART), "'empty', not 'zeros'"),
     ],
 )
-def test_what_a_kind_cannot_be(kind, known, words):
+def test_specs_that_a_kind_refuses(kind, known, words):
     with pytest.raises(ValueError, match=words):
         builders.build(kind, dataclasses.asdict(known))

@@ -63,7 +63,7 @@ def test_a_folder_proves_itself(known, by, tmp_path):
     assert code == 0 and "OK: 99 logits agree in float64" in said and "4 greedy tokens" in said
 
 
-def test_what_it_sees(tmp_path):
+def test_detected_changes(tmp_path):
     folder = made(tmp_path / "out", PAIRS["sinusoidal"])
     probe = json.loads((folder / "probe.json").read_text())
     for change, words in [

@@ -108,7 +108,7 @@ def test_a_lineage_of_craft(ask, tmp_path, around):
     assert answer == {"loading": {}, "greedy": continued(known, INPUTS, [1, 2], 3)}
 
 
-def test_only_what_is_named_is_loaded_and_all_of_it(ask, tmp_path):
+def test_exactly_the_named_tensors_are_loaded(ask, tmp_path):
     known = reference.gpt(head_bias=True, tie_embeddings=False)
     model, _ = built("craft-d", known)
     names = {name: name for name in model.state_dict()}
@@ -123,7 +123,7 @@ def test_only_what_is_named_is_loaded_and_all_of_it(ask, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-def test_what_a_file_may_leave_out(ask, tmp_path, positions):
+def test_optional_tensors_of_a_file(ask, tmp_path, positions):
     """Numbers of positions, but no table of sines."""
     scaled = {"embedding_scale": True, "tie_embeddings": False, "head_bias": True}
     known = reference.lm(positions=positions, **scaled)

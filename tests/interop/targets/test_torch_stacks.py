@@ -41,10 +41,12 @@ def saved(path, target, name, prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "net."])
 @pytest.mark.parametrize("target", CASES)
-def test_what_tensors_do_not_tell_is_asked_for(tmp_path, target, prefix):
+def test_settings_that_shapes_do_not_determine_are_required(tmp_path, target, prefix):
     name, said = CASES[target]
     known, model = saved(tmp_path / "m.pt", target, name, prefix)
-    with pytest.raises(UsageError, match="a bare state dict does not tell num_heads, norm_first"):
+    with pytest.raises(
+        UsageError, match="a bare state dict does not determine num_heads, norm_first"
+    ):
         open_source(tmp_path / "m.pt")
     opened = open_source(tmp_path / "m.pt", Options(config=json.dumps(said)))
     assert opened.kind == target and opened.spec.differences(known) == []
@@ -64,7 +66,7 @@ def test_a_file_of_settings_and_the_flag_for_heads(tmp_path, capsys):
     words = ["import", str(tmp_path / "m.pt"), str(tmp_path / "run"), "--n-head=6"]
     assert cli.main(words) == 2
     said = capsys.readouterr().err
-    assert "does not tell norm_first, activation, embedding_scale" in said
+    assert "does not determine norm_first, activation, embedding_scale" in said
     assert cli.main([*words, f"--config={tmp_path / 'said.json'}"]) == 2
     assert "norm_first" in capsys.readouterr().err
     both = json.dumps(SAID)
@@ -72,7 +74,7 @@ def test_a_file_of_settings_and_the_flag_for_heads(tmp_path, capsys):
     for config, code, what in (
         ("{", 2, "no JSON"),
         (str(tmp_path / "none.json"), 2, "no such file"),
-        (json.dumps(SAID | {"num_heads": 5}), 2, "5 does not divide the width 48"),
+        (json.dumps(SAID | {"num_heads": 5}), 2, "does not divide the width 48"),
         (json.dumps(SAID | {"d_ff": 5}), 65, "d_ff is 5 by the config and 112 by the tensors"),
         (json.dumps(SAID | {"activation": "swish"}), 78, "activation='swish'"),
         (json.dumps(SAID | {"norm_first": "yes"}), 78, "norm_first='yes' is not true or false"),
@@ -85,7 +87,7 @@ def test_a_file_of_settings_and_the_flag_for_heads(tmp_path, capsys):
         assert what in err and "Traceback" not in err
 
 
-def test_a_tied_head_is_seen_by_its_bits(tmp_path):
+def test_a_tied_head_is_detected_by_its_bits(tmp_path):
     _, model = saved(tmp_path / "m.pt", "torch-encoder", "untied")
     options = Options(config=json.dumps(SAID))
     assert not open_source(tmp_path / "m.pt", options).spec.tie_embeddings

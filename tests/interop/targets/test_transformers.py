@@ -159,7 +159,7 @@ def test_decoders_with_an_offset_there_and_back(tmp_path, family, changes):
     assert np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))) <= TOLERANCE
 
 
-def test_what_opt_has_and_we_have_not(tmp_path):
+def test_opt_settings_that_craft_jax_lacks(tmp_path):
     config = transformers.OPTConfig(**SIZES, ffn_dim=112, word_embed_proj_dim=24)
     saved(tmp_path / "theirs", transformers.OPTForCausalLM(config))
     with pytest.raises(UnknownArchitectureError, match="word_embed_proj_dim=24"):
@@ -173,8 +173,8 @@ def test_settings_that_would_be_lost_are_refused(tmp_path):
     for changes, error, words in [
         ({"scale_attn_by_inverse_layer_idx": True}, UnknownArchitectureError, "inverse_layer_idx"),
         ({"activation_function": "mish"}, UnknownArchitectureError, "mish"),
-        ({"activation_function": "gelu_fast"}, NotRepresentableError, "--allow-approx=gelu"),
-        ({"attn_pdrop": 0.3}, NotRepresentableError, "--allow-approx=dropout"),
+        ({"activation_function": "gelu_fast"}, NotRepresentableError, "allow_approx=gelu"),
+        ({"attn_pdrop": 0.3}, NotRepresentableError, "allow_approx=dropout"),
         ({"window": 128}, NotRepresentableError, "window=128"),
     ]:
         folder = tmp_path / words.strip("-=")
