@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from craft_jax import main as cli
-from craft_jax.data import pipeline
+from craft_jax.data import partition, pipeline
 from craft_jax.data.settings import DataConfig
 from craft_jax.errors import DataError, OutputError
 from tests.conftest import micro, words
@@ -24,13 +24,13 @@ def texts_of(parts, split):
     found = []
     for part in (p[split] for p in parts if split in p):
         tokens = part.cache.tokens
-        found += [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.stretches.tolist()]
+        found += [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.spans.tolist()]
     return found
 
 
 def divided(tmp_path, **values):
     config = DataConfig(**({"tokenizer": "byte"} | values))
-    return pipeline.divide(pipeline.prepare(config, tmp_path / "outputs"), config)
+    return partition.partition(pipeline.prepare(config, tmp_path / "outputs"), config)
 
 
 def test_a_named_split_is_taken_out_of_what_trains(tmp_path, caplog):
@@ -42,7 +42,7 @@ def test_a_named_split_is_taken_out_of_what_trains(tmp_path, caplog):
     assert sorted(texts_of(parts, "val")) == sorted([*TEXTS[3:5], "another"])
     assert sorted(texts_of(parts, "test")) == sorted(TEXTS[5:9])
     for part in parts[0].values():
-        number = len(part.stretches)
+        number = len(part.spans)
         assert part.num_bytes == part.num_tokens - number  # One end token each.
     assert "6 of 40 documents of the training split are also held out" in caplog.text
 
@@ -88,7 +88,7 @@ def test_nothing_is_learned(tmp_path, workdir, capfd, roles):
         assert code == 0, said
         return
     assert (code, said.count("\n")) == (65, 1)
-    assert "no message is of data.learned_roles=asistant" in said
+    assert "no message has a role in data.learned_roles=asistant" in said
     assert not (workdir / "models").exists()
 
 
@@ -153,5 +153,5 @@ def test_a_class_that_cannot_be_built(tmp_path, field):
         encoding="utf-8",
     )
     config = DataConfig(**{field: f"{tmp_path / 'own.py'}:Mine", "tokenizer": "byte"})
-    with pytest.raises(DataError, match=rf"data.{field}=.*RuntimeError: no database; mend its"):
+    with pytest.raises(DataError, match=rf"data.{field}=.*RuntimeError: no database; correct it"):
         pipeline.open_datasets(config, workdir=tmp_path / "outputs", seed=0)

@@ -84,7 +84,7 @@ def test_pairs(tmp_path, workdir):
     again = pipeline.open_datasets(bpe, workdir=workdir, seed=0, tokenizer=data.train.tokenizer)
     assert again.train.fingerprint == data.train.fingerprint
     bare = dataclasses.replace(own, tokenizer=None)
-    with pytest.raises(UsageError, match="came without a tokenizer"):
+    with pytest.raises(UsageError, match="the model has no tokenizer"):
         pipeline.open_datasets(bare, workdir=workdir, seed=0)
     assert not workdir.exists()
 

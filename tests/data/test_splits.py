@@ -5,10 +5,10 @@ import operator
 import numpy as np
 import pytest
 
-from craft_jax.data import pipeline, splits
+from craft_jax.data import partition, pipeline, splits
 from craft_jax.data.cache.encoding import document_key
 from craft_jax.data.settings import DataConfig
-from craft_jax.data.sources.formats import Stretch
+from craft_jax.data.sources.formats import TextSpan
 from craft_jax.data.splits import SPLITS, Fractions
 from tests.conftest import words
 
@@ -16,7 +16,7 @@ BOTH = Fractions(0.1, 0.05)
 
 
 def keys_of(texts) -> np.ndarray:
-    return np.array([document_key([Stretch(text)]) for text in texts], np.uint64)
+    return np.array([document_key([TextSpan(text)]) for text in texts], np.uint64)
 
 
 def names(keys, fractions) -> list[str]:
@@ -96,7 +96,7 @@ def test_one_text_however_often_trains():
 def test_tails_touch():
     for count in (1, 9, 100, 12_345):
         for fractions in (BOTH, Fractions(0.5), Fractions(0, 0.3), Fractions()):
-            found = splits.by_place(count, fractions)
+            found = splits.by_position(count, fractions)
             (a, b), (c, d), (e, f) = (found[name] for name in SPLITS)
             assert (a, b, d, f) == (0, c, e, count)
             assert d - c == int(count * fractions.val)
@@ -118,12 +118,12 @@ def divided(tmp_path, texts, **changes):
     path.write_text("\n".join(lines), encoding="utf-8")
     config = DataConfig(**({"path": str(path), "tokenizer": "byte"} | changes))
     (prepared,) = pipeline.prepare(config, tmp_path / "outputs")
-    return pipeline.divide([prepared], config)[0]
+    return partition.partition([prepared], config)[0]
 
 
 def texts_of(part) -> list[str]:
     tokens = part.cache.tokens
-    return [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.stretches.tolist()]
+    return [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.spans.tolist()]
 
 
 def test_whole_documents_are_held_out(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from craft_jax.data import loading, pipeline, text
+from craft_jax.data import loading, pipeline, rows
 from craft_jax.data.cache import token_cache
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.text import ValidationWindows
@@ -275,7 +275,7 @@ def test_a_cache_is_sent_as_its_name(tmp_path, layout):
     path.write_text("the cat sees a dog " * 20_000, encoding="utf-8")
     config = DataConfig(path=str(path), tokenizer="byte", layout=layout, seq_len=16, batch_size=4)
     data = pipeline.open_datasets(config, workdir=tmp_path / "outputs", seed=1)
-    stream = text.Stream(*_cached(tmp_path / "outputs"))
+    stream = rows.Stream(*_cached(tmp_path / "outputs"))
     for sendable in (stream, data.train, data.val):
         if layout == "concatenated":
             assert len(pickle.dumps(sendable)) < 5000

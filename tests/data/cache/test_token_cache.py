@@ -27,7 +27,7 @@ MASKED = Format(prompt_field="prompt")
 def build(path, workdir, kind="char", format=PLAIN, **options):
     source, folder = open_files(str(path)), workdir / "data"
     if isinstance(kind, str):
-        kind = vocabulary.make(
+        kind = vocabulary.train(
             kind,
             [source],
             format,
@@ -55,7 +55,7 @@ def test_one_file_is_one_stretch_of_characters(text_file, workdir):
     assert tokens.tokenizer.decode(ids_of(tokens)) == text
     assert tokens.tokens.dtype == np.uint16
     assert tokens.tokenizer.end_id is None
-    assert tokens.mask is None
+    assert tokens.loss_mask is None
     assert tokens.documents["start"].tolist() == [0]
     assert tokens.documents["bytes"].tolist() == [len(text.encode())]
     assert {p.name for p in tokens.path.iterdir()} == {
@@ -122,7 +122,7 @@ def masked(tmp_path, workdir):
 def everything(tokens):
     return (
         ids_of(tokens),
-        tokens.mask.read(0, len(tokens.mask)).tolist(),
+        tokens.loss_mask.read(0, len(tokens.loss_mask)).tolist(),
         tokens.documents.tolist(),
         tokens.tokenizer.json,
     )
@@ -162,7 +162,7 @@ def test_a_flipped_bit_is_found(masked, name, caplog):
     content[17] ^= 1
     (first.path / name).write_bytes(content)
     assert everything(again()) == expected
-    assert f"is damaged ({name}: crc32 mismatch); making it again" in caplog.text
+    assert f"is damaged ({name}: crc32 mismatch); building it again" in caplog.text
 
 
 @pytest.mark.parametrize("name", FILES[3:])
@@ -208,7 +208,7 @@ def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
     first.manifest["checksum"] = token_cache.checksum_of(first.manifest)
     (first.path / "manifest.json").write_text(json.dumps(first.manifest), encoding="utf-8")
     assert ids_of(build(text_file, workdir)) == expected
-    assert "has ids up to 60000" in caplog.text
+    assert "its largest id is 60000" in caplog.text
 
 
 def test_another_tokenizer_in_its_place_is_found(text_file, workdir, caplog):
@@ -256,7 +256,7 @@ def test_a_flipped_bit_of_a_part_is_found(tmp_path, workdir, monkeypatch):
     content = bytearray((partial / "part-1.tokens").read_bytes())
     content[4] ^= 1
     (partial / "part-1.tokens").write_bytes(content)
-    with pytest.raises(StorageError, match=r"part-1.tokens was damaged on the disk; start again"):
+    with pytest.raises(StorageError, match=r"part-1.tokens is damaged; run the command again"):
         build(path, workdir, made, MASKED)
     assert everything(build(path, workdir, made, MASKED)) == everything(
         build(path, workdir / "other", made, MASKED)

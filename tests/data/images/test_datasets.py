@@ -511,7 +511,7 @@ def test_a_batch():
     assert [of[image.tobytes()] for image in batch["images"]] == batch["labels"].tolist()
     assert (batch["weights"] == 1).all()
     assert data.image_shape == (4, 4, 1) and data.label_names == ("a", "b", "c")
-    assert data.tokenizer is None and not hasattr(data, "vocab_size")
+    assert data.tokenizer is None and data.vocab_size is None
 
 
 def test_fewer_images_than_a_batch():

@@ -115,10 +115,10 @@ def test_what_is_no_file(tmp_path, workdir, capfd):
     places = {
         "nothing_here": "no such file or folder",
         "*.nothing": "no file matches",
-        "folder": "holds no text file",
+        "folder": "contains no text file",
         "pipe": "neither a file nor a folder",
-        "broken": "which leads nowhere",
-        "loop": "which leads nowhere",
+        "broken": "broken symlink",
+        "loop": "broken symlink",
     }
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -170,7 +170,7 @@ def test_named_pipes_do_not_block(tmp_path, workdir, capfd):
     words = micro("none", data__pairs=tmp_path / "pipe.tsv", data__tokenizer="char")
     del words[words.index("--config.data.path=none")]
     code = cli.main([*words, "--config.model.name=seq2seq", f"--workdir={workdir}"])
-    check_refused(code, capfd.readouterr().err, "is no file")
+    check_refused(code, capfd.readouterr().err, "is not a file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
