@@ -33,7 +33,7 @@ def divided(tmp_path, **values):
     return partition.partition(pipeline.prepare(config, tmp_path / "outputs"), config)
 
 
-def test_a_named_split_is_taken_out_of_what_trains(tmp_path, caplog):
+def test_a_named_split_is_removed_from_training(tmp_path, caplog):
     path = lines(tmp_path / "a.jsonl", TEXTS)
     val = lines(tmp_path / "val.jsonl", [*TEXTS[3:6], "another"])
     test = lines(tmp_path / "test.jsonl", TEXTS[5:9])
@@ -58,7 +58,7 @@ def test_sources_of_a_mixture_hold_out_for_each_other(tmp_path):
     assert begins + ends == TEXTS[7]
 
 
-def test_bits_per_byte_count_what_is_learned(tmp_path):
+def test_bits_per_byte_count_unmasked_text(tmp_path):
     path = tmp_path / "a.jsonl"
     records = [{"prompt": "a long question " * 9, "text": f"answer {n}"} for n in range(50)]
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_bits_per_byte_count_what_is_learned(tmp_path):
 
 
 @pytest.mark.parametrize("roles", ["asistant", "assistant"])
-def test_nothing_is_learned(tmp_path, workdir, capfd, roles):
+def test_all_loss_weights_are_zero(tmp_path, workdir, capfd, roles):
     path = tmp_path / "chats.jsonl"
     chats = [
         {"messages": [{"role": r, "content": f"{r} {n}"} for r in ("user", "assistant")]}

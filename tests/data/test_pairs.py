@@ -86,7 +86,7 @@ def read_date(text):
     ("task", "answer"),
     [("dates", read_date), ("reverse", lambda s: s[::-1]), ("sort", lambda s: "".join(sorted(s)))],
 )
-def test_made_pairs_are_right_and_validation_is_apart(task, answer):
+def test_generated_pairs_are_right_and_splits_disjoint(task, answer):
     made = pair_sources.generate(task, 3000)
     assert (len(made.train), len(made.val)) == (3000, 1000)
     for pair in (*made.train, *made.val):

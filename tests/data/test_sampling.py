@@ -166,7 +166,7 @@ def test_some_rows_of_a_batch_are_those_of_the_whole(rows):
             assert np.array_equal(one[rows], other)
 
 
-def test_any_step_is_found_in_the_same_time():
+def test_any_step_takes_constant_time():
     mixture = Mixture(
         [WeightSchedule.parse("0.123"), WeightSchedule.parse("0.877:0.5@1000000")], 64
     )
@@ -204,7 +204,7 @@ def check_plan(lengths, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 128, 1000])
-def test_each_piece_stands_in_one_row(size):
+def test_each_chunk_is_in_one_row(size):
     rng = np.random.default_rng(size)
     for count in (0, 1, 2, 500):
         check_plan(rng.integers(1, size + 1, count), size)

@@ -38,7 +38,7 @@ def test_about_the_right_part_is_held_out():
     assert abs(found.count("test") - 250) < 50
 
 
-def test_documents_keep_their_split_when_others_come_and_go():
+def test_documents_keep_their_split_when_others_change():
     keys = keys_of(TEXTS)
     whole = names(keys, BOTH)
     assert names(keys[:1000], BOTH) == whole[:1000]

@@ -182,7 +182,7 @@ def test_a_text_shorter_than_a_window():
 # Streams.
 
 
-def test_a_stream_is_its_stretches_one_after_another():
+def test_a_stream_concatenates_its_spans():
     whole = np.arange(100)
     spans = np.array([[0, 5], [5, 9], [40, 41], [20, 33], [33, 34], [99, 100]])
     expected = np.concatenate([whole[a:b] for a, b in spans])
@@ -326,7 +326,7 @@ def test_many_files_give_the_batches_of_one(tmp_path, monkeypatch, layout, order
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "packed", "rows"])
-def test_what_is_not_learned_has_no_weight(tmp_path, layout):
+def test_masked_tokens_have_no_weight(tmp_path, layout):
     path = tmp_path / "a.jsonl"
     lines = [{"prompt": f"{n} is ", "text": words(n, seed=n)} for n in range(1, 40)]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -344,7 +344,7 @@ def test_what_is_not_learned_has_no_weight(tmp_path, layout):
     assert np.count_nonzero(batch["targets"]) > len(learned)
 
 
-def test_a_bad_id_is_found_in_its_document(tmp_path):
+def test_a_bad_id_is_located_in_its_document(tmp_path):
     for layout in ("packed", "rows", "concatenated"):
         folder = tmp_path / layout
         folder.mkdir()

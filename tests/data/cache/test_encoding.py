@@ -103,7 +103,7 @@ def test_documents_begin_where_they_begin(tmp_path, monkeypatch):
     assert built.documents["key"][3] == encoding.document_key([TextSpan(texts[3])])
 
 
-def test_the_bytes_of_a_document_that_goes_on_in_other_parts(tmp_path, monkeypatch):
+def test_the_bytes_of_a_document_in_several_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PART_BYTES", 500)
     texts = {"a.txt": TEXTS["odd"], "b.txt": "short", "c.txt": TEXTS["words"]}
     for name, text in texts.items():
@@ -233,7 +233,7 @@ builder.build(source, tokenizer=made, format=Format(), folder=Path(sys.argv[2]))
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_what_is_done_stays_done(tmp_path, monkeypatch, name, caplog):
+def test_complete_parts_survive_a_kill(tmp_path, monkeypatch, name, caplog):
     path = tmp_path / "a.txt"
     path.write_text(TEXTS["words"] + TEXTS["odd"], encoding="utf-8", newline="")
     folder = tmp_path / "cache"

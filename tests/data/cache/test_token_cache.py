@@ -49,7 +49,7 @@ def records(tmp_path, count=40):
     return path
 
 
-def test_one_file_is_one_stretch_of_characters(text_file, workdir):
+def test_one_file_is_one_document_of_characters(text_file, workdir):
     text = text_file.read_text(encoding="utf-8")
     tokens = build(text_file, workdir)
     assert tokens.tokenizer.decode(ids_of(tokens)) == text
@@ -81,7 +81,7 @@ def test_documents_are_separated_by_the_end_token(tmp_path, workdir, kind):
     assert tokens.documents["start"].tolist() == np.cumsum([0, *map(len, documents[:-1])]).tolist()
 
 
-def test_an_equal_request_finds_the_cache(text_file, workdir):
+def test_an_equal_request_reuses_the_cache(text_file, workdir):
     first = build(text_file, workdir)
     stamp = (first.path / "tokens-00000.bin").stat().st_mtime_ns
     second = build(text_file, workdir)
@@ -132,7 +132,7 @@ FILES = ("tokens-00000.bin", "mask-00000.bin", "documents.bin", "tokenizer.json"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_cache_is_made_again(masked, name, caplog):
+def test_a_damaged_cache_is_rebuilt(masked, name, caplog):
     first, again = masked
     expected = everything(first)
     assert {p.name for p in first.path.iterdir()} == set(FILES)
@@ -155,7 +155,7 @@ def test_a_damaged_cache_is_made_again(masked, name, caplog):
 
 
 @pytest.mark.parametrize("name", FILES[:3])
-def test_a_flipped_bit_is_found(masked, name, caplog):
+def test_a_flipped_bit_is_detected(masked, name, caplog):
     first, again = masked
     expected = everything(first)
     content = bytearray((first.path / name).read_bytes())
@@ -195,7 +195,7 @@ def test_every_digit_of_a_manifest_is_checked(masked):
             assert everything(again()) == expected, (name, number, other)
 
 
-def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
+def test_ids_beyond_the_vocabulary_are_detected(text_file, workdir, caplog):
     first = build(text_file, workdir)
     assert first.manifest["largest"] == max(ids_of(first))
     expected = ids_of(first)
@@ -211,7 +211,7 @@ def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
     assert "its largest id is 60000" in caplog.text
 
 
-def test_another_tokenizer_in_its_place_is_found(text_file, workdir, caplog):
+def test_a_replaced_tokenizer_is_detected(text_file, workdir, caplog):
     first = build(text_file, workdir)
     expected = ids_of(first)
     other = tokenizers.characters("".join(map(chr, range(32, 300))), end_token=False)
@@ -239,7 +239,7 @@ def unfinished(path, workdir, made, monkeypatch):
 
 @pytest.mark.parametrize("ending", [".tokens", ".documents", ".mask", ".json"])
 @pytest.mark.parametrize("content", [None, b"", b"x" * 24])
-def test_a_part_that_is_not_whole_is_made_again(tmp_path, workdir, monkeypatch, ending, content):
+def test_an_incomplete_part_is_encoded_again(tmp_path, workdir, monkeypatch, ending, content):
     path, made = records(tmp_path), tokenizers.bytes_()
     expected = everything(build(path, tmp_path / "other", made, MASKED))
     file = unfinished(path, workdir, made, monkeypatch) / f"part-1{ending}"
@@ -250,7 +250,7 @@ def test_a_part_that_is_not_whole_is_made_again(tmp_path, workdir, monkeypatch, 
     assert everything(build(path, workdir, made, MASKED)) == expected
 
 
-def test_a_flipped_bit_of_a_part_is_found(tmp_path, workdir, monkeypatch):
+def test_a_flipped_bit_of_a_part_is_detected(tmp_path, workdir, monkeypatch):
     path, made = records(tmp_path), tokenizers.bytes_()
     partial = unfinished(path, workdir, made, monkeypatch)
     content = bytearray((partial / "part-1.tokens").read_bytes())
@@ -296,7 +296,7 @@ def test_an_interruption_before_a_part_is_done_leaves_nothing(
     assert not list((workdir / "data").iterdir())
 
 
-def test_what_was_begun_a_month_ago_goes(text_file, workdir):
+def test_stale_partial_caches_are_removed(text_file, workdir):
     (workdir / "data").mkdir(parents=True)
     old, new = (workdir / "data" / f".{n}{'0' * 15}.partial" for n in (1, 2))
     for folder in (old, new):
@@ -307,7 +307,7 @@ def test_what_was_begun_a_month_ago_goes(text_file, workdir):
     assert set((workdir / "data").iterdir()) == {tokens.path, new}
 
 
-def test_what_is_gone_on_with_after_a_month_stays(text_file, workdir, monkeypatch):
+def test_a_resumed_partial_cache_is_kept(text_file, workdir, monkeypatch):
     expected = ids_of(build(text_file, workdir / "other"))
     monkeypatch.setattr(sources, "PART_BYTES", 4000)
 
@@ -457,7 +457,7 @@ def test_builders_beside_each_other_agree(text_file, workdir):
 
 
 @pytest.mark.parametrize("size", [1, 700, 5000])
-def test_many_files_hold_what_one_does(tmp_path, monkeypatch, size):
+def test_many_shards_equal_one(tmp_path, monkeypatch, size):
     path = records(tmp_path)
     made = tokenizers.bytes_()
     one = build(path, tmp_path / "one", made, MASKED)

@@ -91,7 +91,7 @@ def test_batches_of_texts_that_train(tmp_path, workdir, name, capfd):
 
 @pytest.mark.parametrize("name", TRAINS)
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_texts_come_back(tmp_path, workdir, name, tokenizer):
+def test_texts_round_trip(tmp_path, workdir, name, tokenizer):
     path = tmp_path / name
     path.write_bytes(TRAINS[name])
     config = DataConfig(path=str(path), tokenizer=tokenizer, vocab_size=300)
@@ -111,7 +111,7 @@ def test_texts_that_do_not(tmp_path, workdir, name, capfd):
     refused(path, workdir, capfd, said)
 
 
-def test_what_is_no_file(tmp_path, workdir, capfd):
+def test_missing_files(tmp_path, workdir, capfd):
     places = {
         "nothing_here": "no such file or folder",
         "*.nothing": "no file matches",

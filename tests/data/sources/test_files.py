@@ -324,7 +324,7 @@ def test_a_cut_gzip_file(tmp_path):
         (b"text\0text", "NUL byte at offset 4"),
     ],
 )
-def test_what_is_not_text_is_named_with_its_place(tmp_path, content, message):
+def test_invalid_text_is_reported_with_its_offset(tmp_path, content, message):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):

@@ -30,7 +30,7 @@ def texts(format, document) -> list[tuple[str, bool]]:
     return [(s.text, s.in_loss) for s in format.spans(document) if s.text]
 
 
-def test_what_is_read_of_a_record():
+def test_fields_of_a_record():
     document = record(text="a", body="b", prompt="c")
     assert texts(Format(), document) == [("a", True)]
     assert texts(Format(text_field="body"), document) == [("b", True)]
@@ -39,7 +39,7 @@ def test_what_is_read_of_a_record():
     assert texts(Format(), running) == [("ab", True)]
 
 
-def test_what_is_learned_of_messages():
+def test_the_loss_mask_of_messages():
     document = record(**said(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?")))
     assert texts(CHAT, document) == [
         ("<|im_start|>system\n", False), ("Be brief.", False), ("<|im_end|>\n", False),
@@ -64,7 +64,7 @@ def test_markup_is_told_from_text():
     assert not any(s.is_markup for s in Format().spans(record(text="<|im_start|>")))
 
 
-def test_a_content_may_hold_what_a_template_does():
+def test_content_may_contain_template_text():
     document = record(**said(("assistant", "{role} {content} {{x}} %s \\n")))
     assert ("{role} {content} {{x}} %s \\n", True) in texts(CHAT, document)
 
@@ -182,7 +182,7 @@ def test_completions_are_learned_and_prompts_are_not(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 @pytest.mark.parametrize("part_bytes", [100, 1 << 24])
-def test_what_the_assistant_says_is_learned(tmp_path, monkeypatch, kind, part_bytes):
+def test_only_assistant_messages_count_in_the_loss(tmp_path, monkeypatch, kind, part_bytes):
     monkeypatch.setattr(files, "PART_BYTES", part_bytes)
     records = [
         said(("system", "Be brief."), ("user", f"What is {n}?"), ("assistant", f"A number, {n}."))

@@ -80,7 +80,7 @@ def test_a_file_of_the_users_own(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_an_equal_request_finds_the_tokenizer(tmp_path, kind, caplog):
+def test_an_equal_request_reuses_the_tokenizer(tmp_path, kind, caplog):
     path, folder = tmp_path / "a.txt", tmp_path / "t"
     path.write_text(words(2000), encoding="utf-8")
     first = make(kind, path, folder)
@@ -101,7 +101,7 @@ def test_an_equal_request_finds_the_tokenizer(tmp_path, kind, caplog):
     assert make("bpe", path, folder).digest != first.digest
 
 
-def test_bpe_has_the_size_and_the_special_tokens_it_is_asked_for(tmp_path):
+def test_bpe_has_the_requested_size_and_special_tokens(tmp_path):
     (tmp_path / "a.txt").write_text(words(5000), encoding="utf-8")
     made = make("bpe", tmp_path, tmp_path / "t", special=("<|x|>",), vocab_size=290)
     assert made.vocab_size == 290
@@ -158,7 +158,7 @@ def test_few_is_fewer_than_ten(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("hold_out", ["auto", "documents", "tail"])
-def test_bpe_of_what_is_hardly_a_text(tmp_path, count, hold_out):
+def test_bpe_of_a_tiny_text(tmp_path, count, hold_out):
     for seed in range(6):
         path = write(tmp_path / "a.jsonl", [f"{seed} {n}" for n in range(count)])
         made = make("bpe", path, tmp_path / "t", fractions=Fractions(0.6, 0.3), hold_out=hold_out)
