@@ -117,8 +117,8 @@ def check_ids(dataset: Dataset, step: int, batch: Batch, rows: slice = WHOLE) ->
             where = dataset.place(step, row, place[1] + (name == "targets"))
         raise DataError(
             f"{origin(dataset)}: batch {step} has the id {ids[tuple(place)]} in {name}{place}"
-            f"{where and f' ({where})'}, but the vocabulary has {vocab_size} tokens; correct the data, or "
-            "the dataset's vocab_size"
+            f"{where and f' ({where})'}, but the vocabulary has {vocab_size} tokens; correct the "
+            "data, or the dataset's vocab_size"
         )
 
 

@@ -154,7 +154,7 @@ def test_a_tokenizer_that_cannot_be(bare, imported, workdir, tmp_path, tokenizer
     assert main(workdir, "generate", "--run=imported", "--prompt=a", f"--tokenizer={file}") == 0
     for run, given, said, code in [
         ("imported", "byte", "is not the tokenizer of run imported", 78),
-        ("bare", "bpe", "is made from text", 2),
+        ("bare", "bpe", "needs training text", 2),
         ("bare", "byte", "has 257 tokens", 65),
         ("bare", tmp_path / "none", "no such file", 65),
     ]:

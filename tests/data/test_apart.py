@@ -106,14 +106,14 @@ def images(**values):
     return pipeline.open_datasets(config, workdir=None, seed=0)
 
 
-def test_classes_of_a_named_split_are_those_that_train(tmp_path):
+def test_classes_of_a_named_split_match_the_training_split(tmp_path):
     train = pictures(tmp_path / "train", ["cat", "dog"])
     val = pictures(tmp_path / "val", ["dog"], first=9)
     data = images(path=train, val_split=val)
     assert data.val.batch(0)["labels"].tolist() == [1, 1, 1]
     assert len(data.train.indices) == 6
     for folder in (pictures(tmp_path / "x", ["zebra"]), str(tmp_path / "train/cat")):
-        with pytest.raises(DataError, match=r"^data.val_split=.*that train cat, dog"):
+        with pytest.raises(DataError, match=r"^data.val_split=.*training images cat, dog"):
             images(path=train, val_split=folder)
 
 

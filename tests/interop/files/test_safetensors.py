@@ -436,7 +436,7 @@ def test_huge_claims_allocate_nothing(tmp_path):
         assert str(path.stat().st_size) in text
 
 
-def test_missing_files(tmp_path):
+def test_what_is_no_file(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "nothing.safetensors")
     (tmp_path / "file").write_bytes(b"")
