@@ -89,7 +89,7 @@ def test_an_imported_run_evaluates_generates_and_trains(text_file, workdir, impo
     assert "imported  imported  -" in capsys.readouterr().out
     assert main(workdir, "evaluate", "--run=imported") == 2
     assert main(workdir, "--run=imported") == 2
-    assert "--config.data.path" in capsys.readouterr().err
+    assert "data.path is empty" in capsys.readouterr().err
     training = [f"--config.data.path={text_file}", "--config.data.batch_size=8"]
     training += ["--config.training.num_steps=20", "--config.training.log_every=5"]
     training += ["--config.training.sample_every=0", "--config.optim.decay_steps=22"]

@@ -1,4 +1,4 @@
-"""What validates or tests does not train, whatever names it; and what nothing is learned of."""
+"""Held-out data is removed from the training split; splits whose loss weights are all 0."""
 
 import json
 

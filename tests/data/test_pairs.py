@@ -63,7 +63,7 @@ def file_of(path, rows):
 
 ROWS = [(f"word {i}", f"{i} mot \u00e9") for i in range(20)]
 
-# Made pairs.
+# Generated pairs.
 
 
 def read_date(text):
@@ -230,7 +230,7 @@ def test_files_that_cannot_be_used(tmp_path, name, content, expected):
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files(tmp_path):
     with pytest.raises(DataError, match=r"data.pairs: cannot read .*No such file"):
         opened(tmp_path / "a.tsv")
     (tmp_path / "b.tsv").mkdir()
@@ -252,7 +252,7 @@ def test_pairs_that_do_not_fit(tmp_path):
         opened("dates", seq_len=11)
 
 
-def test_tokenizers_that_do_not_serve(tmp_path):
+def test_tokenizers_without_an_end_token(tmp_path):
     path = file_of(tmp_path / "a.tsv", [*ROWS, ("word \u20ac", "1")])
     known = tokenizers.characters("".join(map("".join, ROWS)), end_token=True)
     with pytest.raises(DataError, match=r"line 21: the tokenizer does not know.*U\+20AC"):

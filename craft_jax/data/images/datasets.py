@@ -289,10 +289,8 @@ def open_images(
     _check_fractions(val_fraction, test_fraction)
     scanned = {name: _scan(images) for name, images in {"train": source, **named}.items()}
     if processor.size is None:
-        first = scanned["train"].shapes[0]
         for name, scan in scanned.items():
-            for i, shape in enumerate(scan.shapes):
-                _check_shape(named.get(name, source), i, shape, first)
+            _check_shapes(named.get(name, source), scan.shapes, scanned["train"].shapes[0])
     indices = _divide(source, scanned["train"].hashes_N, val_fraction, test_fraction)
     _remove_held_out(source, indices, scanned)
     settings = [val_fraction, test_fraction, dataclasses.asdict(processor)]
@@ -346,6 +344,13 @@ def _check_fractions(val_fraction: float, test_fraction: float) -> None:
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must not be "
             "negative, and their sum must be below 1; try 0.1 and 0"
         )
+
+
+def _check_shapes(
+    source: ImageSource, shapes: Sequence[tuple[int, ...]], expected: tuple[int, ...]
+) -> None:
+    for i, shape in enumerate(shapes):
+        _check_shape(source, i, shape, expected)
 
 
 def _check_shape(

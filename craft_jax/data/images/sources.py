@@ -1,9 +1,7 @@
-"""Where images come from: arrays, such as the digits of scikit-learn, and folders of files.
+"""Images by number, from arrays, such as the digits of scikit-learn, and from folders of files.
 
-In goes a name or a path; out come images by number, as pixels (see `pixels`), and the numbers of
-their classes. Files are opened when their image is asked for; a folder pickles as names, so that
-workers open the files themselves. What is unreadable raises `DataError` with the file and the
-remedy. `tfds` has the images of TensorFlow Datasets.
+Folders pickle as file names, and read a file when its image is needed. `images.tfds` has the images
+of TensorFlow Datasets.
 """
 
 import abc
