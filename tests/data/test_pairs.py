@@ -252,7 +252,7 @@ def test_pairs_that_do_not_fit(tmp_path):
         opened("dates", seq_len=11)
 
 
-def test_tokenizers_without_an_end_token(tmp_path):
+def test_unusable_tokenizers(tmp_path):
     path = file_of(tmp_path / "a.tsv", [*ROWS, ("word \u20ac", "1")])
     known = tokenizers.characters("".join(map("".join, ROWS)), end_token=True)
     with pytest.raises(DataError, match=r"line 21: the tokenizer does not know.*U\+20AC"):
