@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from craft_jax import models, plugins, schema
 from craft_jax.checkpoint.store import CheckpointConfig
 from craft_jax.data import pipeline
-from craft_jax.data.pairs import TASKS
+from craft_jax.data.pair_sources import TASKS
 from craft_jax.data.pipeline import is_pairs_path, is_tokenizer_path
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.tokenizers import KINDS

@@ -90,7 +90,7 @@ def measure(kind: str, text: Path, size: int, folder: Path, args: argparse.Names
         "peak MB": round(max(run["peak"] for run in (whole, killed, again)) / 1e6),
         "killed after s": round(killed_at, 1),
         "then s": round(again["seconds"], 1),
-        "gone on with": "going on with" in again["said"],
+        "continued": "continuing" in again["said"],
         "same bytes": same,
     }
 

@@ -10,10 +10,11 @@ import numpy as np
 from craft_jax import outputs
 from craft_jax.commands import data_config
 from craft_jax.config import ExperimentConfig
-from craft_jax.data import loading, pipeline
+from craft_jax.data import loading, partition, pipeline
 from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.images.conversion import shown
-from craft_jax.data.pipeline import Datasets, Prepared
+from craft_jax.data.partition import Prepared
+from craft_jax.data.pipeline import Datasets
 from craft_jax.data.text import TextBatches
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import OK, DataError, UsageError
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _describe_text(config: ExperimentConfig, prepared: list[Prepared], found: Datasets) -> None:
     data, train = config.data, found.train
     assert isinstance(train, TextBatches) and train.tokenizer is not None
-    divided = pipeline.divide(prepared, data)
+    divided = partition.partition(prepared, data)
     num_tokens = sum(source.caches["train"].manifest["tokens"] for source in prepared)
     num_bytes = sum(source.caches["train"].manifest["bytes"] for source in prepared)
     print(
@@ -83,7 +84,7 @@ def _describe_text(config: ExperimentConfig, prepared: list[Prepared], found: Da
                     source.caches.get(split, source.caches["train"]).manifest["source"]["name"],
                     split,
                     weight,
-                    f"{len(part.stretches):,}",
+                    f"{len(part.spans):,}",
                     f"{part.num_bytes / 1e6:.2f}",
                     f"{part.num_tokens:,}",
                     f"{count:,}",
@@ -142,7 +143,7 @@ def _place(data: Dataset, step: int, row: int) -> str:
 
 
 def in_words(row: Batch, tokenizer: Tokenizer) -> str:
-    """Returns a row of a batch as text: `[[...]]` around what is not learned, documents apart.
+    """Returns a row of a batch as text: `[[...]]` around tokens outside the loss, documents apart.
 
     Padding at the end is counted, not shown. Special tokens show as they are spelled.
     """
@@ -159,12 +160,12 @@ def in_words(row: Batch, tokenizer: Tokenizer) -> str:
     lines = []
     for number in range(1, int(segments.max(initial=0)) + 1):
         here = np.flatnonzero(segments == number)
-        # The first token is read, and predicted by nothing.
-        is_learned = np.concatenate([[False], weights[here] > 0])
+        # The first token has no prediction.
+        in_loss = np.concatenate([[False], weights[here] > 0])
         ids = np.concatenate([tokens[here[:1]], targets[here]])
         text = ""
         for learned, group in itertools.groupby(
-            zip(is_learned.tolist(), ids.tolist(), strict=True), key=lambda pair: pair[0]
+            zip(in_loss.tolist(), ids.tolist(), strict=True), key=lambda pair: pair[0]
         ):
             piece = tokenizer.decode([i for _, i in group], show_special=True)
             text += piece if learned else f"[[{piece}]]"

@@ -9,7 +9,7 @@ import jax
 
 from craft_jax import outputs, runs
 from craft_jax.commands import report
-from craft_jax.data import pairs, pipeline, text
+from craft_jax.data import pair_sources, pairs, pipeline, text
 from craft_jax.data.base import Dataset
 from craft_jax.errors import OK, DataError, UsageError
 from craft_jax.parallel import sharding
@@ -63,14 +63,13 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
     if args.text and opened.config.reads_pairs:
         return _file_of_pairs(opened, args.text)
     if args.text:
-        dataset = text.from_text(
+        return text.from_text(
             pipeline.read_text(data, args.text),
             opened.need_tokenizer(),
             seq_len=data.seq_len,
             batch_size=data.batch_size,
+            name="".join(c if c.isalnum() else "_" for c in Path(args.text).stem),
         )
-        dataset.name = "".join(c if c.isalnum() else "_" for c in Path(args.text).stem)
-        return dataset
     opened.config.check_pairs()
     datasets = pipeline.open_datasets(
         data, workdir=workdir, seed=opened.config.training.seed, tokenizer=opened.tokenizer
@@ -91,7 +90,7 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
 
 
 def _file_of_pairs(opened: Run, path: str) -> Dataset:
-    if not pairs.has_pairs_name(path):
+    if not pair_sources.has_pairs_name(path):
         raise UsageError(
             f"--text={path}: run {opened.paths.name} reads pairs; name a .tsv or .jsonl file"
         )

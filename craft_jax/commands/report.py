@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from craft_jax.config import SECTIONS, ExperimentConfig
-from craft_jax.data.base import Dataset, vocab_size_of
+from craft_jax.data.base import Dataset
 from craft_jax.data.pipeline import Datasets
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
@@ -70,7 +70,7 @@ def _batch(config: ExperimentConfig, data: Dataset) -> str:
         what = f"{images.height} x {images.width} pixels, {images.num_classes} classes"
         colors = f", in {images.num_colors} colours as tokens" if images.palette else ""
         return f"{rows:,} images of {what}{colors}"
-    if vocab_size_of(data) is None:
+    if data.vocab_size is None:
         return f"{rows:,} examples"
     if config.reads_pairs:
         return f"{rows:,} pairs, up to {length:,} tokens in a source and in a target"

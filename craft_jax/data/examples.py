@@ -1,34 +1,28 @@
-"""Examples by number to batches by number: the datasets of the user's own, and two to build on.
-
-A `BaseDataset` flows in; batches flow out, each epoch shuffled by the seed.
-"""
+"""Batches of a `BaseDataset`, shuffled each epoch; and two datasets of text to derive from."""
 
 import hashlib
-import logging
 from typing import Any
 
 import numpy as np
 
 from craft_jax import plugins
 from craft_jax.data import sampling, tokenizers
-from craft_jax.data.base import BaseDataset, Batch, Dataset, Recipe
+from craft_jax.data.base import BaseDataset, Batch, Dataset, DatasetInfo, Recipe
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, UsageError
 
-logger = logging.getLogger(__name__)
-
 
 class TextDataset(BaseDataset):
-    """Windows of a text, side by side; the last is padded.
+    """Adjacent windows of a text; the last is padded.
 
     Args:
-      text: what to cut up.
+      text: the text.
       tokenizer: of its ids.
       seq_len: T, tokens of a window.
 
     Raises:
       DataError: the text has fewer than two tokens.
-      UsageError: it has characters that have no id.
+      UsageError: the text has characters without an id.
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer, seq_len: int):
@@ -60,9 +54,9 @@ class CharDataset(TextDataset):
     """Windows of a text, one token for each character.
 
     Args:
-      text: what to cut up.
+      text: the text.
       seq_len: T, characters of a window.
-      alphabet: the vocabulary; None for the characters of the text. Give both splits the same.
+      alphabet: the vocabulary, the same for both splits; None for the characters of the text.
     """
 
     def __init__(self, text: str, seq_len: int, alphabet: str | None = None):
@@ -76,20 +70,18 @@ class ExampleBatches(Dataset):
     Args:
       examples: at least one.
       batch_size: B.
-      seed: of the order of training batches, without end; None for one pass in order, whose last
-        batch is filled up with rows whose `weights` are 0.
+      seed: of the order, for endless training batches; None for one pass in order, where rows of
+        weight 0 fill up the last batch.
 
     Raises:
-      DataError: there is no example.
+      DataError: there are no examples.
     """
 
     def __init__(self, examples: BaseDataset, *, batch_size: int, seed: int | None):
         if not len(examples):
-            raise DataError(f"{type(examples).__name__} has no example; it needs one at least")
+            raise DataError(f"{type(examples).__name__} has no examples; it needs at least one")
+        super().__init__(DatasetInfo.of(examples))
         self._examples, self.batch_size, self._seed = examples, batch_size, seed
-        for name in ("vocab_size", "tokenizer", "num_bytes", "image_format", "name"):
-            if hasattr(examples, name):
-                setattr(self, name, getattr(examples, name))
         self.fingerprint = examples.fingerprint or _fingerprint(examples)
 
     def __len__(self) -> int:
@@ -105,34 +97,34 @@ class ExampleBatches(Dataset):
         numbers = step * self.batch_size + np.arange(self.batch_size)[rows]
         if self._seed is None:
             return self._stacked(np.minimum(numbers, count - 1), numbers < count)
-        places = sampling.places(self._seed, numbers, count)
-        return self._stacked(places, np.ones(len(places), bool))
+        indices = sampling.example_indices(self._seed, numbers, count)
+        return self._stacked(indices, np.ones(len(indices), bool))
 
-    def _stacked(self, places: np.ndarray, counts: np.ndarray) -> Batch:
-        examples = [self._examples[int(place)] for place in places]
+    def _stacked(self, indices: np.ndarray, in_loss: np.ndarray) -> Batch:
+        examples = [self._examples[int(i)] for i in indices]
         first = examples[0]
         if not isinstance(first, dict):
             raise TypeError(
-                f"example {places[0]} is a {type(first).__name__}, not a dict of arrays"
+                f"example {indices[0]} is a {type(first).__name__}, not a dict of arrays"
             )
         batch: Batch = {}
         for name in first:
             arrays = [np.asarray(example[name]) for example in examples]
-            for place, array in zip(places, arrays, strict=True):
+            for i, array in zip(indices, arrays, strict=True):
                 if array.shape != arrays[0].shape:
                     raise ValueError(
-                        f"{name!r} of example {place} has the shape {array.shape}, and that of "
-                        f"example {places[0]} {arrays[0].shape}; pad them to one"
+                        f"{name!r} of example {i} has the shape {array.shape}, but in example "
+                        f"{indices[0]} {arrays[0].shape}; pad them to one shape"
                     )
             batch[name] = np.stack(arrays)
-        if not counts.all():
+        if not in_loss.all():
             like = batch.get("weights")
             if like is None:
-                like = np.ones(batch.get("targets", counts).shape, np.float32)
-            counts = counts.reshape(-1, *(1,) * (like.ndim - 1))
-            batch["weights"] = np.where(counts, like, 0).astype(np.float32)
+                like = np.ones(batch.get("targets", in_loss).shape, np.float32)
+            in_loss = in_loss.reshape(-1, *(1,) * (like.ndim - 1))
+            batch["weights"] = np.where(in_loss, like, 0).astype(np.float32)
         elif self._seed is None and "weights" not in batch:
-            shape = batch["targets"].shape if "targets" in batch else counts.shape
+            shape = batch["targets"].shape if "targets" in batch else in_loss.shape
             batch["weights"] = np.ones(shape, np.float32)
         return batch
 
@@ -141,7 +133,7 @@ class ExampleBatches(Dataset):
 
 
 def _fingerprint(examples: BaseDataset) -> str:
-    """Returns what identifies examples that do not say it: how many, and the outermost."""
+    """Returns a fingerprint for examples without one: of their number, and the first and last."""
     digest = hashlib.sha256(str(len(examples)).encode())
     for number in (0, len(examples) - 1):
         example = examples[number]
@@ -151,7 +143,36 @@ def _fingerprint(examples: BaseDataset) -> str:
     return digest.hexdigest()
 
 
-def build(recipe: Recipe) -> Dataset:
+class OwnDataset(Dataset):
+    """A dataset of the user's own, with the recipe by which worker processes build it.
+
+    Args:
+      data: the dataset.
+      recipe: see `Dataset`.
+    """
+
+    def __init__(self, data: Dataset, recipe: Recipe):
+        super().__init__(DatasetInfo.of(data))
+        self.data, self.batch_size, self.recipe = data, data.batch_size, recipe
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, step: int) -> Batch:
+        return self.data.batch(step)
+
+    def rows(self, step: int, rows: slice) -> Batch:
+        return self.data.rows(step, rows)
+
+    def one_pass(self) -> Dataset:
+        once = self.data.one_pass()
+        return self if once is self.data else once
+
+    def place(self, step: int, row: int, position: int) -> str:
+        return self.data.place(step, row, position)
+
+
+def build(recipe: Recipe) -> OwnDataset:
     """Builds one split of a dataset of the user's own.
 
     Raises:
@@ -159,15 +180,14 @@ def build(recipe: Recipe) -> Dataset:
     """
     cls: Any = plugins.load(recipe.reference, "data.dataset", (Dataset, BaseDataset))
     try:
-        made = cls(recipe.config, recipe.split, recipe.seed)
+        data = cls(recipe.config, recipe.split, recipe.seed)
     except TypeError as error:
         raise ConfigError(
             f"data.dataset={recipe.reference} is built as Class(config, split, seed): {error}"
         ) from error
-    except UsageError as error:  # Of a tokenizer: it is the data that does not fit.
+    except UsageError as error:  # A tokenizer raises it for text that it cannot encode.
         raise DataError(f"data.dataset={recipe.reference}: {error}") from error
-    if isinstance(made, BaseDataset):
+    if isinstance(data, BaseDataset):
         seed = recipe.seed if recipe.split == "train" else None
-        made = ExampleBatches(made, batch_size=recipe.config.batch_size, seed=seed)
-    made.recipe = recipe
-    return made
+        data = ExampleBatches(data, batch_size=recipe.config.batch_size, seed=seed)
+    return OwnDataset(data, recipe)

@@ -1,7 +1,7 @@
-"""Batches of a dataset as a Grain `MapDataset`, for those who go on with Grain's own tools.
+"""Batches of a dataset as a Grain `MapDataset`.
 
-Element s is batch s, which is a pure function of the seed and s: whatever Grain does with it, in
-threads, in worker processes or with slices, no batch is another one.
+Element s is batch s, a pure function of the seed and s, also in threads, worker processes and
+slices of Grain.
 """
 
 import grain
@@ -15,9 +15,9 @@ class Batches(grain.MapDataset[Batch]):
     """Some of the batches of a dataset.
 
     Args:
-      dataset: whose batches.
-      count: how many, from batch 0; None for one pass.
-      rows: which rows of each, such as those of one host.
+      dataset: with the batches.
+      count: number of batches, from batch 0; None for one pass.
+      rows: of each batch, such as those of one host.
     """
 
     def __init__(self, dataset: Dataset, count: int | None = None, rows: slice = WHOLE):
@@ -29,7 +29,7 @@ class Batches(grain.MapDataset[Batch]):
         return self._count
 
     def __getitem__(self, index: int | slice) -> Batch | grain.MapDataset[Batch] | None:
-        """Returns a batch, checked; or a dataset of some.
+        """Returns a checked batch, or a dataset of a slice.
 
         Raises:
           DataError, CraftError: see `loading.load_batches`.

@@ -1,7 +1,7 @@
-"""Batches ahead of time: a thread or processes make the next ones while the device computes.
+"""Prefetches batches in a thread or worker processes while the device computes.
 
-Batch s is a pure function of the seed and s, so what comes out is the same for any number of worker
-processes and of batches ahead, and from any first step.
+Batch s is a pure function of the seed and s, so batches are the same for any number of workers, any
+prefetch depth and any first step.
 """
 
 import collections
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from craft_jax.data.base import Batch, Dataset, vocab_size_of
+from craft_jax.data.base import Batch, Dataset
 from craft_jax.data.workers import WHOLE, Workers, batch_error, make_batch, origin
 from craft_jax.errors import CraftError, DataError, StoppedError
 
@@ -32,24 +32,22 @@ def load_batches(
 ) -> Iterator[T]:
     """Yields `then(batch)` for the batches `first`, ..., `last - 1` of a dataset.
 
-    Closing the iterator (or leaving it) ends everything that works for it. A thread cannot be ended
-    in the middle of a batch, and is waited for; worker processes are killed.
+    Closing the iterator (or leaving it) kills its worker processes and waits for its thread, which
+    finishes its current batch.
 
     Args:
-      dataset: whose batches.
+      dataset: with the batches.
       first, last: their numbers.
-      workers: processes that make them; 0 for a thread of this one.
-      ahead: how many are kept ready here, and in each worker; 0 to make a batch when it is asked
-        for.
-      then: what to do with each, in a thread of this process and in order, such as to put it on
-        the devices.
-      rows: which rows of each batch, where other processes make the others.
+      workers: worker processes; 0 for a thread of this process.
+      ahead: batches kept ready here, and in each worker; 0 loads a batch when it is needed.
+      then: runs on each batch in order, in a thread of this process; puts it on the devices, say.
+      rows: of each batch, if other processes load the rest.
 
     Raises:
-      DataError: a batch could not be made: `batch` raised something, which is named with its place,
-        or its worker died, or there is an id outside the vocabulary. Raised at the batch's turn.
-      CraftError: what `batch` raised, if that is one.
-      ConfigError: the dataset cannot be sent to worker processes.
+      DataError: `batch` failed, its worker died, or an id is outside the vocabulary. Raised at the
+        turn of the batch.
+      CraftError: from `batch`, unchanged.
+      ConfigError: the dataset cannot be pickled.
     """
     if workers and last > first:
         return _from_workers(dataset, first, last, workers, ahead, then, rows)
@@ -92,18 +90,18 @@ def read_batch(dataset: Dataset, step: int, rows: slice = WHOLE) -> Batch:
 
 
 def check_ids(dataset: Dataset, step: int, batch: Batch, rows: slice = WHOLE) -> None:
-    """Sees that all ids of a batch are in the vocabulary: JAX computes something for any other.
+    """Checks that all ids of a batch are in the vocabulary, since JAX does not.
 
     Args:
-      dataset: where the batch is from; one without a `vocab_size` has no ids.
+      dataset: of the batch; without a `vocab_size` nothing is checked.
       step: the number of the batch, for messages.
-      batch: of `tokens`, `targets` and `source`, integers (B, T), those that it has are checked.
-      rows: which rows of the whole batch these are.
+      batch: integer arrays `tokens`, `targets` and `source`, (B, T), are checked if present.
+      rows: of the whole batch.
 
     Raises:
       DataError: an id is not in [0, vocab_size).
     """
-    vocab_size = vocab_size_of(dataset)
+    vocab_size = dataset.vocab_size
     for name in _IDS:
         ids = batch.get(name)
         if vocab_size is None or ids is None or ids.dtype.kind not in "iu" or not ids.size:
@@ -114,13 +112,13 @@ def check_ids(dataset: Dataset, step: int, batch: Batch, rows: slice = WHOLE) ->
         place = wrong[0].tolist()
         where = ""
         if len(place) == 2 and name != "source":
-            # A target is the token one place later.
+            # A target is the token at the next position.
             row = place[0] + (rows.start or 0)
             where = dataset.place(step, row, place[1] + (name == "targets"))
         raise DataError(
             f"{origin(dataset)}: batch {step} has the id {ids[tuple(place)]} in {name}{place}"
-            f"{where and f' ({where})'}, but the vocabulary has {vocab_size} tokens, from 0; mend "
-            "the data, or the dataset's vocab_size"
+            f"{where and f' ({where})'}, but the vocabulary has {vocab_size} tokens; correct the "
+            "data, or the dataset's vocab_size"
         )
 
 
@@ -133,8 +131,8 @@ def prefetch(
 ) -> Iterator[T]:
     """Yields `get(first)`, ..., `get(last - 1)`, keeping up to `ahead` results ready.
 
-    What `get` raises is raised here, at the step it belongs to. Closing the iterator (or leaving
-    it) ends the thread, after `stop`, which makes a running `get` return soon.
+    Errors of `get` are raised at their step. Closing the iterator (or leaving it) calls `stop`,
+    which must make a running `get` return soon, and ends the thread.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
     waiting: collections.deque[Future[T]] = collections.deque()

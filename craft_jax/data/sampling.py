@@ -1,8 +1,7 @@
 """Which example comes when: shuffles, random starts, mixtures and packing plans, in numpy.
 
-Everything here is arithmetic on numbers of examples: from (seed, n) to the place of example n,
-without state and in constant time, so that any step can be resumed, and any row of a batch made,
-alone.
+Everything here is arithmetic on example numbers: from (seed, n) to the index of example n, without
+state and in constant time, so that any step can be resumed and any row of a batch computed alone.
 """
 
 import bisect
@@ -39,25 +38,25 @@ def mix(*words: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def shuffled(seed: int, epoch: int, places: np.ndarray, count: int) -> np.ndarray:
-    """Returns which of `count` examples stand at these places of an epoch, int64.
+def shuffled(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Returns the examples, of `count`, at these indices of an epoch, int64.
 
-    Each epoch is a permutation of its own. Of many examples Grain's index shuffle, a block cipher,
-    works a place out by itself; of few, it would try too many numbers, and a permutation is kept.
+    Each epoch is a permutation of its own. For many examples Grain's index shuffle, a block cipher,
+    computes single entries; for few it would need too many trials, and the permutation is cached.
     """
     if count <= _SMALL:
-        return _permutation(seed, epoch, count)[places]
-    # Grain's own 4 rounds leave neighbours alike, with correlations of up to 0.5. Of 4**k + 1
-    # numbers it hits some twice: then one more is shuffled, and passed over.
+        return _permutation(seed, epoch, count)[indices]
+    # Grain's default of 4 rounds leaves correlations of up to 0.5 between neighbours. With 4**k + 1
+    # numbers it repeats some: then one number more is shuffled, and skipped.
     last = count - 1 if (count - 1).bit_count() > 1 else count
     key = int(mix(seed, epoch)) & 0xFFFFFFFF
     shuffle = functools.partial(_index_shuffle(), max_index=last, seed=key, rounds=12)
-    found = [shuffle(int(n)) for n in places]
+    found = [shuffle(int(n)) for n in indices]
     return np.array([shuffle(n) if n == count else n for n in found], np.int64)
 
 
-def places(seed: int, numbers: np.ndarray, count: int) -> np.ndarray:
-    """Returns which of `count` examples the examples of these numbers are, epoch after epoch."""
+def example_indices(seed: int, numbers: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices in [0, `count`) of examples numbered through all epochs, int64."""
     epochs = numbers // count
     found = np.empty(len(numbers), np.int64)
     for epoch in np.unique(epochs).tolist():
@@ -68,7 +67,7 @@ def places(seed: int, numbers: np.ndarray, count: int) -> np.ndarray:
 
 @functools.cache
 def _index_shuffle() -> Callable[..., int]:
-    # Grain imports JAX, which the processes that make batches of few examples do without.
+    # Grain imports JAX, which worker processes with few examples do not need.
     return importlib.import_module("grain").experimental.index_shuffle
 
 
@@ -78,26 +77,26 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def drawn(seed: int, numbers: np.ndarray, count: int) -> np.ndarray:
-    """Returns a random number below `count` for each number of an example, int64."""
+    """Returns a random number below `count` for each example number, int64."""
     return (mix(seed, numbers) % np.uint64(count)).astype(np.int64)
 
 
 # Mixtures.
 
 
-class Share(NamedTuple):
-    """How much of a mixture a source is.
+class WeightSchedule(NamedTuple):
+    """The weight of a source in a mixture, piecewise constant.
 
     Attributes:
-      steps: the batches from which on each weight holds; the first is 0.
-      weights: as many, not negative.
+      steps: the first batch of each weight, ascending from 0.
+      weights: one for each of `steps`, not negative.
     """
 
     steps: tuple[int, ...]
     weights: tuple[Fraction, ...]
 
     @classmethod
-    def parse(cls, text: str) -> "Share":
+    def parse(cls, text: str) -> "WeightSchedule":
         """Reads `0.7`, or `0.7:0.2@1000`: 0.2 from batch 1000 on.
 
         Raises:
@@ -107,14 +106,14 @@ class Share(NamedTuple):
         for n, word in enumerate(text.split(":")):
             weight, at, step = word.partition("@")
             if bool(at) != bool(n):
-                raise ValueError("the first weight has no @STEP, and each other has one")
+                raise ValueError("every weight but the first needs @STEP")
             if n and not step.strip().isdecimal():
-                raise ValueError(f"@{step} is no number of a batch")
+                raise ValueError(f"@{step} is not a batch number")
             weights.append(Fraction(weight.strip()))
             if n:
                 steps.append(int(step))
         if any(w < 0 for w in weights) or steps != sorted(set(steps)):
-            raise ValueError("weights are not negative, and steps ascend")
+            raise ValueError("weights must not be negative, and steps must ascend")
         return cls(tuple(steps), tuple(weights))
 
     def at(self, step: int) -> Fraction:
@@ -123,11 +122,11 @@ class Share(NamedTuple):
 
 
 class _Period(NamedTuple):
-    """A mixture of constant weights, which repeats itself.
+    """The repeating order of a mixture with constant weights.
 
     Attributes:
-      source_P: which source each example of a period is from.
-      before_PK: how many of each source come before each example, and, in the last row, in all.
+      source_P: the source of each example of a period.
+      before_PK: the examples of each source before each example; in the last row, their total.
     """
 
     source_P: np.ndarray
@@ -135,23 +134,23 @@ class _Period(NamedTuple):
 
 
 class Mixture:
-    """Interleaves sources so that after any number of examples each has its share, to within one.
+    """Interleaves sources so that each is within one example of its weight at any time.
 
-    Where weights change, the counting starts anew.
+    Counting restarts where weights change.
 
     Args:
-      shares: of each source; at every step one weight at least is not 0.
+      weights: of each source; at every step at least one is above 0.
       batch_size: examples of a batch, B.
 
     Raises:
-      ConfigError: weights of too many digits, or nothing but zeros.
+      ConfigError: weights with too many digits, or all 0.
     """
 
-    def __init__(self, shares: Sequence[Share], batch_size: int):
-        self.batch_size, self.count = batch_size, len(shares)
-        self.steps = sorted({step for share in shares for step in share.steps})
-        self._periods = [_period(tuple(s.at(step) for s in shares)) for step in self.steps]
-        firsts = [np.zeros(len(shares), np.int64)]
+    def __init__(self, weights: Sequence[WeightSchedule], batch_size: int):
+        self.batch_size, self.count = batch_size, len(weights)
+        self.steps = sorted({step for weight in weights for step in weight.steps})
+        self._periods = [_period(tuple(w.at(step) for w in weights)) for step in self.steps]
+        firsts = [np.zeros(len(weights), np.int64)]
         for n, (start, stop) in enumerate(zip(self.steps, self.steps[1:], strict=False)):
             firsts.append(firsts[-1] + self._counts(n, (stop - start) * batch_size))
         self._firsts = firsts
@@ -162,18 +161,18 @@ class Mixture:
         return whole * before_PK[-1] + before_PK[rest]
 
     def rows(self, step: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Returns of some rows of a batch which source they are from, and which example of it."""
+        """Returns the source of some rows of a batch, and their example numbers in it."""
         segment = bisect.bisect_right(self.steps, step) - 1
         source_P, before_PK = self._periods[segment]
         first = (step - self.steps[segment]) * self.batch_size
         example_B = first + np.arange(self.batch_size, dtype=np.int64)[rows]
-        whole_B, place_B = np.divmod(example_B, len(source_P))
-        source_B = source_P[place_B]
-        number_B = whole_B * before_PK[-1, source_B] + before_PK[place_B, source_B]
+        whole_B, index_B = np.divmod(example_B, len(source_P))
+        source_B = source_P[index_B]
+        number_B = whole_B * before_PK[-1, source_B] + before_PK[index_B, source_B]
         return source_B, self._firsts[segment][source_B] + number_B
 
     def seen(self, step: int) -> np.ndarray:
-        """Returns how many examples of each source the batches before a step hold, int64 (K,)."""
+        """Returns the examples of each source in the batches before a step, int64 (K,)."""
         segment = bisect.bisect_right(self.steps, step) - 1
         examples = (step - self.steps[segment]) * self.batch_size
         return self._firsts[segment] + self._counts(segment, examples)
@@ -183,13 +182,13 @@ class Mixture:
 def _period(weights: tuple[Fraction, ...]) -> _Period:
     """Returns the fairest order of sources with these weights.
 
-    Of the sources that may take the next example without getting too far ahead, the one that would
-    first fall too far behind takes it (Tijdeman 1980, "The chairman assignment problem"): then the
-    number of examples of each, after n of them all, differs from its share of n by less than 1.
+    Each example comes from the source with the earliest deadline among those not ahead (Tijdeman
+    1980, "The chairman assignment problem"): after n examples, the count of each source differs
+    from its share of n by less than 1.
     """
     total = sum(weights)
     if not total:
-        raise ConfigError("data.mixture: at each step one weight at least must be above 0")
+        raise ConfigError("data.mixture: at least one weight must be above 0 at each step")
     shares = [weight / total for weight in weights]
     length = math.lcm(*(share.denominator for share in shares))
     if length > _MAX_PERIOD:
@@ -197,16 +196,16 @@ def _period(weights: tuple[Fraction, ...]) -> _Period:
             f"data.mixture: the weights {', '.join(str(float(w)) for w in weights)} repeat only "
             f"after {length} examples, more than {_MAX_PERIOD}; use fewer digits"
         )
-    parts = [int(share * length) for share in shares]
-    live = [k for k, part in enumerate(parts) if part]
-    slack = 1 / max(2 * len(live) - 2, 1)
-    taken = [0] * len(parts)
+    counts = [int(share * length) for share in shares]
+    positive = [k for k, count in enumerate(counts) if count]
+    slack = 1 / max(2 * len(positive) - 2, 1)
+    taken = [0] * len(counts)
     source_P = np.zeros(length, np.int64)
-    before_PK = np.zeros((length + 1, len(parts)), np.int64)
+    before_PK = np.zeros((length + 1, len(counts)), np.int64)
     for n in range(length):
-        owed = {k: parts[k] * (n + 1) / length - taken[k] for k in live}
-        fair = [k for k in live if owed[k] >= slack - 1e-9]
-        chosen = min(fair, key=lambda k: ((1 - slack - owed[k]) * length / parts[k], k))
+        owed = {k: counts[k] * (n + 1) / length - taken[k] for k in positive}
+        fair = [k for k in positive if owed[k] >= slack - 1e-9]
+        chosen = min(fair, key=lambda k: ((1 - slack - owed[k]) * length / counts[k], k))
         source_P[n] = chosen
         taken[chosen] += 1
         before_PK[n + 1] = taken
@@ -217,14 +216,14 @@ def _period(weights: tuple[Fraction, ...]) -> _Period:
 
 
 class Packing(NamedTuple):
-    """Which pieces of documents stand together in a row.
+    """The chunks of documents in each row.
 
     Attributes:
-      pieces: numbers of pieces, row after row, int64 (M,).
-      bounds: where each row begins in it, and the end of the last, int64 (R + 1,).
+      chunks: chunk numbers, row after row, int64 (M,).
+      bounds: start of each row in `chunks`, and end of the last, int64 (R + 1,).
     """
 
-    pieces: np.ndarray
+    chunks: np.ndarray
     bounds: np.ndarray
 
     def __len__(self) -> int:
@@ -232,35 +231,35 @@ class Packing(NamedTuple):
 
 
 def pack(lengths: np.ndarray, size: int) -> Packing:
-    """Puts pieces into as few rows as it can: the longest first, each where it fits best.
+    """Packs chunks into few rows by best-fit decreasing.
 
-    Best-fit decreasing needs at most 11/9 of the fewest rows, and 6/9 of one more (Dosa 2007), and
-    with pieces of many lengths hardly one more. The plan depends on the lengths alone.
+    It needs at most 11/9 of the fewest rows plus 6/9 of a row (Dosa 2007), and with varied lengths
+    rarely more than one extra. The plan depends on the lengths alone.
 
     Args:
-      lengths: of each piece, from 1 to `size`, int (M,).
+      lengths: of each chunk, from 1 to `size`, int (M,).
       size: of a row.
     """
     order = np.argsort(-lengths, kind="stable")
     whole = int(np.count_nonzero(lengths == size))
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = defaultdict(list)  # By the room that is left.
-    rooms: list[int] = []  # The keys of it, ascending.
-    for piece, length in zip(order[whole:].tolist(), lengths[order[whole:]].tolist(), strict=True):
-        place = bisect.bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
+    open_rows: dict[int, list[int]] = defaultdict(list)  # By remaining room.
+    rooms: list[int] = []  # Its keys, ascending.
+    for chunk, length in zip(order[whole:].tolist(), lengths[order[whole:]].tolist(), strict=True):
+        best = bisect.bisect_left(rooms, length)
+        if best < len(rooms):
+            room = rooms[best]
             row = open_rows[room].pop()
             if not open_rows[room]:
-                del open_rows[room], rooms[place]
-            rows[row].append(piece)
+                del open_rows[room], rooms[best]
+            rows[row].append(chunk)
         else:
             room, row = size, len(rows)
-            rows.append([piece])
+            rows.append([chunk])
         if left := room - length:
             if left not in open_rows:
                 bisect.insort(rooms, left)
             open_rows[left].append(row)
     counts = np.array([1] * whole + [len(row) for row in rows], np.int64)
-    found = np.array([piece for row in rows for piece in row], np.int64)
+    found = np.array([chunk for row in rows for chunk in row], np.int64)
     return Packing(np.concatenate([order[:whole], found]), np.cumsum([0, *counts]))

@@ -1,4 +1,4 @@
-"""The `data` section of a config: what to train on, and how it is cut into batches."""
+"""The `data` section of a config: sources, tokenizer, splits and batches."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from craft_jax import plugins
 from craft_jax.data.images.format import MAX_COLORS
-from craft_jax.data.sampling import Share
+from craft_jax.data.sampling import WeightSchedule
 from craft_jax.data.sources.formats import CHATML, Format
 from craft_jax.data.splits import Fractions
 from craft_jax.schema import MAX_POSITIONS, MAX_VOCAB, Contradiction, setting
@@ -18,7 +18,7 @@ _NAMED_SPLITS = ("tfds", "huggingface")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on, and how it is cut into batches."""
+    """Sources, tokenizer, splits and batches."""
 
     source: str = setting(
         "auto",
@@ -30,51 +30,53 @@ class DataConfig:
     )
     name: str | None = setting(None, "a TFDS dataset: name, name/config or name:1.0.0")
     data_dir: str | None = setting(
-        None, "where TFDS datasets lie; none for $TFDS_DATA_DIR or ~/tensorflow_datasets"
+        None, "the folder of TFDS datasets; none for $TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
     mixture: tuple[str, ...] = setting(
         (),
-        "several sources with weights, in place of one: SOURCE=WEIGHT, where SOURCE is stdlib, "
+        "several weighted sources in place of one: SOURCE=WEIGHT, where SOURCE is stdlib, "
         "tfds:NAME, huggingface:FOLDER or a path, and WEIGHT 0.7, or 0.7:0.2@1000 for 0.2 from "
         "batch 1000 on",
     )
-    split: str = setting("train", "the split of a TFDS or Hugging Face dataset that trains")
+    split: str = setting("train", "the training split of a TFDS or Hugging Face dataset")
     val_split: str | None = setting(
         None,
-        "what validates in place of data.val_fraction: a split of the dataset, or a path of text",
+        "validation data in place of data.val_fraction: a split of the dataset, or a path of text",
     )
-    test_split: str | None = setting(None, "what tests in place of data.test_fraction, likewise")
+    test_split: str | None = setting(None, "test data in place of data.test_fraction, likewise")
     val_fraction: float = setting(
         0.1,
-        "the part of the documents, or of a file's pairs, that validates",
+        "the fraction of the documents, or of a file's pairs, held out for validation",
         minimum=0,
         below=1,
     )
-    test_fraction: float = setting(0.0, "the part of the documents that tests", minimum=0, below=1)
+    test_fraction: float = setting(
+        0.0, "the fraction of the documents held out for testing", minimum=0, below=1
+    )
     hold_out: Literal["auto", "documents", "tail"] = setting(
         "auto",
-        "what is held out: documents, chosen by what they say; tail, the end of the text; auto is "
-        "tail where there are fewer than 10 documents",
+        "documents: holds out documents, by a hash of their text; tail: the end of the text; auto: "
+        "tail for fewer than 10 documents",
     )
     max_val_tokens: int | None = setting(
-        None, "the most tokens that an evaluation reads of a split; none for all", minimum=1
+        None, "the most tokens of a split that an evaluation reads; none for all", minimum=1
     )
-    text_field: str = setting("text", "the field of records that holds the text")
+    text_field: str = setting("text", "the field of records with the text")
     prompt_field: str | None = setting(
-        None, "the field of records that holds text before it, which is read but not learned"
+        None, "the field of records with text before it, which is masked out of the loss"
     )
     messages_field: str | None = setting(
-        None, "the field of records that holds messages of a chat, each with role and content"
+        None, "the field of records with the messages of a chat, each with role and content"
     )
     template: str = setting(
         CHATML.replace("\n", "\\n"),
-        "what is written for each message: text with {role} and {content} in it",
+        "the text of each message, with {role} and {content} in it",
     )
     learned_roles: tuple[str, ...] = setting(
-        ("assistant",), "the roles whose messages are learned; those of others are only read"
+        ("assistant",), "the roles whose messages count in the loss; others are masked out"
     )
     separator: str | None = setting(
-        None, r"what stands between the documents of a text file, such as <|endoftext|> or \n\n"
+        None, r"the separator of the documents of a text file, such as <|endoftext|> or \n\n"
     )
     tokenizer: str | None = setting(
         "bpe",
@@ -83,50 +85,47 @@ class DataConfig:
     )
     vocab_size: int = setting(
         1024,
-        "tokens in the vocabulary that bpe trains; others ignore it",
+        "tokens in the vocabulary of bpe; others ignore it",
         minimum=257,
         maximum=MAX_VOCAB,
     )
-    special_tokens: tuple[str, ...] = setting(
-        (), "more special tokens of a tokenizer that is made here"
-    )
+    special_tokens: tuple[str, ...] = setting((), "extra special tokens of char, byte and bpe")
     tokenizer_chars: int = setting(
         32 << 20, "the most characters that bpe is trained on, spread over the text", minimum=1
     )
     layout: Literal["concatenated", "packed", "rows"] = setting(
         "concatenated",
-        "concatenated: windows of running text; packed: whole documents side by side, none of "
-        "which sees another; rows: one document to a row",
+        "concatenated: windows of running text; packed: several whole documents to a row, without "
+        "attention between them; rows: one document to a row",
     )
     order: Literal["epochs", "random"] = setting(
-        "epochs", "epochs: each row once before any twice; random: windows that begin anywhere"
+        "epochs", "epochs: each row once before any twice; random: windows with random starts"
     )
     pairs: str | None = setting(
         None,
-        "pairs of text instead of running text: dates, reverse or sort (made here), or the path of "
+        "pairs of text instead of running text: dates, reverse or sort (generated), or the path of "
         "a .tsv or .jsonl file (fields source, target)",
     )
-    num_pairs: int = setting(20000, "made pairs that train", minimum=1, maximum=10**7)
+    num_pairs: int = setting(20000, "generated training pairs", minimum=1, maximum=10**7)
     image_size: int | None = setting(
-        None, "height and width that images are cropped and resized to; none for their own",
+        None, "height and width to which images are cropped and resized; none to keep theirs",
         minimum=1, maximum=4096,
     )  # fmt: skip
     image_channels: int = setting(3, "1 for gray, 3 for red, green and blue", minimum=1, maximum=3)
     image_crop: Literal["center", "random"] = setting(
-        "center", "which square of an image trains: center, or random"
+        "center", "the square cut from a training image: center, or random"
     )
-    image_flip: bool = setting(False, "whether images that train are mirrored at random")
+    image_flip: bool = setting(False, "whether training images are mirrored at random")
     image_colors: int | None = setting(
         None,
-        "the most colours of a palette, for images as tokens that a gpt reads; none for images in "
-        "numbers",
+        "the most colours of a palette, for images as tokens of a gpt; none for images as floats",
         minimum=2,
         maximum=MAX_COLORS,
     )
     seq_len: int = setting(
         128,
-        "tokens in a training row; of pairs, the most in a source and in a target, end token "
-        "included; images have their own",
+        "tokens in a training row; for pairs, the most in a source and in a target with the end "
+        "token; images ignore it",
         minimum=1,
         maximum=MAX_POSITIONS,
     )
@@ -136,15 +135,15 @@ class DataConfig:
     dataset: str | None = setting(
         None, "a dataset class of your own, path/file.py:Class; replaces all of the above"
     )
-    workers: int = setting(0, "processes that make batches; 0 for a thread", minimum=0, maximum=64)
+    workers: int = setting(0, "processes that load batches; 0 for a thread", minimum=0, maximum=64)
     prefetch: int = setting(
         2,
-        "batches made ahead, and as many by each of the workers; 0 makes each when it is asked for",
+        "batches loaded ahead, here and in each worker; 0 loads each when it is needed",
         minimum=0,
         maximum=1000,
     )
     allow_change: bool = setting(
-        False, "continue a run on data that has changed; its batches are counted from 0 again"
+        False, "continue a run on data that has changed; batches are numbered from 0 again"
     )
 
     def contradictions(self) -> Iterator[Contradiction]:
@@ -160,7 +159,7 @@ class DataConfig:
             )
         if self.image_channels == 2:
             yield Contradiction(
-                ("data.image_channels",), "data.image_channels=2 is neither; use 1 or 3"
+                ("data.image_channels",), "data.image_channels=2 is not supported; use 1 or 3"
             )
         if self.val_fraction + self.test_fraction >= 1:
             yield Contradiction(
@@ -189,14 +188,14 @@ class DataConfig:
             yield Contradiction(
                 ("data.source", "data.split"),
                 f"data.split={self.split} names a split of a dataset, and data.source={source} has "
-                "none; leave it out, or name what trains with data.path",
+                "none; leave it out, or name the training data with data.path",
             )
         for field in ("val_split", "test_split"):
             if getattr(self, field) and source == "digits":
                 yield Contradiction(
                     ("data.source", f"data.{field}"),
-                    f"data.{field}={getattr(self, field)}: data.source=digits has no splits with "
-                    "names; use data.val_fraction and data.test_fraction",
+                    f"data.{field}={getattr(self, field)}: data.source=digits has no named "
+                    "splits; use data.val_fraction and data.test_fraction",
                 )
         if self.name and source in ("auto", "files") and not self.path:
             yield Contradiction(
@@ -228,17 +227,17 @@ class DataConfig:
         except ValueError as error:
             yield Contradiction(("data.mixture",), f"data.mixture: {error}")
             return
-        if not any(source.share.weights[0] for source in sources):
+        if not any(source.weight.weights[0] for source in sources):
             yield Contradiction(
                 ("data.mixture",),
-                "data.mixture: the weights of batch 0 are all 0; give one of them more",
+                "data.mixture: the weights of batch 0 are all 0; increase one of them",
             )
 
     def _wrong_text(self) -> Iterator[Contradiction]:
         if self.messages_field and self.template.count("{content}") != 1:
             yield Contradiction(
                 ("data.template",),
-                f"data.template={self.template!r} must have {{content}} in it, once",
+                f"data.template={self.template!r} must contain {{content}} once",
             )
         if self.messages_field and self.prompt_field:
             yield Contradiction(
@@ -254,7 +253,7 @@ class DataConfig:
 
     @property
     def fractions(self) -> Fractions:
-        """What is held out by fraction: nothing where a split is named instead."""
+        """The fractions held out; 0 where a split is named instead."""
         return Fractions(
             0.0 if self.val_split else self.val_fraction,
             0.0 if self.test_split else self.test_fraction,
@@ -262,7 +261,7 @@ class DataConfig:
 
     @property
     def format(self) -> Format:
-        """What is read of records."""
+        """How records become text."""
         return Format(
             text_field=self.text_field,
             prompt_field=self.prompt_field,
@@ -273,7 +272,7 @@ class DataConfig:
 
     @property
     def text_separator(self) -> str | None:
-        """`separator`, with its newlines and tabs as such."""
+        """`separator`, with escaped newlines and tabs resolved."""
         if not self.separator:
             return None
         return self.separator.replace("\\n", "\n").replace("\\t", "\t")
@@ -288,46 +287,47 @@ _WHAT = {
 }
 
 
-class Ingredient(NamedTuple):
+class MixtureComponent(NamedTuple):
     """One source of a mixture.
 
     Attributes:
       kind: as `DataConfig.source`.
       place: its path or name; None for the standard library.
-      share: how much of the mixture it is.
+      weight: in the mixture.
     """
 
     kind: str
     place: str | None
-    share: Share
+    weight: WeightSchedule
 
 
-def mixture_of(config: DataConfig) -> list[Ingredient]:
+def mixture_of(config: DataConfig) -> list[MixtureComponent]:
     """Returns the sources of a config, one or several.
 
     Raises:
-      ValueError: `data.mixture` cannot be read; says why.
+      ValueError: `data.mixture` cannot be parsed.
     """
     if not config.mixture:
         is_files = config.source == "files" or (config.source == "auto" and config.path)
         kind = "files" if is_files else "stdlib" if config.source == "auto" else config.source
         place = config.name if kind == "tfds" else config.path
-        return [Ingredient(kind, place, Share.parse("1"))]
-    found = []
+        return [MixtureComponent(kind, place, WeightSchedule.parse("1"))]
+    components = []
     for text in config.mixture:
-        place, equals, weight = text.rpartition("=")
+        place, equals, word = text.rpartition("=")
         if not (equals and place):
             raise ValueError(f"{text!r} is not SOURCE=WEIGHT")
         try:
-            share = Share.parse(weight)
+            weight = WeightSchedule.parse(word)
         except (ValueError, ZeroDivisionError) as error:
-            wanted = "a weight such as 0.7, or 0.7:0.2@1000"
-            raise ValueError(f"{text!r} does not end in {wanted}: {error}") from None
+            raise ValueError(
+                f"{text!r} does not end in a weight such as 0.7, or 0.7:0.2@1000: {error}"
+            ) from None
         kind, colon, name = place.partition(":")
         if place == "stdlib":
-            found.append(Ingredient("stdlib", None, share))
+            components.append(MixtureComponent("stdlib", None, weight))
         elif colon and kind in _NAMED_SPLITS:
-            found.append(Ingredient(kind, name, share))
+            components.append(MixtureComponent(kind, name, weight))
         else:
-            found.append(Ingredient("files", place, share))
-    return found
+            components.append(MixtureComponent("files", place, weight))
+    return components

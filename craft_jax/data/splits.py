@@ -1,7 +1,6 @@
-"""Which documents train, validate and test: decided by what they say, so that it stays decided.
+"""Train, validation and test splits by a hash of the content, so that a document keeps its split.
 
-Keys, or a number of tokens, flow in; what belongs to each split flows out. No document is in two
-splits, nor are two equal ones.
+Equal documents are always in the same split.
 """
 
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ import numpy as np
 
 SPLITS = ("train", "val", "test")
 FEWEST = 10
-"""Of fewer documents whole ones are not held out, but the last part of the text."""
+"""With fewer documents, the end of the text is held out instead of whole documents."""
 
 
 class Fractions(NamedTuple):
-    """The parts that are held out, each in [0, 1), together below 1."""
+    """The fractions that are held out, each in [0, 1), their sum below 1."""
 
     val: float = 0.0
     test: float = 0.0
@@ -32,33 +31,33 @@ def name_of(key: int, fractions: Fractions) -> str:
 def by_key(keys: np.ndarray, fractions: Fractions) -> dict[str, np.ndarray]:
     """Divides documents, or images, by their keys.
 
-    One keeps its split when others are added or removed, except where a split would be empty: then
-    the ones with the lowest key of the largest split go there, if there are others.
+    Items keep their split when others are added or removed, unless a split would be empty: then
+    the items with the lowest key of the largest split move there, if others remain.
 
     Args:
-      keys: evenly spread in [0, 2**64) unless what they stand for is equal, uint64 (M,).
-      fractions: what is held out.
+      keys: content hashes, uniform in [0, 2**64), uint64 (M,).
+      fractions: see `Fractions`.
 
     Returns:
       The numbers of each split, ascending, int64.
     """
     distinct_D, which_M = np.unique(keys, return_inverse=True)
     bounds = np.array([fractions.val, fractions.val + fractions.test])
-    # Of each distinct key, the number of its split: 0 val, 1 test, 2 train.
+    # The split of each distinct key: 0 val, 1 test, 2 train.
     split_D = np.searchsorted(bounds, distinct_D / 2.0**64, "right")
     wanted = [2, *(n for n, fraction in enumerate(fractions) if fraction)]
     for number in wanted:
         counts = np.bincount(split_D, minlength=3)
         largest = int(counts.argmax())
-        # What trains comes first: a single one trains.
+        # A single document goes to the training split.
         if not counts[number] and counts[largest] > (0 if number == 2 else 1):
             split_D[np.flatnonzero(split_D == largest)[0]] = number
     order = {"val": 0, "test": 1, "train": 2}
     return {name: np.flatnonzero(split_D[which_M] == order[name]) for name in SPLITS}
 
 
-def by_place(count: int, fractions: Fractions) -> dict[str, tuple[int, int]]:
-    """Divides `count` tokens in order: those that train, then validate, then test."""
+def by_position(count: int, fractions: Fractions) -> dict[str, tuple[int, int]]:
+    """Divides `count` tokens in order into train, val and test: start and stop of each."""
     test = count - int(count * fractions.test)
     val = test - int(count * fractions.val)
     return {"train": (0, val), "val": (val, test), "test": (test, count)}

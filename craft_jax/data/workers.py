@@ -1,9 +1,8 @@
-"""Processes that make batches, each a part of them, for `loading`.
+"""Worker processes that load batches, for `loading`.
 
-Worker w of n makes the batches whose number is w modulo n, in order, one when it is asked to; a
-pipe of its own takes the numbers there and the batches back. Whatever ends a worker is noticed by
-the end of its pipe and named. Workers are spawned, not forked: the threads of JAX would not survive
-a fork. They keep no state, so they are killed rather than asked to leave.
+Worker w of n loads the batches whose number is w modulo n, on request; a pipe carries numbers to it
+and batches back. The end of the pipe reveals a dead worker. Workers are spawned, not forked, since
+the threads of JAX do not survive a fork. They have no state, so they are simply killed.
 """
 
 import contextlib
@@ -25,11 +24,11 @@ from craft_jax.data import examples
 from craft_jax.data.base import Batch, Dataset, Recipe
 from craft_jax.errors import ConfigError, CraftError, DataError
 
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _MAX_MESSAGE = 300
 _PR_SET_PDEATHSIG = 1
-# A terminal and a scheduler send these to all processes of a run; the parent decides what to do.
-_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Terminals and schedulers send these to all processes of a run; the parent handles them.
+_PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _HINTS = {signal.SIGKILL: " (out of memory?)", signal.SIGSEGV: " (a fault in native code?)"}
 _NOT_OWN = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _READY = "ready"
@@ -38,14 +37,14 @@ WHOLE = slice(None)
 
 
 class Workers:
-    """Worker processes for the batches `first` to `last - 1` of a dataset, while a context lasts.
+    """A context of worker processes for the batches `first` to `last - 1` of a dataset.
 
     Args:
-      dataset: whose batches; it must pickle.
+      dataset: with the batches; it must pickle.
       first, last: their numbers.
       count: processes, at least one.
-      ahead: batches that each makes before they are asked for.
-      rows: which rows of each batch.
+      ahead: batches that each worker prefetches.
+      rows: of each batch.
 
     Raises:
       ConfigError: the dataset does not pickle.
@@ -62,14 +61,14 @@ class Workers:
         rows: slice = WHOLE,
     ):
         try:
-            # Bytes, since a view of the buffer outlives it in an exception's cycle of references.
+            # Copied to bytes: a view would outlive its buffer in an exception's reference cycle.
             self._pickled = bytes(ForkingPickler.dumps((_Sent(dataset), rows)))
         except Exception as error:
             raise ConfigError(
                 f"data.workers={count}: the dataset {origin(dataset)} cannot be sent to processes "
                 f"({_one_line(error)}); use data.workers=0, or name its class with data.dataset"
             ) from error
-        self._dataset, self._asked, self._last = dataset, first, last
+        self._dataset, self._requested, self._last = dataset, first, last
         self._ahead = ahead * count
         self._workers: list[_Worker] = []
         self._count = count
@@ -77,7 +76,7 @@ class Workers:
     def __enter__(self) -> Self:
         try:
             self._workers = [_Worker() for _ in range(self._count)]
-            # All of them start at the same time, and before the first of them has to listen.
+            # Starts all before the first request, so that they start in parallel.
             for worker in self._workers:
                 worker.start()
         except BaseException:
@@ -91,20 +90,20 @@ class Workers:
             worker.close()
 
     def kill(self) -> None:
-        """Kills all of them; a `get` in another thread then raises."""
+        """Kills all workers; a `get` in another thread then raises."""
         for worker in self._workers:
             worker.kill()
 
     def get(self, step: int) -> Batch:
-        """Returns a batch; to be called for all of them in order.
+        """Returns a batch; must be called for all batches in order.
 
         Raises:
-          DataError: making it failed, or its worker died.
-          CraftError: what the dataset raised, if that is one.
+          DataError: the dataset failed, or the worker died.
+          CraftError: from the dataset, unchanged.
         """
-        for number in range(self._asked, min(step + self._ahead + 1, self._last)):
+        for number in range(self._requested, min(step + self._ahead + 1, self._last)):
             self._worker(number).send(number, self._pickled)
-            self._asked = number + 1
+            self._requested = number + 1
         answer = self._worker(step).receive()
         if isinstance(answer, _Failure):
             raise answer.error(self._dataset, step) from _WorkerTracebackError(answer.traceback)
@@ -117,19 +116,19 @@ class Workers:
 
 
 class _WorkerTracebackError(Exception):
-    """The traceback of an error that was raised in a worker, as text."""
+    """The traceback of an error in a worker, as text."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class _Failure(NamedTuple):
-    """What a worker sends in place of a batch.
+    """An error, sent by a worker in place of a batch.
 
     Attributes:
-      what: the error in words.
+      what: its message.
       traceback: its traceback as text.
-      is_opening: whether it came from building the dataset.
+      is_opening: whether the constructor of the dataset raised it.
       passed: class name, arguments and attributes of a CraftError; None for other errors.
     """
 
@@ -142,7 +141,7 @@ class _Failure(NamedTuple):
     def of(cls, error: BaseException, is_opening: bool = False) -> "_Failure":
         passed = None
         if isinstance(error, CraftError):
-            # The parent may not know a class of the user's.
+            # The parent may be unable to import a class of the user's.
             known = next(c for c in type(error).__mro__ if c.__module__ == errors.__name__)
             passed = (known.__name__, error.args, vars(error))
         return cls(_failed(error), traceback.format_exc(), is_opening, passed)
@@ -151,13 +150,13 @@ class _Failure(NamedTuple):
         if self.passed:
             name, args, attributes = self.passed
             kind = getattr(errors, name)
-            found = kind.__new__(kind, *args)  # Its own `__init__` made `args` already.
-            vars(found).update(attributes)
-            return found
+            error = kind.__new__(kind, *args)  # Without `__init__`, which computed `args`.
+            vars(error).update(attributes)
+            return error
         if self.is_opening:
             return DataError(
-                f"{origin(dataset)}: building the dataset in a worker process {self.what}; mend "
-                "it, or use data.workers=0"
+                f"{origin(dataset)}: building the dataset in a worker process {self.what}; "
+                "correct it, or use data.workers=0"
             )
         return _batch_error(dataset, step, self.what)
 
@@ -175,9 +174,9 @@ class _Worker:
         self.is_ready = False
 
     def start(self) -> None:
-        # What the first start of a process would start, with these signals unblocked.
+        # Started here, since `process.start` would start it with these signals blocked.
         resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)
         try:
             self.process.start()
         finally:
@@ -185,7 +184,7 @@ class _Worker:
         self._other_end.close()
 
     def send(self, step: int, pickled: Any) -> None:
-        # That a worker is dead shows when its batch is due.
+        # `receive` reports a dead worker when its batch is due.
         with contextlib.suppress(OSError):
             if not self._has_dataset:
                 self._pipe.send_bytes(pickled)
@@ -193,10 +192,10 @@ class _Worker:
             self._pipe.send(step)
 
     def receive(self) -> Any:
-        """Returns what the worker sends next; None if it dies instead."""
+        """Returns the next message of the worker; None if it died."""
         while True:
-            # A process that the dataset started may hold the pipe open: so look at times.
-            while not connection.wait([self._pipe, self.process.sentinel], _LOOK_SECONDS):
+            # A process that the dataset started may hold the pipe open, so this polls.
+            while not connection.wait([self._pipe, self.process.sentinel], _POLL_SECONDS):
                 if self.process.exitcode is not None:
                     break
             try:
@@ -205,7 +204,7 @@ class _Worker:
                 return None
             if not isinstance(answer, str):
                 return answer
-            self.is_ready = True  # It said so.
+            self.is_ready = True  # The message is `_READY`.
 
     def kill(self) -> None:
         with contextlib.suppress(AttributeError, ValueError):  # Not started, or closed.
@@ -219,14 +218,14 @@ class _Worker:
         self.process.close()
 
 
-# The process itself.
+# In the worker.
 
 
 def _work(pipe: Connection, parent: int) -> None:
     _die_with(parent)
-    for number in _FOR_THE_PARENT:
+    for number in _PARENT_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENT_SIGNALS)
     # A dataset that imports JAX must not take the accelerator from the parent.
     os.environ["JAX_PLATFORMS"] = "cpu"
     with contextlib.suppress(EOFError, OSError):  # The parent has gone.
@@ -249,10 +248,10 @@ def _work(pipe: Connection, parent: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when the thread that started it ends, in whatever way."""
+    """Ends this process when the thread that started it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # It ended before.
+    if os.getppid() != parent:  # The parent ended before.
         os._exit(1)
 
 
@@ -266,13 +265,13 @@ def _send(pipe: Connection, answer: Any) -> None:
 
 
 class _Sent:
-    """A dataset on its way to another process, where one of the user's own is built again."""
+    """Pickles a dataset, or its recipe if it is of a class of the user's."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __reduce__(self) -> tuple:
-        # The module of a class from a file of the user's has another name in another process.
+        # The module of a user's file has another name in another process.
         recipe = self.dataset.recipe
         return (_rebuilt, (recipe,)) if recipe else (_Sent, (self.dataset,))
 
@@ -282,10 +281,10 @@ def _rebuilt(recipe: Recipe) -> _Sent:
 
 
 def make_batch(dataset: Dataset, step: int, rows: slice = WHOLE) -> Batch:
-    """Returns a batch of a dataset, or some rows of it, if it is one.
+    """Returns a batch of a dataset, or some rows of it.
 
     Raises:
-      TypeError: it is no dict of arrays.
+      TypeError: it is not a dict of arrays.
     """
     batch = dataset.batch(step) if rows == WHOLE else dataset.rows(step, rows)
     if not isinstance(batch, dict):
@@ -296,21 +295,21 @@ def make_batch(dataset: Dataset, step: int, rows: slice = WHOLE) -> Batch:
     return batch
 
 
-# Words.
+# Messages.
 
 
 def origin(dataset: Dataset) -> str:
-    """Returns how messages call a dataset: by its config reference, or by its name."""
+    """Returns the name of a dataset in messages: its config reference, or its `name`."""
     return f"data.dataset={dataset.recipe.reference}" if dataset.recipe else f"data {dataset.name}"
 
 
 def batch_error(dataset: Dataset, step: int, error: BaseException) -> DataError:
-    """Returns the error that says that making a batch raised another one, and where."""
+    """Returns the error for a failed batch, with the source line of the failure."""
     return _batch_error(dataset, step, _failed(error))
 
 
 def _batch_error(dataset: Dataset, step: int, what: str) -> DataError:
-    return DataError(f"{origin(dataset)}: batch {step} {what}; mend what its batch({step}) does")
+    return DataError(f"{origin(dataset)}: batch {step} {what}; correct its batch({step})")
 
 
 def _failed(error: BaseException) -> str:
@@ -335,9 +334,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _death(dataset: Dataset, step: int, worker: _Worker) -> DataError:
-    worker.process.join(_LOOK_SECONDS)
+    worker.process.join(_POLL_SECONDS)
     code = worker.process.exitcode
-    remedy = f"mend what its batch({step}) does"
+    remedy = f"correct its batch({step})"
     if code is None:
         what = "closed its pipe"
     elif code < 0:
@@ -349,7 +348,7 @@ def _death(dataset: Dataset, step: int, worker: _Worker) -> DataError:
     if not worker.is_ready and not (code and code < 0):
         what = f"exited with code {code} before its first batch"
         remedy = (
-            'a script must train under `if __name__ == "__main__":`, for its workers import it; '
+            'a script must train under `if __name__ == "__main__":`, since workers import it; '
             "else use data.workers=0"
         )
     return DataError(f"{origin(dataset)}: batch {step}: its worker process {what}; {remedy}")

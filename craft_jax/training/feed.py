@@ -54,7 +54,7 @@ class BatchFeed:
         self.data, self.task = data, task
         self._mesh, self._mode = mesh, mode
         self._workers, self._prefetch, self._with_md5 = workers, prefetch, with_md5
-        self._batch_size = getattr(data, "batch_size", None)
+        self._batch_size = data.batch_size
         self._rows = WHOLE
         # Each of several processes makes its shard of a batch; a digest needs the whole.
         if (

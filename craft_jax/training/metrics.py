@@ -22,7 +22,7 @@ def from_sums(*, loss: float, weight: float, correct: float, num_bytes: int | No
     Raises:
       DataError: no token is predicted.
     """
-    _check_learned(weight)
+    _check_weight(weight)
     mean = loss / weight
     return {
         "loss": mean,
@@ -79,10 +79,10 @@ def from_mean(*, loss: float, weight: float) -> dict:
     Raises:
       DataError: no example counts.
     """
-    _check_learned(weight)
+    _check_weight(weight)
     return {"loss": loss / weight, "examples": int(weight)}
 
 
-def _check_learned(weight: float) -> None:
+def _check_weight(weight: float) -> None:
     if not weight:
-        raise DataError("nothing in this split is learned: its weights are all 0; give it others")
+        raise DataError("all target weights in this split are 0; check data.learned_roles or the `weights` of the dataset")

@@ -89,7 +89,7 @@ def test_an_imported_run_evaluates_generates_and_trains(text_file, workdir, impo
     assert "imported  imported  -" in capsys.readouterr().out
     assert main(workdir, "evaluate", "--run=imported") == 2
     assert main(workdir, "--run=imported") == 2
-    assert "--config.data.path" in capsys.readouterr().err
+    assert "data.path is empty" in capsys.readouterr().err
     training = [f"--config.data.path={text_file}", "--config.data.batch_size=8"]
     training += ["--config.training.num_steps=20", "--config.training.log_every=5"]
     training += ["--config.training.sample_every=0", "--config.optim.decay_steps=22"]
@@ -154,7 +154,7 @@ def test_a_tokenizer_that_cannot_be(bare, imported, workdir, tmp_path, tokenizer
     assert main(workdir, "generate", "--run=imported", "--prompt=a", f"--tokenizer={file}") == 0
     for run, given, said, code in [
         ("imported", "byte", "is not the tokenizer of run imported", 78),
-        ("bare", "bpe", "is made from text", 2),
+        ("bare", "bpe", "needs training text", 2),
         ("bare", "byte", "has 257 tokens", 65),
         ("bare", tmp_path / "none", "no such file", 65),
     ]:

@@ -1,4 +1,4 @@
-"""What validates or tests does not train, whatever names it; and what nothing is learned of."""
+"""Held-out data is removed from the training split; splits whose loss weights are all 0."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from craft_jax import main as cli
-from craft_jax.data import pipeline
+from craft_jax.data import partition, pipeline
 from craft_jax.data.settings import DataConfig
 from craft_jax.errors import DataError, OutputError
 from tests.conftest import micro, words
@@ -24,16 +24,16 @@ def texts_of(parts, split):
     found = []
     for part in (p[split] for p in parts if split in p):
         tokens = part.cache.tokens
-        found += [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.stretches.tolist()]
+        found += [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.spans.tolist()]
     return found
 
 
 def divided(tmp_path, **values):
     config = DataConfig(**({"tokenizer": "byte"} | values))
-    return pipeline.divide(pipeline.prepare(config, tmp_path / "outputs"), config)
+    return partition.partition(pipeline.prepare(config, tmp_path / "outputs"), config)
 
 
-def test_a_named_split_is_taken_out_of_what_trains(tmp_path, caplog):
+def test_a_named_split_is_removed_from_training(tmp_path, caplog):
     path = lines(tmp_path / "a.jsonl", TEXTS)
     val = lines(tmp_path / "val.jsonl", [*TEXTS[3:6], "another"])
     test = lines(tmp_path / "test.jsonl", TEXTS[5:9])
@@ -42,7 +42,7 @@ def test_a_named_split_is_taken_out_of_what_trains(tmp_path, caplog):
     assert sorted(texts_of(parts, "val")) == sorted([*TEXTS[3:5], "another"])
     assert sorted(texts_of(parts, "test")) == sorted(TEXTS[5:9])
     for part in parts[0].values():
-        number = len(part.stretches)
+        number = len(part.spans)
         assert part.num_bytes == part.num_tokens - number  # One end token each.
     assert "6 of 40 documents of the training split are also held out" in caplog.text
 
@@ -58,7 +58,7 @@ def test_sources_of_a_mixture_hold_out_for_each_other(tmp_path):
     assert begins + ends == TEXTS[7]
 
 
-def test_bits_per_byte_count_what_is_learned(tmp_path):
+def test_bits_per_byte_count_unmasked_text(tmp_path):
     path = tmp_path / "a.jsonl"
     records = [{"prompt": "a long question " * 9, "text": f"answer {n}"} for n in range(50)]
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_bits_per_byte_count_what_is_learned(tmp_path):
 
 
 @pytest.mark.parametrize("roles", ["asistant", "assistant"])
-def test_nothing_is_learned(tmp_path, workdir, capfd, roles):
+def test_all_loss_weights_are_zero(tmp_path, workdir, capfd, roles):
     path = tmp_path / "chats.jsonl"
     chats = [
         {"messages": [{"role": r, "content": f"{r} {n}"} for r in ("user", "assistant")]}
@@ -88,7 +88,7 @@ def test_nothing_is_learned(tmp_path, workdir, capfd, roles):
         assert code == 0, said
         return
     assert (code, said.count("\n")) == (65, 1)
-    assert "no message is of data.learned_roles=asistant" in said
+    assert "no message has a role in data.learned_roles=asistant" in said
     assert not (workdir / "models").exists()
 
 
@@ -106,14 +106,14 @@ def images(**values):
     return pipeline.open_datasets(config, workdir=None, seed=0)
 
 
-def test_classes_of_a_named_split_are_those_that_train(tmp_path):
+def test_classes_of_a_named_split_match_the_training_split(tmp_path):
     train = pictures(tmp_path / "train", ["cat", "dog"])
     val = pictures(tmp_path / "val", ["dog"], first=9)
     data = images(path=train, val_split=val)
     assert data.val.batch(0)["labels"].tolist() == [1, 1, 1]
     assert len(data.train.indices) == 6
     for folder in (pictures(tmp_path / "x", ["zebra"]), str(tmp_path / "train/cat")):
-        with pytest.raises(DataError, match=r"^data.val_split=.*that train cat, dog"):
+        with pytest.raises(DataError, match=r"^data.val_split=.*training images cat, dog"):
             images(path=train, val_split=folder)
 
 
@@ -153,5 +153,5 @@ def test_a_class_that_cannot_be_built(tmp_path, field):
         encoding="utf-8",
     )
     config = DataConfig(**{field: f"{tmp_path / 'own.py'}:Mine", "tokenizer": "byte"})
-    with pytest.raises(DataError, match=rf"data.{field}=.*RuntimeError: no database; mend its"):
+    with pytest.raises(DataError, match=rf"data.{field}=.*RuntimeError: no database; correct it"):
         pipeline.open_datasets(config, workdir=tmp_path / "outputs", seed=0)

@@ -144,7 +144,7 @@ def test_characters_of_a_text():
         CharDataset("h", 3)
 
 
-def test_what_the_commands_say_of_it(tmp_path):
+def test_names_and_sizes_for_the_commands(tmp_path):
     data = opened(tmp_path, "Text")
     assert data.train.tokenizer.digest == bytes_().digest
     assert data.train.num_bytes == len("the cat " * 30 + "train")

@@ -84,7 +84,7 @@ def test_pairs(tmp_path, workdir):
     again = pipeline.open_datasets(bpe, workdir=workdir, seed=0, tokenizer=data.train.tokenizer)
     assert again.train.fingerprint == data.train.fingerprint
     bare = dataclasses.replace(own, tokenizer=None)
-    with pytest.raises(UsageError, match="came without a tokenizer"):
+    with pytest.raises(UsageError, match="the model has no tokenizer"):
         pipeline.open_datasets(bare, workdir=workdir, seed=0)
     assert not workdir.exists()
 
@@ -96,7 +96,7 @@ def test_contradictions():
     assert "contradicts" in schema.problems(DataConfig(source="stdlib", path="x"), "data")[0]
 
 
-# Batches by number, whoever makes them.
+# Batches by number.
 
 
 def texts(tmp_path):
@@ -149,7 +149,7 @@ def assert_equal(one, two):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_do_not_depend_on_who_makes_them(tmp_path, kind):
+def test_batches_do_not_depend_on_the_process(tmp_path, kind):
     train = opened(tmp_path, **KINDS[kind]).train
     expected = [train.batch(step) for step in range(50)]
     assert_equal(load(opened(tmp_path, **KINDS[kind]).train, 0, 50), expected)
@@ -170,7 +170,7 @@ def test_batches_do_not_depend_on_who_makes_them(tmp_path, kind):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_batches_do_not_depend_on_how_many_workers_make_them(tmp_path, workers):
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
     train = opened(tmp_path, **KINDS["packed_mixture"]).train
     expected = [train.batch(step) for step in range(35, 50)]
     assert_equal(load(train, 35, 50, workers), expected)
@@ -199,7 +199,7 @@ def test_other_batches_have_another_fingerprint(tmp_path):
     assert opened(tmp_path).train.fingerprint == found[0]
 
 
-def test_splits_that_are_named(tmp_path):
+def test_named_splits(tmp_path):
     a, b, c = texts(tmp_path)
     own = config(a, tokenizer="byte", val_split=c, test_split=b)
     data = pipeline.open_datasets(own, workdir=tmp_path / "outputs", seed=0)

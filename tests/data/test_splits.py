@@ -5,10 +5,10 @@ import operator
 import numpy as np
 import pytest
 
-from craft_jax.data import pipeline, splits
+from craft_jax.data import partition, pipeline, splits
 from craft_jax.data.cache.encoding import document_key
 from craft_jax.data.settings import DataConfig
-from craft_jax.data.sources.formats import Stretch
+from craft_jax.data.sources.formats import TextSpan
 from craft_jax.data.splits import SPLITS, Fractions
 from tests.conftest import words
 
@@ -16,7 +16,7 @@ BOTH = Fractions(0.1, 0.05)
 
 
 def keys_of(texts) -> np.ndarray:
-    return np.array([document_key([Stretch(text)]) for text in texts], np.uint64)
+    return np.array([document_key([TextSpan(text)]) for text in texts], np.uint64)
 
 
 def names(keys, fractions) -> list[str]:
@@ -32,13 +32,13 @@ def names(keys, fractions) -> list[str]:
 TEXTS = [words(20, seed=n) + str(n) for n in range(5000)]
 
 
-def test_about_the_right_part_is_held_out():
+def test_the_held_out_fraction_is_about_right():
     found = names(keys_of(TEXTS), BOTH)
     assert abs(found.count("val") - 500) < 70
     assert abs(found.count("test") - 250) < 50
 
 
-def test_documents_keep_their_split_when_others_come_and_go():
+def test_documents_keep_their_split_when_others_change():
     keys = keys_of(TEXTS)
     whole = names(keys, BOTH)
     assert names(keys[:1000], BOTH) == whole[:1000]
@@ -46,7 +46,7 @@ def test_documents_keep_their_split_when_others_come_and_go():
     assert names(keys[::-1], BOTH) == whole[::-1]
 
 
-def test_a_larger_fraction_takes_more_and_gives_none_back():
+def test_a_larger_fraction_keeps_all_held_out():
     keys = keys_of(TEXTS)
     small, large = names(keys, Fractions(0.1)), names(keys, Fractions(0.2))
     assert all(b == "val" for a, b in zip(small, large, strict=True) if a == "val")
@@ -59,7 +59,7 @@ def test_equal_documents_stay_together():
         assert len(set(found[n::40])) == 1
 
 
-def test_one_document_is_named_as_among_others():
+def test_name_of_agrees_with_by_key():
     keys = keys_of(TEXTS)
     assert [splits.name_of(int(key), BOTH) for key in keys] == names(keys, BOTH)
     edges = [0, 1, 2**64 - 1, int(0.1 * 2**64), int(0.1 * 2**64) - 2000]
@@ -84,7 +84,7 @@ def test_no_split_is_empty_of_three_documents_or_more(fractions):
         assert set(found) == set(SPLITS)
 
 
-def test_one_text_however_often_trains():
+def test_copies_of_one_text_train():
     for seed in range(40):
         keys = keys_of([TEXTS[seed]] * 12)
         assert names(keys, Fractions(0.5)) == ["train"] * 12
@@ -96,14 +96,14 @@ def test_one_text_however_often_trains():
 def test_tails_touch():
     for count in (1, 9, 100, 12_345):
         for fractions in (BOTH, Fractions(0.5), Fractions(0, 0.3), Fractions()):
-            found = splits.by_place(count, fractions)
+            found = splits.by_position(count, fractions)
             (a, b), (c, d), (e, f) = (found[name] for name in SPLITS)
             assert (a, b, d, f) == (0, c, e, count)
             assert d - c == int(count * fractions.val)
             assert f - e == int(count * fractions.test)
 
 
-def test_what_is_held_out():
+def test_held_out_names():
     assert list(splits.held_out(BOTH)) == ["val", "test"]
     assert list(splits.held_out(Fractions(0, 0.1))) == ["test"]
     assert list(splits.held_out(Fractions())) == []
@@ -118,12 +118,12 @@ def divided(tmp_path, texts, **changes):
     path.write_text("\n".join(lines), encoding="utf-8")
     config = DataConfig(**({"path": str(path), "tokenizer": "byte"} | changes))
     (prepared,) = pipeline.prepare(config, tmp_path / "outputs")
-    return pipeline.divide([prepared], config)[0]
+    return partition.partition([prepared], config)[0]
 
 
 def texts_of(part) -> list[str]:
     tokens = part.cache.tokens
-    return [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.stretches.tolist()]
+    return [part.cache.tokenizer.decode(tokens.read(*s)) for s in part.spans.tolist()]
 
 
 def test_whole_documents_are_held_out(tmp_path):

@@ -5,19 +5,17 @@ import pickle
 import numpy as np
 import pytest
 
-from craft_jax.data import loading, pipeline, text, tokenizers
+from craft_jax.data import loading, partition, pipeline, text, tokenizers
+from craft_jax.data.base import DatasetInfo
 from craft_jax.data.cache import builder
-from craft_jax.data.sampling import Share
+from craft_jax.data.rows import DocumentRows, RandomWindows, Stream, Windows
+from craft_jax.data.sampling import WeightSchedule
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.sources import files
 from craft_jax.data.text import (
-    DocumentRows,
-    RandomWindows,
-    Stream,
     TextBatches,
     ValidationRows,
     ValidationWindows,
-    Windows,
 )
 from craft_jax.errors import DataError
 from tests.conftest import words
@@ -160,8 +158,10 @@ def test_random_windows_begin_anywhere():
 @pytest.mark.parametrize("kind", [Windows, RandomWindows])
 def test_one_pass_of_a_training_set(kind):
     rows = kind(Stream.of(np.arange(101)), 10, 5)
-    training = TextBatches([rows], [Share.parse("1")], seq_len=10, batch_size=4, seed=0)
-    text.described(training, tokenizer=tokenizers.bytes_(), num_bytes=7, name="me")
+    info = DatasetInfo(tokenizer=tokenizers.bytes_(), vocab_size=257, num_bytes=7, name="me")
+    training = TextBatches(
+        [rows], [WeightSchedule.parse("1")], seq_len=10, batch_size=4, seed=0, info=info
+    )
     data = training.one_pass()
     assert (data.name, data.num_bytes, data.vocab_size) == ("me", 7, 257)
     targets = [t for step in range(len(data)) for t in counted(data.batch(step))[1]]
@@ -182,11 +182,11 @@ def test_a_text_shorter_than_a_window():
 # Streams.
 
 
-def test_a_stream_is_its_stretches_one_after_another():
+def test_a_stream_concatenates_its_spans():
     whole = np.arange(100)
-    stretches = np.array([[0, 5], [5, 9], [40, 41], [20, 33], [33, 34], [99, 100]])
-    expected = np.concatenate([whole[a:b] for a, b in stretches])
-    stream = Stream(whole, stretches)
+    spans = np.array([[0, 5], [5, 9], [40, 41], [20, 33], [33, 34], [99, 100]])
+    expected = np.concatenate([whole[a:b] for a, b in spans])
+    stream = Stream(whole, spans)
     assert len(stream) == len(expected)
     for start in range(len(expected)):
         for stop in range(start + 1, len(expected) + 1):
@@ -326,7 +326,7 @@ def test_many_files_give_the_batches_of_one(tmp_path, monkeypatch, layout, order
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "packed", "rows"])
-def test_what_is_not_learned_has_no_weight(tmp_path, layout):
+def test_masked_tokens_have_no_weight(tmp_path, layout):
     path = tmp_path / "a.jsonl"
     lines = [{"prompt": f"{n} is ", "text": words(n, seed=n)} for n in range(1, 40)]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -344,7 +344,7 @@ def test_what_is_not_learned_has_no_weight(tmp_path, layout):
     assert np.count_nonzero(batch["targets"]) > len(learned)
 
 
-def test_a_bad_id_is_found_in_its_document(tmp_path):
+def test_a_bad_id_is_located_in_its_document(tmp_path):
     for layout in ("packed", "rows", "concatenated"):
         folder = tmp_path / layout
         folder.mkdir()
@@ -366,7 +366,7 @@ def test_a_bad_id_is_found_in_its_document(tmp_path):
 def test_validation_reads_all_sources_once(tmp_path, layout, batch_size):
     _tokens, config = prepared_cache(tmp_path, LENGTHS, layout=layout, seq_len=10)
     (prepared,) = pipeline.prepare(config, tmp_path / "outputs")
-    part = pipeline.divide([prepared], config)[0]["train"]
+    part = partition.partition([prepared], config)[0]["train"]
     rows = [pipeline.make_rows(part, config, "val", None) for _ in range(3)]
     data = ValidationRows(rows, seq_len=10, batch_size=batch_size)
     assert len(data) == -(-3 * rows[0].count // batch_size)

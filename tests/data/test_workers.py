@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from craft_jax.data import loading, pipeline, text
+from craft_jax.data import loading, pipeline, rows
 from craft_jax.data.cache import token_cache
 from craft_jax.data.settings import DataConfig
 from craft_jax.data.text import ValidationWindows
@@ -113,7 +113,7 @@ def test_errors_have_a_place_and_a_traceback(tmp_path, fault, said, workers):
         assert "Traceback" in str(caught.value.__cause__)
 
 
-def test_what_does_not_pickle_is_named(tmp_path):
+def test_a_batch_that_does_not_pickle_is_named(tmp_path):
     data = own(tmp_path, "return {'tokens': np.array([lambda: 0])}")
     with pytest.raises(DataError, match=r"batch 7 failed with .*(pickle|local object)"):
         load(data, workers=1)
@@ -151,7 +151,7 @@ def test_ids_outside_the_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("bad", [-1, 90])
 @pytest.mark.parametrize("kind", [TrainingWindows, ValidationWindows])
-def test_a_bad_id_is_found_in_its_file(tmp_path, kind, bad):
+def test_a_bad_id_is_located_in_its_file(tmp_path, kind, bad):
     file = tmp_path / "tokens.bin"
     ids = np.arange(1000, dtype=np.int32) % 90
     ids[456] = bad
@@ -262,7 +262,7 @@ def _is_worker(pid: int) -> bool:
         return False
 
 
-def test_what_cannot_be_sent_is_named():
+def test_a_dataset_that_does_not_pickle_is_named():
     data = windows()
     data.secret = lambda: None
     with pytest.raises(ConfigError, match=r"data.workers=1.*cannot be sent"):
@@ -275,7 +275,7 @@ def test_a_cache_is_sent_as_its_name(tmp_path, layout):
     path.write_text("the cat sees a dog " * 20_000, encoding="utf-8")
     config = DataConfig(path=str(path), tokenizer="byte", layout=layout, seq_len=16, batch_size=4)
     data = pipeline.open_datasets(config, workdir=tmp_path / "outputs", seed=1)
-    stream = text.Stream(*_cached(tmp_path / "outputs"))
+    stream = rows.Stream(*_cached(tmp_path / "outputs"))
     for sendable in (stream, data.train, data.val):
         if layout == "concatenated":
             assert len(pickle.dumps(sendable)) < 5000

@@ -1,9 +1,10 @@
-"""Training batches of an array: what the tests of loaders and of the trainer feed on."""
+"""Training batches of an array, for the tests of loaders and of the trainer."""
 
 import numpy as np
 
-from craft_jax.data.sampling import Share
-from craft_jax.data.text import Stream, TextBatches, Windows, need_tokens
+from craft_jax.data.rows import Stream, Windows
+from craft_jax.data.sampling import WeightSchedule
+from craft_jax.data.text import TextBatches, check_num_tokens
 
 
 class TrainingWindows(TextBatches):
@@ -20,7 +21,7 @@ class TrainingWindows(TextBatches):
     """
 
     def __init__(self, tokens_N: np.ndarray, *, seq_len: int, batch_size: int, seed: int):
-        need_tokens(len(tokens_N), seq_len, seq_len, "training")
+        check_num_tokens(len(tokens_N), seq_len, seq_len, "training")
         windows = Windows(Stream.of(tokens_N), seq_len, seed)
         options = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-        super().__init__([windows], [Share.parse("1")], **options)
+        super().__init__([windows], [WeightSchedule.parse("1")], **options)

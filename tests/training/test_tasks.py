@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from craft_jax.data import pairs
+from craft_jax.data import pair_sources, pairs
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT
 from craft_jax.models.seq2seq import Seq2SeqConfig, Transformer
@@ -29,11 +29,11 @@ def data():
 
 
 def test_tokens_of_both_sides_count(data):
-    texts = [pair.source + pair.target for pair in pairs.make("sort", 21).val[:8]]
+    texts = [pair.source + pair.target for pair in pair_sources.generate("sort", 21).val[:8]]
     count = PAIRS.count
     # An end token on each side; none in rows that fill up the last batch but one they look at.
     assert count(data.batch(0)) == len("".join(texts)) + 2 * 8
-    texts = [pair.source + pair.target for pair in pairs.make("sort", 21).val[16:]]
+    texts = [pair.source + pair.target for pair in pair_sources.generate("sort", 21).val[16:]]
     assert count(data.batch(2)) == len("".join(texts)) + 2 * 5 + 3
 
 

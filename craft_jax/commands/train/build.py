@@ -7,7 +7,7 @@ from craft_jax.checkpoint import resume
 from craft_jax.checkpoint.manager import CheckpointManager
 from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.config import ExperimentConfig
-from craft_jax.data.base import Dataset, sizes_of, vocab_size_of
+from craft_jax.data.base import Dataset, sizes_of
 from craft_jax.models import base
 from craft_jax.models.base import ModelDef
 from craft_jax.outputs import RunPaths
@@ -105,7 +105,7 @@ def make_checkpoint_manager(
     images, tokenizer = data.image_format, data.tokenizer
     contents = {
         "meta": {
-            "vocab_size": vocab_size_of(data),
+            "vocab_size": data.vocab_size,
             "images": images.to_json() if images else None,
             "data_fingerprint": data.fingerprint,
             "environment": environment.environment(),

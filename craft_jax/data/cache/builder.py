@@ -1,4 +1,4 @@
-"""Builds a token cache: parts in a folder beside its place, joined, and renamed."""
+"""Builds a token cache: encodes parts in a temporary folder, joins them and renames it."""
 
 import contextlib
 import dataclasses
@@ -39,23 +39,23 @@ _FORMAT = 4
 
 _SHARD_BYTES = 1 << 30
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 _STALE_SECONDS = 30 * 24 * 3600
 
 
 def build(source: Source, *, tokenizer: Tokenizer, format: Format, folder: Path) -> TokenCache:
-    """Tokenizes a source, or finds it tokenized already.
+    """Tokenizes a source, or opens its cache.
 
     Args:
       source: the documents.
       tokenizer: of the ids.
-      format: what is read of records.
-      folder: where caches live.
+      format: how records become text.
+      folder: of all caches.
 
     Raises:
       DataError: the source is empty or unreadable, or changes while it is read.
-      OutputError: the folder cannot be made.
+      OutputError: the folder cannot be created.
       StorageError: the cache cannot be written.
     """
     recipe = {
@@ -70,7 +70,7 @@ def build(source: Source, *, tokenizer: Tokenizer, format: Format, folder: Path)
         logger.info("data: %s (prepared already)", path)
         return cache
     with _held(path.with_name(f".{path.name}.partial")) as partial:
-        # Another process may have finished it meanwhile.
+        # Another process may have completed it meanwhile.
         if cache := open_cache(path, digest):
             return cache
         try:
@@ -93,9 +93,9 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def _held(partial: Path) -> Iterator[Path]:
-    """Makes the folder in which a cache is written, for one process at a time; others wait.
+    """Creates the folder in which one process at a time writes a cache; others wait.
 
-    A folder that is left with nothing in it is removed.
+    Removes it at the end unless a part is complete.
     """
     with _locked(partial):
         try:
@@ -106,7 +106,7 @@ def _held(partial: Path) -> Iterator[Path]:
 
 
 def _locked(partial: Path) -> IO[str]:
-    has_said = False
+    has_logged = False
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _locked(partial: Path) -> IO[str]:
             raise OutputError(f"cannot write the token cache {partial}: {error}") from error
         try:
             handle = (partial / _LOCK).open("a", encoding="utf-8")
-        except FileNotFoundError:  # Finished between the two.
+        except FileNotFoundError:  # Completed and renamed since mkdir.
             continue
         except OSError as error:
             raise OutputError(f"cannot write the token cache {partial}: {error}") from error
@@ -123,10 +123,10 @@ def _locked(partial: Path) -> IO[str]:
             if os.path.samestat(os.fstat(handle.fileno()), os.stat(partial / _LOCK)):
                 return handle
         except BlockingIOError:
-            if not has_said:
-                logger.info("data: waiting for another process that prepares the same text")
-            has_said = True
-            time.sleep(_LOOK_SECONDS)
+            if not has_logged:
+                logger.info("data: waiting for another process that tokenizes the same text")
+            has_logged = True
+            time.sleep(_POLL_SECONDS)
         except FileNotFoundError:
             pass
         except BaseException:
@@ -136,16 +136,16 @@ def _locked(partial: Path) -> IO[str]:
 
 
 def _remove_stale(folder: Path, own: Path) -> None:
-    """Removes what was begun long ago and will hardly be gone on with, unless it is now."""
+    """Removes temporary folders that have not changed for a month."""
     for left in {*folder.glob(".*.partial")} - {own}:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                logger.info("data: removing %s, which was begun a month ago", left)
+                logger.info("data: removing %s, unchanged for a month", left)
                 shutil.rmtree(left, ignore_errors=True)
 
 
 class _Totals(NamedTuple):
-    """What all parts hold together, and the files that they became."""
+    """The sums over all parts, and the files of the cache."""
 
     facts: dict[str, int]
     files: dict[str, dict[str, Any]]
@@ -159,52 +159,56 @@ def _write(
     parts = source.parts()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     if ready := sum(encoding.done(path, n) is not None for n in range(len(parts))):
-        logger.info("data: going on with %s: %d of %d parts are done", path, ready, len(parts))
+        logger.info("data: continuing %s: %d of %d parts are done", path, ready, len(parts))
     try:
         encoding.run(Encoding(parts, format, tokenizer, path, dtype, source.name), parts)
     except DataError:
         _check_unchanged(source, recipe["source"])
         raise
     _check_unchanged(source, recipe["source"])
-    found = [encoding.done(path, n) or {} for n in range(len(parts))]
-    if not sum(facts["characters"] for facts in found):
-        raise DataError(f"{source.origin}: the text is empty; name a file with text in it")
-    totals = _joined(path, found, dtype)
+    done = [encoding.done(path, n) or {} for n in range(len(parts))]
+    if not sum(facts["characters"] for facts in done):
+        raise DataError(f"{source.origin}: the text is empty; name a file that contains text")
+    totals = _joined(path, done, dtype)
     (path / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    made = recipe | totals.facts
-    made["source"] = {"name": source.name, "origin": source.origin, "digest": recipe["source"]}
-    made["source"] |= source.describe()
-    made["tokenizer"] = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
-    made |= {"dtype": dtype.str, "shards": totals.shards, "files": totals.files}
-    made["command"] = shlex.join(sys.argv)
-    made["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    made["checksum"] = checksum_of(made)
-    words = json.dumps(made, indent=2, sort_keys=True, ensure_ascii=False)
+    manifest = recipe | totals.facts
+    manifest["source"] = {"name": source.name, "origin": source.origin, "digest": recipe["source"]}
+    manifest["source"] |= source.describe()
+    manifest["tokenizer"] = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
+    manifest |= {"dtype": dtype.str, "shards": totals.shards, "files": totals.files}
+    manifest["command"] = shlex.join(sys.argv)
+    manifest["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    manifest["checksum"] = checksum_of(manifest)
+    words = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
     (path / "manifest.json").write_text(words + "\n", encoding="utf-8")
-    for left in path.glob("part-*"):
-        left.unlink()
+    for part in path.glob("part-*"):
+        part.unlink()
     seconds = time.monotonic() - start
     logger.info(
-        "data: %s documents, %.1f MB, became %s tokens in %.1f s (%.2f bytes per token)",
-        f"{made['documents']:,}",
-        made["bytes"] / 1e6,
-        f"{made['tokens']:,}",
+        "data: %s documents, %.1f MB, encoded to %s tokens in %.1f s (%.2f bytes per token)",
+        f"{manifest['documents']:,}",
+        manifest["bytes"] / 1e6,
+        f"{manifest['tokens']:,}",
         seconds,
-        made["bytes"] / max(made["tokens"], 1),
+        manifest["bytes"] / max(manifest["tokens"], 1),
     )
 
 
 def _check_unchanged(source: Source, digest: str) -> None:
-    """Sees that what was read in several passes was the same in all of them."""
+    """Checks that the source has not changed since its digest was computed.
+
+    Raises:
+      DataError: it has changed.
+    """
     if source.digest() != digest:
         raise DataError(
-            f"{source.origin}: the text changed while it was tokenized; start again when nothing "
+            f"{source.origin}: the text changed while it was tokenized; try again when nothing "
             "writes to it"
         )
 
 
 def _joined(path: Path, parts: list[dict[str, Any]], dtype: np.dtype) -> _Totals:
-    """Joins the files of all parts into those of the cache."""
+    """Concatenates the files of all parts."""
     facts = {name: sum(part[name] for part in parts) for name in _SUMMED}
     facts["largest"] = max(part["largest"] for part in parts)
     is_masked = facts["learned"] < facts["tokens"]
@@ -220,7 +224,7 @@ def _joined(path: Path, parts: list[dict[str, Any]], dtype: np.dtype) -> _Totals
         tokens, mask = None, None
         held, position = np.zeros(0, DOCUMENT), 0
         for number, part in enumerate(parts):
-            # No file is empty: it could not be mapped.
+            # Empty files cannot be memory-mapped.
             if tokens is None or (tokens.size >= _SHARD_BYTES and part["tokens"]):
                 sizes.append(0)
                 tokens = output(file_name("tokens", len(sizes) - 1))
@@ -228,15 +232,15 @@ def _joined(path: Path, parts: list[dict[str, Any]], dtype: np.dtype) -> _Totals
             place = path / f"part-{number}"
             crc = tokens.copy(place.with_suffix(".tokens"))
             if crc != part["crc32"]:
-                place.with_suffix(".json").unlink()  # So that it is made again.
-                raise StorageError(f"{place}.tokens was damaged on the disk; start again")
+                place.with_suffix(".json").unlink()  # So that it is encoded again.
+                raise StorageError(f"{place}.tokens is damaged; run the command again")
             if mask and place.with_suffix(".mask").exists():
                 mask.copy(place.with_suffix(".mask"))
             elif mask:
                 mask.write(b"\1" * part["tokens"])
             rows = np.fromfile(place.with_suffix(".documents"), DOCUMENT)
             rows["start"] += position
-            # Bytes before the first document of a part are those of the last one before it.
+            # Bytes before the first document of a part belong to the previous document.
             if len(held):
                 held["bytes"][-1] += part["leading_bytes"]
             if len(rows):
@@ -245,9 +249,9 @@ def _joined(path: Path, parts: list[dict[str, Any]], dtype: np.dtype) -> _Totals
             sizes[-1] += part["tokens"]
             position += part["tokens"]
         documents.write(held.tobytes())
-        for made in outputs:
-            made.sync()
-    files = {made.path.name: {"bytes": made.size, "crc32": made.crc32} for made in outputs}
+        for file in outputs:
+            file.sync()
+    files = {file.path.name: {"bytes": file.size, "crc32": file.crc32} for file in outputs}
     return _Totals(facts, files, [{"tokens": size} for size in sizes])
 
 
@@ -255,11 +259,11 @@ _SUMMED = ("tokens", "learned", "documents", "characters", "bytes")
 
 
 class _Output:
-    """A file of the cache while it is written.
+    """A file of the cache, open for writing.
 
     Attributes:
-      path: where.
-      size: bytes so far.
+      path: the file.
+      size: bytes written.
     """
 
     def __init__(self, path: Path):
@@ -278,7 +282,7 @@ class _Output:
         self.size += len(content)
 
     def copy(self, place: Path) -> str:
-        """Adds the content of a file; returns its checksum."""
+        """Appends the content of a file; returns its checksum."""
         crc = 0
         with place.open("rb") as file:
             while block := file.read(BLOCK_BYTES):

@@ -4,16 +4,15 @@ A cache is a folder `{workdir}/data/<digest>/` with
 
   tokens-00000.bin ...   little-endian ids, documents one after another, each ended by the end token
                          where the vocabulary has one; a new file after each gigabyte
-  mask-00000.bin ...     one byte for each id, 0 where it is not learned; only where there are such
-  documents.bin          of each document: first token, key, bytes (see `encoding.DOCUMENT`)
+  mask-00000.bin ...     the loss mask, one byte for each id; only if some are 0
+  documents.bin          for each document: first token, key, bytes (see `encoding.DOCUMENT`)
   tokenizer.json
-  manifest.json          what it holds, what it was made from, and by which command
+  manifest.json          counts, checksums, digests, and the command that created it
 
-The digest covers the text, how it is read, and the tokenizer, so an equal request finds the cache
-of an earlier one, and a changed text cannot. Splits are no part of it: which documents validate is
-worked out from their keys. A cache is written in parts beside its place, which a killed process
-leaves for the next one to go on with, and renamed: it is whole or absent. What is read from it
-later is checked first, by checksums and the largest id.
+The digest covers the text, its format and the tokenizer, so equal requests share a cache, and
+changed text gets a new one. Splits are not part of it: they follow from the documents' keys. A
+cache is written in parts to a temporary folder, which another process can complete after a kill,
+and then renamed: it is whole or absent. Checksums and the largest id are checked when it is opened.
 """
 
 import dataclasses
@@ -40,12 +39,12 @@ BLOCK_BYTES = 1 << 22
 
 
 class Shards:
-    """An array of one dimension that lies in several files, mapped into memory; it pickles.
+    """A memory-mapped array of one dimension in several files; it pickles.
 
     Args:
       files: in order.
       counts: elements in each.
-      dtype: of all.
+      dtype: of the elements.
     """
 
     def __init__(self, files: list[Path], counts: list[int], dtype: np.dtype):
@@ -83,7 +82,7 @@ class Shards:
         return found
 
     def place(self, index: int) -> str:
-        """Returns words for where an element is stored."""
+        """Returns where an element is stored, for messages."""
         shard = int(np.searchsorted(self.bounds, index, "right")) - 1
         return f"{self.files[shard]} token {index - self.bounds[shard]}"
 
@@ -94,8 +93,8 @@ class TokenCache:
 
     Attributes:
       path: the folder.
-      manifest: what it holds and was made from (see `manifest.json`).
-      tokenizer: the tokenizer of its ids.
+      manifest: the content of `manifest.json`.
+      tokenizer: of its ids.
     """
 
     path: Path
@@ -108,15 +107,15 @@ class TokenCache:
         return self._shards("tokens", np.dtype(self.manifest["dtype"]))
 
     @functools.cached_property
-    def mask(self) -> Shards | None:
-        """Of each id whether it is learned, uint8; None where all are."""
+    def loss_mask(self) -> Shards | None:
+        """For each id, whether it counts in the loss, uint8; None if all do."""
         if self.manifest["learned"] == self.manifest["tokens"]:
             return None
         return self._shards("mask", np.dtype(np.uint8))
 
     @functools.cached_property
     def documents(self) -> np.ndarray:
-        """Of each document its first token, key and bytes (`encoding.DOCUMENT`)."""
+        """The first token, key and bytes of each document (`encoding.DOCUMENT`)."""
         count = self.manifest["documents"]
         return np.memmap(self.path / "documents.bin", DOCUMENT, "r", shape=(count,))
 
@@ -140,23 +139,23 @@ def file_name(kind: str, number: int) -> str:
 
 
 def open_cache(path: Path, digest: str) -> TokenCache | None:
-    """Opens a cache; None if there is none. One that is not whole is moved out of the way."""
+    """Opens a cache; None if there is none. Deletes a damaged one."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["checksum"] != checksum_of(manifest):
             raise ValueError("manifest.json: checksum mismatch")
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         files = [(file, facts) for file, facts in manifest["files"].items()]
-        # CRC-32 needs no interpreter.
+        # CRC-32 releases the GIL.
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             largest = max(pool.map(lambda item: _check(path, *item, manifest["dtype"]), files))
         if largest != manifest["largest"] or largest >= tokenizer.vocab_size:
-            raise ValueError(f"it has ids up to {largest}")
+            raise ValueError(f"its largest id is {largest}")
         if (manifest["digest"], manifest["tokenizer"]["digest"]) != (digest, tokenizer.digest):
             raise ValueError("its digests do not agree")
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
         if path.exists():
-            logger.warning("token cache %s is damaged (%s); making it again", path, error)
+            logger.warning("token cache %s is damaged (%s); building it again", path, error)
             shutil.rmtree(path)
         return None
     return TokenCache(path=path, manifest=manifest, tokenizer=tokenizer)
@@ -172,7 +171,7 @@ def _check(path: Path, name: str, facts: dict[str, Any], dtype: str) -> int:
     """Checks a file of a cache; returns the largest id in it.
 
     Raises:
-      ValueError: it is not what the manifest promises.
+      ValueError: it differs from the manifest.
     """
     if (path / name).stat().st_size != facts["bytes"]:
         raise ValueError(f"{name} does not have {facts['bytes']} bytes")

@@ -1,6 +1,6 @@
-"""Images as arrays: bytes to the numbers that models read and back, and grids for people to see.
+"""Images as arrays: uint8 to floats and back, and grids for display.
 
-numpy alone: what opens and writes files is `pixels`. Shapes: B images, H height, W width, C
+Needs only numpy; `pixels` reads and writes files. Shapes: B images, H height, W width, C
 channels.
 """
 
@@ -18,21 +18,21 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
 def to_uint8(values: np.ndarray) -> np.ndarray:
     """Returns values in [-1, 1], of any float dtype, as the nearest of 0, ..., 255, uint8.
 
-    What lies outside is clipped; what is no number becomes 0.
+    Values outside are clipped, NaN becomes 0.
     """
     scaled = (np.asarray(values).astype(np.float32) + np.float32(1)) * np.float32(127.5)
     return np.rint(np.nan_to_num(scaled, nan=0).clip(0, 255)).astype(np.uint8)
 
 
 def shown(images_BHWC: np.ndarray, columns: int) -> np.ndarray:
-    """Returns a `grid` that a person can see: small images are enlarged, pixel by pixel."""
+    """Returns a `grid` for display, with small images enlarged."""
     picture = grid(images_BHWC, columns)
     scale = max(1, _LEAST_SHOWN // min(images_BHWC.shape[1:3]))
     return picture.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def grid(images_BHWC: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
-    """Returns images side by side, row after row, on white.
+    """Returns images in rows and columns, on white.
 
     Args:
       images_BHWC: uint8, or any float dtype in [-1, 1].

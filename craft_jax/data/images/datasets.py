@@ -1,8 +1,7 @@
 """Images as training, validation and test batches.
 
-In go an `ImageSource` and an `ImageProcessor`; out come `Dataset`s whose batches are images in
-[-1, 1], or their pixels as tokens. Shapes: B images of a batch, H height, W width, C channels, T
-pixels.
+Batches are images in [-1, 1], or their pixels as tokens. Shapes: B images of a batch,
+H height, W width, C channels, T pixels.
 """
 
 import concurrent.futures
@@ -14,7 +13,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,12 +35,12 @@ _SCANNED_AT_ONCE = 256
 
 
 class _Images(Dataset):
-    """What training and validation share.
+    """Batches of some images of a source.
 
     Attributes:
       source: all images.
       indices: which of them are in this split, int (N,).
-      processor: makes them what a model reads.
+      processor: crops and resizes them.
       batch_size: B.
     """
 
@@ -52,12 +51,15 @@ class _Images(Dataset):
         *,
         processor: ImageProcessor,
         batch_size: int,
+        fingerprint: str = "",
     ):
         if not len(indices):
-            raise DataError(f"{source.name}: a split without images; use more, or another fraction")
+            raise DataError(
+                f"{source.name}: a split has no images; use more images, or another fraction"
+            )
         self.source, self.indices = source, np.asarray(indices)
         self.processor, self.batch_size = processor, batch_size
-        self.name = source.name
+        self.name, self.fingerprint = source.name, fingerprint
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -71,7 +73,7 @@ class _Images(Dataset):
 
     @functools.cached_property
     def image_format(self) -> ImageFormat:
-        """What these images are."""
+        """Size and classes of the images."""
         height, width, channels = self.image_shape
         return ImageFormat(
             height=height, width=width, channels=channels, label_names=tuple(self.label_names)
@@ -83,12 +85,12 @@ class _Images(Dataset):
         generators: Sequence[np.random.Generator | None],
         seeds: np.ndarray,
     ) -> Batch:
-        """Returns a batch of images of the source; rows that do not count fill it up.
+        """Returns a batch of images of the source, filled up with rows of weight 0.
 
         Returns:
           `images` float32 (B, H, W, C) in [-1, 1]; `labels` int32 (B,), if there are any; `weights`
           float32 (B,): 1, and 0 on the rows that fill it up, whose images and labels are 0; `seeds`
-          uint32 (B,), for what a model leaves to chance with each image.
+          uint32 (B,), for the random choices of a model with each image.
         """
         images_BHWC = np.zeros((self.batch_size, *self.image_shape), np.float32)
         weights_B = np.zeros(self.batch_size, np.float32)
@@ -116,10 +118,11 @@ class TrainingImages(_Images):
 
     Args:
       source: all images.
-      indices: which of them train, int (N,).
-      processor: makes them what a model reads.
+      indices: the training images among them, int (N,).
+      processor: crops and resizes them.
       batch_size: B.
       seed: of the order, of crops and of flips.
+      fingerprint: see `Dataset`.
 
     Raises:
       DataError: no image.
@@ -133,8 +136,15 @@ class TrainingImages(_Images):
         processor: ImageProcessor,
         batch_size: int,
         seed: int,
+        fingerprint: str = "",
     ):
-        super().__init__(source, indices, processor=processor, batch_size=batch_size)
+        super().__init__(
+            source,
+            indices,
+            processor=processor,
+            batch_size=batch_size,
+            fingerprint=fingerprint,
+        )
         self._seed = seed
 
     def __len__(self) -> int:
@@ -143,20 +153,22 @@ class TrainingImages(_Images):
     def batch(self, step: int) -> Batch:
         count, first = len(self.indices), step * self.batch_size
         numbers = range(first, first + self.batch_size)
-        places = sampling.places(self._seed, np.array(numbers), count)
+        chosen = sampling.example_indices(self._seed, np.array(numbers), count)
         is_random = self.processor.flip or self.processor.crop == "random"
         generators = [
             np.random.default_rng([self._seed, n]) if is_random else None for n in numbers
         ]
         seeds = sampling.mix(self._seed, np.array(numbers))
-        return self._batch(self.indices[places].tolist(), generators, seeds)
+        return self._batch(self.indices[chosen].tolist(), generators, seeds)
 
     def one_pass(self) -> "ValidationImages":
-        data = ValidationImages(
-            self.source, self.indices, processor=self.processor, batch_size=self.batch_size
+        return ValidationImages(
+            self.source,
+            self.indices,
+            processor=self.processor,
+            batch_size=self.batch_size,
+            fingerprint=self.fingerprint,
         )
-        data.name, data.fingerprint = self.name, self.fingerprint
-        return data
 
 
 class ValidationImages(_Images):
@@ -166,9 +178,10 @@ class ValidationImages(_Images):
 
     Args:
       source: all images.
-      indices: which of them validate, int (N,).
-      processor: makes them what a model reads; nothing is left to chance.
+      indices: the validation images among them, int (N,).
+      processor: crops them at the center, and resizes them.
       batch_size: B.
+      fingerprint: see `Dataset`.
 
     Raises:
       DataError: no image.
@@ -184,14 +197,11 @@ class ValidationImages(_Images):
 
 
 class PixelTokens(Dataset):
-    """Images as tokens, for language models: of each its class, then its pixels.
+    """Images as tokens, for language models: the class, then the pixels.
 
     Args:
       images: the batches of images.
-      palette: the colours that pixels become.
-
-    Attributes:
-      image_format: what turns tokens into pixels again.
+      palette: the colours of the tokens.
     """
 
     def __init__(
@@ -228,21 +238,20 @@ class PixelTokens(Dataset):
 def split(source: ImageSource, val_fraction: float, test_fraction: float) -> dict[str, np.ndarray]:
     """Divides images by a hash of their pixels, so that equal ones are in the same split.
 
-    An image stays where it is when others come or go, except in a set so small that a split would
-    be empty: then the lowest hash of the largest split moves there. Every image is decoded for it,
-    once, in threads.
+    Images keep their split when others are added or removed, unless a split would be empty: then
+    the lowest hash of the largest split moves there. Decodes every image once, in threads.
 
     Args:
       source: the images.
-      val_fraction, test_fraction: about the parts that validate and test; the rest trains.
+      val_fraction, test_fraction: approximate fractions held out for validation and testing.
 
     Returns:
-      For `train`, `val` and `test` the numbers of their images, int64 (N,), ascending; empty only
-      where the fraction is 0.
+      The image numbers of `train`, `val` and `test`, int64 (N,), ascending; empty only if the
+      fraction is 0.
 
     Raises:
-      ConfigError: fractions that leave nothing to train on.
-      DataError: an image that cannot be read, or fewer images that differ than splits.
+      ConfigError: fractions that leave no training images.
+      DataError: an image that cannot be read, or fewer distinct images than splits.
     """
     _check_fractions(val_fraction, test_fraction)
     return _divide(source, _scan(source).hashes_N, val_fraction, test_fraction)
@@ -259,79 +268,89 @@ def open_images(
     processor: ImageProcessor,
     num_colors: int | None = None,
 ) -> dict[str, Dataset]:
-    """Returns the batches of each split that has a fraction: `train`, and perhaps `val`, `test`.
+    """Returns the batches of `train`, and of `val` and `test` if they are held out or named.
 
-    Every image is decoded once before: see `split`.
+    Decodes every image once: see `split`.
 
     Args:
       source: the images.
-      named: those that validate or test in place of a fraction, by `val` and `test`, with the
-        classes of `source`. What equals one of them does not train.
-      val_fraction, test_fraction: about the parts that validate and test.
+      named: images of `val` and `test` that replace a fraction, with the classes of `source`. Equal
+        images are removed from the training split.
+      val_fraction, test_fraction: approximate fractions to hold out.
       batch_size: B.
       seed: of the order, of crops and of flips.
-      processor: makes them what a model reads.
-      num_colors: the most colours of a palette that is fitted to what trains, for images as tokens;
-        None for images in numbers.
+      processor: crops and resizes the images.
+      num_colors: the most colours of a palette fitted to the training images, for images as tokens;
+        None for images as floats.
 
     Raises:
-      ConfigError, DataError: see `split`; also images of several sizes that stay as they are.
+      ConfigError, DataError: see `split`; also images of several sizes that are not resized.
     """
     _check_fractions(val_fraction, test_fraction)
     scanned = {name: _scan(images) for name, images in {"train": source, **named}.items()}
     if processor.size is None:
-        first = scanned["train"].shapes[0]
-        for name, found in scanned.items():
-            for i, shape in enumerate(found.shapes):
-                _check_shape(named.get(name, source), i, shape, first)
-    hashes_N = scanned["train"].hashes_N
-    indices = _divide(source, hashes_N, val_fraction, test_fraction)
-    for name, others in (("val", ("test",)), ("train", ("val", "test"))):
-        held = [scanned[other].hashes_N for other in others if other in named]
-        if held and len(indices[name]):
-            is_held = np.isin(hashes_N[indices[name]], np.concatenate(held))
-            if is_held.any():
-                count = np.count_nonzero(is_held)
-                logger.warning(
-                    "%s: %d images that are also held out are left out of those that %s",
-                    source.name,
-                    count,
-                    {"train": "train", "val": "validate"}[name],
-                )
-            indices[name] = indices[name][~is_held]
+        for name, scan in scanned.items():
+            _check_shapes(named.get(name, source), scan.shapes, scanned["train"].shapes[0])
+    indices = _divide(source, scanned["train"].hashes_N, val_fraction, test_fraction)
+    _remove_held_out(source, indices, scanned)
     settings = [val_fraction, test_fraction, dataclasses.asdict(processor)]
-    content = [[f.hashes_N.tolist(), f.labels] for f in scanned.values()]
-    # Of the pixels, not of the files: another decoder would divide them in another way.
+    content = [[scan.hashes_N.tolist(), scan.labels] for scan in scanned.values()]
+    # Hashes pixels, not files: another decoder would divide them differently.
     text = json.dumps([content, source.label_names, settings])
-    train = TrainingImages(
-        source, indices["train"], processor=processor, batch_size=batch_size, seed=seed
-    )
-    found_splits: dict[str, TrainingImages | ValidationImages] = {"train": train}
+    options: Any = {
+        "processor": processor,
+        "batch_size": batch_size,
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    train = TrainingImages(source, indices["train"], seed=seed, **options)
+    data: dict[str, TrainingImages | ValidationImages] = {"train": train}
     for name in ("val", "test"):
         images = named.get(name, source)
         chosen = np.arange(len(images)) if name in named else indices[name]
         if len(chosen):
-            found_splits[name] = ValidationImages(
-                images, chosen, processor=processor, batch_size=batch_size
-            )
-    for data in found_splits.values():
-        data.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            data[name] = ValidationImages(images, chosen, **options)
     if num_colors is None:
-        return dict(found_splits)
+        return dict(data)
     palette = fit_palette(
         lambda n: processor.pixels(source.image(int(train.indices[n]))),
         len(train.indices),
         num_colors,
     )
-    return {name: PixelTokens(data, palette) for name, data in found_splits.items()}
+    return {name: PixelTokens(images, palette) for name, images in data.items()}
+
+
+def _remove_held_out(
+    source: ImageSource, indices: dict[str, np.ndarray], scanned: Mapping[str, "_Scanned"]
+) -> None:
+    """Removes images that equal one of a named split; see `open_images`."""
+    hashes_N = scanned["train"].hashes_N
+    for name, others in (("val", ("test",)), ("train", ("val", "test"))):
+        held = [scanned[other].hashes_N for other in others if other in scanned]
+        if held and len(indices[name]):
+            is_held = np.isin(hashes_N[indices[name]], np.concatenate(held))
+            if is_held.any():
+                logger.warning(
+                    "%s: %d images that are also held out are left out of those that %s",
+                    source.name,
+                    np.count_nonzero(is_held),
+                    {"train": "train", "val": "validate"}[name],
+                )
+            indices[name] = indices[name][~is_held]
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise ConfigError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must not be "
-            "negative, and leave something to train on; try 0.1 and 0"
+            "negative, and their sum must be below 1; try 0.1 and 0"
         )
+
+
+def _check_shapes(
+    source: ImageSource, shapes: Sequence[tuple[int, ...]], expected: tuple[int, ...]
+) -> None:
+    for i, shape in enumerate(shapes):
+        _check_shape(source, i, shape, expected)
 
 
 def _check_shape(
@@ -340,13 +359,13 @@ def _check_shape(
     if shape[:2] != expected[:2]:
         raise DataError(
             f"{source.place(i)} has {shape[0]} x {shape[1]} pixels (height x width), but those "
-            f"before it {expected[0]} x {expected[1]}; make all the same with "
-            f"--config.data.image_size={min(expected[:2])}"
+            f"before it {expected[0]} x {expected[1]}; resize all with "
+            f"data.image_size={min(expected[:2])}"
         )
 
 
 class _Scanned(NamedTuple):
-    """What was seen of all images.
+    """Facts about all images of a source.
 
     Attributes:
       hashes_N: of their shapes and pixels, uint64 (N,).
@@ -367,7 +386,7 @@ def _scan(source: ImageSource) -> _Scanned:
         return digest.digest(), image.shape, source.label(i)
 
     found = []
-    # Pillow decodes without holding the interpreter.
+    # Pillow releases the GIL while it decodes.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(source), _SCANNED_AT_ONCE):
             last = min(first + _SCANNED_AT_ONCE, len(source))

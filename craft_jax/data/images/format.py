@@ -1,7 +1,7 @@
-"""What the images of a dataset are: their size, their classes and, as tokens, their palette.
+"""The format of a dataset's images: size, classes and, for images as tokens, palette.
 
-An image as tokens is a first one that names its class, then its pixels, row after row, each as the
-number of a colour of the palette (Chen et al. 2020, "Generative Pretraining from Pixels"). Shapes:
+An image as tokens is a class token, then its pixels, row after row, each as the number of its
+nearest colour in the palette (Chen et al. 2020, "Generative Pretraining from Pixels"). Shapes:
 B images, H height, W width, C channels, T = H * W pixels, P colours.
 """
 
@@ -24,8 +24,7 @@ class ImageFormat:
     Attributes:
       height, width, channels: H, W and C of every image.
       label_names: of the classes, by number; empty if the images have no labels.
-      palette: the colours that pixels are one of, P of C numbers from 0 to 255; None where images
-        are not tokens.
+      palette: P colours of C numbers from 0 to 255; None if images are not tokens.
     """
 
     height: int
@@ -36,7 +35,7 @@ class ImageFormat:
 
     @property
     def num_classes(self) -> int:
-        """How many labels there are; 0 for images without."""
+        """Number of classes; 0 for images without labels."""
         return len(self.label_names)
 
     @property
@@ -51,23 +50,23 @@ class ImageFormat:
 
     @property
     def vocab_size(self) -> int:
-        """The colours, and behind them the tokens that an image begins with."""
+        """The number of colours and of first tokens."""
         return self.num_colors + max(1, self.num_classes)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What a model takes over where its config leaves it open."""
+        """Sizes of a model by their config fields, for those that are None."""
         if self.palette is not None:
             return {"vocab_size": self.vocab_size, "max_seq_len": self.num_pixels}
         names = ("height", "width", "channels", "num_classes")
         return {name: getattr(self, name) for name in names}
 
     def first_tokens(self, labels_B: np.ndarray) -> np.ndarray:
-        """Returns what images of some classes begin with, int32 (B,)."""
+        """Returns the first token of images of some classes, int32 (B,)."""
         return (self.num_colors + np.asarray(labels_B)).astype(np.int32)
 
     def tokens(self, images_BHWC: np.ndarray) -> np.ndarray:
-        """Returns the nearest colour of each pixel, int32 (B, T), of uint8 images."""
+        """Returns the nearest colour of each pixel of uint8 images, int32 (B, T)."""
         assert self.palette is not None
         palette_PC = np.array(self.palette, np.int32)
         pixels_NC = images_BHWC.reshape(-1, self.channels)
@@ -79,16 +78,16 @@ class ImageFormat:
         return found_N.reshape(len(images_BHWC), self.num_pixels)
 
     def pixels(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Returns the images that rows of colours are, uint8 (B, H, W, C)."""
+        """Returns the images of rows of colours, uint8 (B, H, W, C)."""
         palette_PC = np.array(self.palette, np.uint8)
         shape_BHWC = (len(tokens_BT), self.height, self.width, self.channels)
         return palette_PC[np.asarray(tokens_BT)].reshape(shape_BHWC)
 
     def label(self, name: str) -> int:
-        """Returns the number of a class that is called, or has, this name or number.
+        """Returns the number of a class, given its name or number.
 
         Raises:
-          UsageError: there is none; names those that there are.
+          UsageError: there is no such class.
         """
         if name in self.label_names:
             return self.label_names.index(name)
@@ -105,10 +104,10 @@ class ImageFormat:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ImageFormat":
-        """Returns what `to_json` wrote.
+        """Returns the format that `to_json` wrote.
 
         Raises:
-          ValueError, TypeError, KeyError: it did not write this.
+          ValueError, TypeError, KeyError: `value` is invalid.
         """
         palette = value["palette"]
         found = cls(
@@ -122,12 +121,12 @@ class ImageFormat:
         if min(found.height, found.width, found.channels) < 1 or not all(
             0 <= number <= 255 for number in colors
         ):
-            raise ValueError(f"these are no images: {value}")
+            raise ValueError(f"invalid image format: {value}")
         return found
 
 
 def _nearest(colors_NC: np.ndarray, palette_PC: np.ndarray) -> np.ndarray:
-    """Returns the nearest colour of a palette, the first of several, int32 (N,)."""
+    """Returns the number of the nearest colour of a palette, int32 (N,)."""
     found = []
     for first in range(0, len(colors_NC), _AT_ONCE):
         part_NC = colors_NC[first : first + _AT_ONCE]

@@ -1,4 +1,4 @@
-"""One image: a file to pixels, pixels to what a model reads, and samples of a model to a PNG file.
+"""Decodes, crops, resizes and quantizes images, and writes PNG files.
 
 Pixels are uint8 (H, W, C) with C 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA); models read
 float32 in [-1, 1]. Shapes: B images, H height, W width, C channels.
@@ -21,38 +21,38 @@ from craft_jax.data.sources.documents import one_line
 from craft_jax.errors import ConfigError, DataError
 
 MAX_PIXELS = 1 << 26
-"""The most pixels of an image that is decoded, 8192 x 8192: a small file can hold billions."""
+"""The most pixels to decode, 8192 x 8192: a small file can contain billions."""
 
-# Pillow goes by the content, and knows formats that run other programs, such as EPS.
+# Pillow would also open formats that run other programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-_NO_IMAGE = "is no PNG, JPEG, WebP, BMP or GIF image"
+_NO_IMAGE = "is not a PNG, JPEG, WebP, BMP or GIF image"
 _WHITE = 255
 _FITTED_PIXELS = 1 << 18
 _FEWEST_FITTED = 64
 _ROUNDS = 10
-"""Of k-means, after the median cut."""
+"""Iterations of k-means, after the median cut."""
 
 
 # A file to pixels.
 
 
 def decode(data: bytes, place: str) -> np.ndarray:
-    """Returns the pixels of an image file, turned upright as its EXIF says.
+    """Returns the pixels of an image file, rotated by its EXIF orientation.
 
-    Of an animation, the first frame. 16 bits become 8, and colours of a palette RGB.
+    Decodes the first frame of an animation, 16 bits to 8, and palettes to RGB.
 
     Args:
       data: a whole PNG, JPEG, WebP, BMP or GIF file.
-      place: where it stands, for messages.
+      place: its location, for messages.
 
     Returns:
       uint8 (H, W, C), C 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA).
 
     Raises:
-      DataError: it is empty, damaged, no image, or has more than `MAX_PIXELS`.
+      DataError: it is empty, damaged, not an image, or has more than `MAX_PIXELS`.
     """
     if not data:
-        raise DataError(f"{place} is empty; mend it or leave it out")
+        raise DataError(f"{place} is empty; replace or remove it")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -62,52 +62,51 @@ def decode(data: bytes, place: str) -> np.ndarray:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{place} {_NO_IMAGE}; mend it or leave it out") from None
+        raise DataError(f"{place} {_NO_IMAGE}; replace or remove it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large(place, "")) from None
-    except Exception as error:  # Every format has its own.
+    except Exception as error:  # Each format raises its own types.
         what = one_line(error)
-        raise DataError(f"{place} is damaged: {what}; mend it or leave it out") from error
+        raise DataError(f"{place} is damaged: {what}; replace or remove it") from error
 
 
 def _too_large(place: str, size: str) -> str:
-    return f"{place} has more than {MAX_PIXELS} pixels{size}; make it smaller or leave it out"
+    return f"{place} has more than {MAX_PIXELS} pixels{size}; shrink or remove it"
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # The pixels are whole, whatever is written beside them.
+    with contextlib.suppress(Exception):  # Damaged EXIF data; the pixels are intact.
         return ImageOps.exif_transpose(image)
     return image
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8, not scale them.
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return ((wide * 255 + 32767) // 65535).astype(np.uint8)[..., None]
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return ((values * 255 + 32767) // 65535).astype(np.uint8)[..., None]
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    # A palette, or one colour, may be transparent without a channel of its own.
+    # A palette, or one colour, may be transparent without an alpha channel.
     pixels = np.asarray(image.convert(mode + "A" if image.has_transparency_data else mode))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-# Pixels to what a model reads.
+# Pixels to the input of a model.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """Makes images of one size and one kind of channels out of any.
+    """Converts images to one size and number of channels.
 
-    A square as large as the shorter side is cut out, then resized: as if the shorter side were
-    resized and the longer one cropped, without the pixels that this would throw away.
+    Cuts out a square as large as the shorter side, then resizes it.
 
     Attributes:
       size: H and W, or None for those of the image.
       channels: 1 (gray) or 3 (RGB).
-      crop: where the square lies, `center` or `random`.
-      flip: whether half of the images, by chance, are mirrored from left to right.
+      crop: the position of the square, `center` or `random`.
+      flip: whether a random half of the images is mirrored from left to right.
 
     Raises:
-      ConfigError: another value.
+      ConfigError: an invalid value.
     """
 
     size: int | None = None
@@ -127,11 +126,11 @@ class ImageProcessor:
             raise ConfigError(problems)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Returns an image as a model reads it.
+        """Returns an image as the input of a model.
 
         Args:
           image: uint8 (H, W, C), C 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA).
-          rng: for the crop and the flip; without one the crop is central, and nothing is flipped.
+          rng: for the crop and the flip; None for a central crop and no flip.
 
         Returns:
           float32 (size, size, channels) in [-1, 1].
@@ -175,7 +174,7 @@ class ImageProcessor:
         pixels = Image.fromarray(
             np.ascontiguousarray(image[..., 0] if self.channels == 1 else image)
         )
-        # Pillow's filters grow with the scale, so that what is made smaller is smooth.
+        # Pillow scales its filters, so that shrinking does not alias.
         pixels = np.asarray(pixels.resize((self.size, self.size), Image.Resampling.BICUBIC))
         return pixels.reshape(self.size, self.size, self.channels)
 
@@ -191,15 +190,15 @@ def _on_white(image: np.ndarray) -> np.ndarray:
 def fit_palette(
     image: Callable[[int], np.ndarray], num_images: int, num_colors: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Returns the colours that stand for the pixels of images best.
+    """Returns a palette fitted to the pixels of images.
 
-    Where there are no more than `num_colors` of them, they are the palette, and nothing is lost.
-    Else they are those that Pillow's median cut finds, made better by k-means.
+    Contains all colours if there are at most `num_colors`; else the result of Pillow's median cut,
+    refined by k-means.
 
     Args:
-      image: image i of `num_images`, uint8 (H, W, C), C 1 or 3; of many, some evenly spread are
-        looked at.
-      num_images: how many there are, at least one.
+      image: returns image i of `num_images`, uint8 (H, W, C), C 1 or 3; if there are many, evenly
+        spaced ones are sampled.
+      num_images: at least one.
       num_colors: the most colours, 2 to 256.
 
     Returns:
@@ -224,7 +223,7 @@ def fit_palette(
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Writes an image as a PNG file that is whole or unchanged, whatever happens.
+    """Writes a PNG file atomically.
 
     Args:
       path: the file; its folder exists.

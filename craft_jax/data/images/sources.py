@@ -1,9 +1,7 @@
-"""Where images come from: arrays, such as the digits of scikit-learn, and folders of files.
+"""Images by number, from arrays, such as the digits of scikit-learn, and from folders of files.
 
-In goes a name or a path; out come images by number, as pixels (see `pixels`), and the numbers of
-their classes. Files are opened when their image is asked for; a folder pickles as names, so that
-workers open the files themselves. What is unreadable raises `DataError` with the file and the
-remedy. `tfds` has the images of TensorFlow Datasets.
+Folders pickle as file names, and read a file when its image is needed. `images.tfds` has the images
+of TensorFlow Datasets.
 """
 
 import abc
@@ -27,7 +25,7 @@ class ImageSource(abc.ABC):
     """Images by number, some with the number of a class; it pickles.
 
     Attributes:
-      name: what to call it in file names and tables.
+      name: for file names and tables.
       label_names: of the classes, by number; empty if the images have no labels.
     """
 
@@ -56,7 +54,7 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def place(self, i: int) -> str:
-        """Returns words for where image `i` is stored, for messages."""
+        """Returns where image `i` is stored, for messages."""
 
 
 # Arrays in memory.
@@ -67,7 +65,7 @@ class ArrayImages(ImageSource):
     """Images in memory.
 
     Attributes:
-      name: what to call them.
+      name: for file names and tables.
       images_NHWC: uint8 (N, H, W, C).
       labels_N: int (N,), the class of each; None for no labels.
       label_names: of the classes.
@@ -96,7 +94,7 @@ def digits() -> ArrayImages:
 
     Their values 0, ..., 16 become 0, ..., 255.
     """
-    found = importlib.import_module("sklearn.datasets").load_digits()  # It takes a second.
+    found = importlib.import_module("sklearn.datasets").load_digits()  # A slow import.
     return ArrayImages(
         name="digits",
         images_NHWC=np.rint(found.images * 255 / 16).astype(np.uint8)[..., None],
@@ -113,10 +111,10 @@ class FolderImages(ImageSource):
     """The image files below a folder, sorted by name.
 
     Attributes:
-      name: what to call them.
+      name: for file names and tables.
       root: the folder.
       files: their paths below it.
-      label_names: the folders that hold them, sorted; empty if they are in `root` itself.
+      label_names: the folders that contain them, sorted; empty if they are in `root` itself.
       field: the config field or flag that names the folder, for messages.
     """
 
@@ -143,8 +141,8 @@ class FolderImages(ImageSource):
     def _read(self, i: int) -> bytes:
         path = self.root / self.files[i]
         try:
-            if not path.is_file() and path.exists():  # A pipe would be waited for.
-                raise DataError(f"{self.place(i)} is no file; leave it out")
+            if not path.is_file() and path.exists():  # Reading a pipe would block.
+                raise DataError(f"{self.place(i)} is not a file; remove it")
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"{self.field}: cannot read {shown(path)}: {error.strerror}") from error
@@ -155,24 +153,23 @@ def folder(
 ) -> FolderImages:
     """Finds the images of a folder.
 
-    `path/<class>/...` gives labels, classes sorted by name; images in `path` itself have none. What
-    is hidden (its name begins with a dot) or no image by the end of its name is skipped.
+    `path/<class>/...` gives labels, classes sorted by name; images in `path` itself have none.
+    Skips hidden files and files without a suffix of an image.
 
     Args:
       path: the folder.
       field: the config field or flag that names it, for messages.
-      classes: those that the images have, by number, where another folder says so; None for those
-        of the folder.
+      classes: by number, to use those of another folder; None for the classes of this one.
 
     Raises:
-      DataError: no such folder, nothing in it, images beside the folders of classes, or other
-        classes.
+      DataError: the folder does not exist, is empty, mixes images and folders of classes, or has
+        other classes.
     """
     root = Path(os.path.expanduser(path))
     here = f"{field}={shown(path)}"
     if not root.is_dir():
-        what = "is no folder" if root.exists() else "does not exist"
-        raise DataError(f"{here} {what}; name one that holds images")
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(f"{here} {what}; name a folder of images")
     try:
         files = sorted(_image_files(root, ""))
     except OSError as error:
@@ -180,7 +177,9 @@ def folder(
     found = sorted({file.split("/", 1)[0] for file in files if "/" in file})
     beside = [file for file in files if "/" not in file]
     if not files:
-        raise DataError(f"{here} holds no image ({' '.join(SUFFIXES)}); name a folder that does")
+        raise DataError(
+            f"{here} contains no images ({' '.join(SUFFIXES)}); name a folder that does"
+        )
     if found and beside:
         raise DataError(
             f"{here} has {shown(beside[0])} beside folders of classes such as {shown(found[0])}; "
@@ -188,8 +187,8 @@ def folder(
         )
     if classes is not None and (bool(found) != bool(classes) or not {*found} <= {*classes}):
         raise DataError(
-            f"{here} has the classes {shown(', '.join(found)) or '(none)'}, and the images that "
-            f"train {shown(', '.join(classes)) or '(none)'}; give it folders of the same names"
+            f"{here} has the classes {shown(', '.join(found)) or '(none)'}, and the training "
+            f"images {shown(', '.join(classes)) or '(none)'}; use folders of the same names"
         )
     return FolderImages(
         name=plain_name(root.resolve()),

@@ -1,4 +1,4 @@
-"""Texts and records of the user's own, from a class in a file, as a source."""
+"""A source of texts or records from a class of the user's own."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ class OwnPart(Part):
     """Some examples of a class.
 
     Args:
-      reference, config: how the class is built.
+      reference, config: see `OwnSource`.
       numbers: of the examples.
-      num_bytes: about how many that is.
+      num_bytes: their approximate size.
     """
 
     def __init__(self, reference: str, config: Any, numbers: range, num_bytes: int):
@@ -36,7 +36,7 @@ class OwnSource(Source):
 
     Args:
       reference: the class, `path/file.py:Class` or `module:Class`.
-      config: the `data` section of the config, which it is built from.
+      config: the `data` section of the config, its constructor's argument.
 
     Raises:
       ConfigError: it cannot be built.
@@ -67,7 +67,7 @@ class OwnSource(Source):
 
 
 def build(reference: str, config: Any) -> BaseDataset:
-    """Builds the object whose examples are read.
+    """Builds the class of a source.
 
     Raises:
       ConfigError: the class cannot be used.
@@ -81,8 +81,8 @@ def build(reference: str, config: Any) -> BaseDataset:
         raise
     except Exception as error:
         raise DataError(
-            f"data.source={reference}: building it failed with {type(error).__name__}: "
-            f"{one_line(error)}; mend its __init__"
+            f"data.source={reference}: its __init__ failed with {type(error).__name__}: "
+            f"{one_line(error)}; correct it"
         ) from error
 
 

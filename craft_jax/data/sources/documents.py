@@ -1,8 +1,7 @@
-"""What all sources of text have in common: documents, in parts that are read independently.
+"""The interface of text sources: documents, in parts that are read independently.
 
-A `Source` lists its `Part`s without reading them; each part, sent to whichever process tokenizes
-it, yields its `Document`s in order. Where parts begin and end depends on the content alone, so what
-comes out is the same for any number of processes.
+A `Source` lists its `Part`s without reading them; each part yields its `Document`s in order, in any
+process. Parts depend on the content alone, so results are the same for any number of processes.
 """
 
 import abc
@@ -17,8 +16,7 @@ from craft_jax.errors import DataError
 
 PIECE_CHARS = 1 << 16
 PART_BYTES = 1 << 22
-"""About how much of a source one part holds: small enough to lose, large enough to be worth a
-message to another process."""
+"""Approximate bytes of a part: few enough to lose, enough to be worth a message to a process."""
 _LOOK_BACK = 1 << 13
 _MAX_WORD = 60
 
@@ -28,11 +26,11 @@ class Document:
     """One running text, or one record with fields.
 
     Attributes:
-      place: where it stands, for messages, such as `data.path: texts/a.jsonl line 3`; a function
-        where finding out takes time.
+      place: its location, for messages, such as `data.path: texts/a.jsonl line 3`; a function
+        if it is slow to compute.
       fields: of a record, such as a line of `.jsonl`; None for running text.
       read: yields running text in order, in chunks of any size; None for records.
-      starts, ends: whether the document begins and ends here; a long one goes on in what follows.
+      starts, ends: whether the document begins and ends here; a long one continues in the next.
     """
 
     place: str | Callable[[], str]
@@ -42,16 +40,16 @@ class Document:
     ends: bool = True
 
     def where(self) -> str:
-        """Returns `place` in words."""
+        """Returns `place` as text."""
         return self.place if isinstance(self.place, str) else self.place()
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
     """Yields running text in order, in pieces of about `PIECE_CHARS` characters.
 
-    A piece ends before a single space between two letters or digits: there the words before it and
-    after it are tokens of their own in nearly every vocabulary, so the tokens of the pieces are
-    those of the whole. Where there is no such space it ends before a newline, and else anywhere.
+    A piece ends before a single space between two letters or digits, else before a newline, else
+    anywhere. In nearly every vocabulary such a space separates tokens, so the tokens of the pieces
+    are those of the whole text.
     """
     rest = ""
     for chunk in chunks:
@@ -67,9 +65,9 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def cut(text: str, near: int, start: int) -> int:
-    """Returns a place in (start, near] where running text is best cut; see `pieces`.
+    """Returns the best index in (start, near] to cut running text; see `pieces`.
 
-    `text` must go on behind `near`.
+    `text` must be longer than `near`.
     """
     lowest = max(start, near - _LOOK_BACK)
     place = near
@@ -84,10 +82,10 @@ def cut(text: str, near: int, start: int) -> int:
 
 
 class Part(abc.ABC):
-    """Some documents of a source that follow each other; it pickles.
+    """Consecutive documents of a source; it pickles.
 
     Attributes:
-      num_bytes: about how many bytes it reads, for a progress bar.
+      num_bytes: approximate bytes that it reads, for a progress bar.
     """
 
     num_bytes: int
@@ -97,7 +95,7 @@ class Part(abc.ABC):
         """Yields its documents in order.
 
         Raises:
-          DataError: something in it cannot be read; names file, place and remedy.
+          DataError: something in it cannot be read.
         """
 
 
@@ -105,8 +103,8 @@ class Source(abc.ABC):
     """An ordered collection of documents.
 
     Attributes:
-      name: what to call it in file names and tables.
-      origin: the config value it came from, for error messages.
+      name: for file names and tables.
+      origin: the config value that names it, for messages.
     """
 
     name: str
@@ -114,7 +112,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def digest(self) -> str:
-        """Returns a SHA-256 of everything that it holds, hexadecimal.
+        """Returns a SHA-256 of its content, hexadecimal.
 
         Raises:
           DataError: something in it cannot be read.
@@ -122,7 +120,7 @@ class Source(abc.ABC):
 
     @functools.cached_property
     def first_digest(self) -> str:
-        """`digest`, as it was when it was first asked for: the whole source is read for it."""
+        """The first value of `digest`, cached because it reads the whole source."""
         return self.digest()
 
     @abc.abstractmethod
@@ -134,26 +132,26 @@ class Source(abc.ABC):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a manifest says of it besides name and origin, such as how many files."""
+        """Returns further facts for the manifest, such as the number of files."""
         return {}
 
 
-# Words.
+# Messages.
 
 
 def plain_name(target: Path) -> str:
-    """Turns a path into a short word for file names: letters, digits and underscores."""
+    """Returns a short word for file names: letters, digits and underscores of a path."""
     word = "".join(c if c.isalnum() else "_" for c in target.name.split(".")[0]).strip("_")
     return word[:_MAX_WORD] or "text"
 
 
 def shown(path: str | Path) -> str:
-    """Returns a path as messages show it: in one line, with escapes for what cannot be printed."""
+    """Returns a path in one line, with non-printable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Returns what an error says, in one line of at most so many characters and dots."""
+    """Returns the message of an error in one line, shortened to `most` characters."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= most else f"{words[:most]}..."
 

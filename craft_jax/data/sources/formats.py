@@ -1,7 +1,6 @@
-"""How a record becomes text: which of its fields are read, and which part of it is learned.
+"""Records to text: the fields that are read, and the parts that count in the loss.
 
-Documents flow in, stretches of text flow out, each marked as learned or not, and as markup or not:
-markup alone may turn into special tokens, so that no text can spell one.
+Only markup may be encoded as special tokens, so that no text can spell one.
 """
 
 import dataclasses
@@ -13,39 +12,39 @@ from craft_jax.data.sources.documents import Document, pieces
 from craft_jax.errors import DataError
 
 CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"
-"""The template of messages that many chat models were trained with."""
+"""The message template of many chat models."""
 
 _SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|\[/?[A-Z]+\]")
 _ROLE = re.compile(r"[\w-]{1,64}")
 
 
-class Stretch(NamedTuple):
-    """Text of a document that is all learned, or all not.
+class TextSpan(NamedTuple):
+    """Text of a document with one value of the loss mask.
 
     Attributes:
-      text: what it says.
-      is_learned: whether its tokens count in the loss.
+      text: the text.
+      in_loss: whether its tokens count in the loss.
       is_markup: whether it comes from a template.
-      goes_on: whether it continues a text that was cut.
+      continues: whether it continues the text of the span before it.
     """
 
     text: str
-    is_learned: bool = True
+    in_loss: bool = True
     is_markup: bool = False
-    goes_on: bool = False
+    continues: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """What to read of a record; running text needs none of it.
+    """The fields of a record that are read, and how; running text ignores them.
 
     Attributes:
-      text_field: the field with the text that is learned.
-      prompt_field: the field with text before it that is not learned; None for none.
+      text_field: the field with the text that counts in the loss.
+      prompt_field: the field with text before it, masked out; None for none.
       messages_field: the field with a list of `role` and `content`, in place of the two above; None
         for none.
-      template: what is written for each message, with `{role}` and `{content}` in it.
-      learned_roles: whose messages are learned.
+      template: the text of each message, with `{role}` and `{content}` in it.
+      learned_roles: the roles whose messages count in the loss.
     """
 
     text_field: str = "text"
@@ -63,14 +62,14 @@ class Format:
 
     @property
     def special_tokens(self) -> list[str]:
-        """The special tokens of the template, such as `<|im_start|>`, where it is used."""
+        """The special tokens of the template, such as `<|im_start|>`, if it is used."""
         return sorted(set(_SPECIAL.findall(self.template))) if self.messages_field else []
 
-    def stretches(self, document: Document) -> Iterator[Stretch]:
-        """Yields the text of a document in order, long stretches in pieces.
+    def spans(self, document: Document) -> Iterator[TextSpan]:
+        """Yields the text of a document in order, in pieces.
 
         Raises:
-          DataError: a record lacks a field, or has something else than text in it.
+          DataError: a record lacks a field, or its value is not text.
         """
         if document.fields is None:
             if self.messages_field or self.prompt_field:
@@ -81,17 +80,17 @@ class Format:
                     ".parquet or a dataset"
                 )
             assert document.read is not None
-            yield from _cut_up(document.read(), goes_on=not document.starts)
+            yield from _cut_up(document.read(), continues=not document.starts)
         elif self.messages_field:
             yield from self._messages(document)
         else:
             if self.prompt_field:
                 prompt = self._text(document, document.fields, self.prompt_field, "prompt_field")
-                yield from _cut_up((prompt,), is_learned=False)
+                yield from _cut_up((prompt,), in_loss=False)
             text = self._text(document, document.fields, self.text_field, "text_field")
             yield from _cut_up((text,))
 
-    def _messages(self, document: Document) -> Iterator[Stretch]:
+    def _messages(self, document: Document) -> Iterator[TextSpan]:
         assert document.fields is not None and self.messages_field
         messages = document.fields.get(self.messages_field)
         if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
@@ -101,20 +100,20 @@ class Format:
             )
         before, after = self.template.split("{content}")
         for number, message in enumerate(messages):
-            named = f"message {number} of {self.messages_field!r}"
-            role = self._text(document, message, "role", None, named)
-            content = self._text(document, message, "content", None, named)
+            label = f"message {number} of {self.messages_field!r}"
+            role = self._text(document, message, "role", None, label)
+            content = self._text(document, message, "content", None, label)
             if not _ROLE.fullmatch(role):
                 raise DataError(
-                    f"{document.where()}: {named} has the role {role!r}; a role is a word such as "
+                    f"{document.where()}: {label} has the role {role!r}; a role is a word such as "
                     "user or assistant"
                 )
-            is_learned = role in self.learned_roles
+            in_loss = role in self.learned_roles
             if before:
-                yield Stretch(before.replace("{role}", role), is_learned=False, is_markup=True)
-            yield from _cut_up((content,), is_learned)
+                yield TextSpan(before.replace("{role}", role), in_loss=False, is_markup=True)
+            yield from _cut_up((content,), in_loss)
             if after:
-                yield Stretch(after.replace("{role}", role), is_learned, is_markup=True)
+                yield TextSpan(after.replace("{role}", role), in_loss, is_markup=True)
 
     @staticmethod
     def _text(
@@ -122,33 +121,33 @@ class Format:
         fields: Mapping[str, Any],
         name: str,
         setting: str | None,
-        named: str | None = None,
+        label: str | None = None,
     ) -> str:
         text = fields.get(name)
-        here = f"{document.where()}{f': {named}' if named else ''}"
+        here = f"{document.where()}{f': {label}' if label else ''}"
         if not isinstance(text, str):
             if name in fields:
                 kind = type(text).__name__
                 raise DataError(
-                    f"{here} has no text in the field {name!r} but a {kind}; mend or remove it"
+                    f"{here} has no text in the field {name!r} but a {kind}; correct or remove it"
                 )
-            remedy = f"set data.{setting}" if setting else "mend or remove it"
+            remedy = f"set data.{setting}" if setting else "correct or remove it"
             raise DataError(f"{here} has no text in the field {name!r} {_have(fields)}; {remedy}")
         try:
             text.encode()
         except UnicodeEncodeError:
             raise DataError(
-                f"{here} has half a character in the field {name!r}; mend or remove it"
+                f"{here} has an unpaired surrogate in the field {name!r}; remove it"
             ) from None
         return text
 
 
 def _cut_up(
-    chunks: Iterable[str], is_learned: bool = True, goes_on: bool = False
-) -> Iterator[Stretch]:
+    chunks: Iterable[str], in_loss: bool = True, continues: bool = False
+) -> Iterator[TextSpan]:
     for piece in pieces(chunks):
-        yield Stretch(piece, is_learned, goes_on=goes_on)
-        goes_on = True
+        yield TextSpan(piece, in_loss, continues=continues)
+        continues = True
 
 
 def _have(fields: Mapping[str, Any]) -> str:

@@ -1,9 +1,7 @@
-"""Datasets of Hugging Face that lie on disk, as documents.
+"""Documents from Hugging Face datasets on disk: the rows of one split.
 
-In goes a folder as `save_to_disk` of the package `datasets` writes it (Arrow streams, with a
-`state.json` for each split), or as the hub lays it out (files of Parquet whose names tell the
-split); out come the rows of one split. pyarrow reads them; nothing is downloaded, and no code of a
-dataset runs. What is unreadable raises `DataError` with the file, the row and the remedy.
+Reads folders of `datasets.save_to_disk` (Arrow streams with a `state.json` for each split) and the
+layout of the hub (Parquet files named by split). Downloads nothing, and runs no code of a dataset.
 """
 
 import dataclasses
@@ -31,25 +29,25 @@ from craft_jax.errors import DataError
 _BLOCK_BYTES = 1 << 20
 _REMEDY = "save or copy it again"
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<shard>\d{5})-of-(?P<count>\d{5})(-\w+)?")
-# How the hub reads names of files and folders.
+# The names of files and folders that the hub knows.
 _SPLITS = {"train": "train", "training": "train"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 _WORD = re.compile(r"[a-z]+")
-# What ends an Arrow stream: a mark, and a message of no bytes.
+# The end of an Arrow stream: a marker and an empty message.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrowPart(Part):
-    """Record batches of an Arrow stream that follow each other.
+    """Consecutive record batches of an Arrow stream.
 
     Attributes:
       path: the file.
       first_batch: the number of the first one.
-      num_batches: how many.
+      num_batches: number of batches.
       first_row: the number of their first row in the file.
-      num_bytes: about how many bytes they are.
+      num_bytes: approximate bytes.
       field: the config field that named the folder, for messages.
       columns: the columns to yield; None for all.
     """
@@ -80,12 +78,12 @@ class HuggingFaceSource(Source):
 
     Args:
       name: the folder.
-      split: which split.
-      origin: the config value that it comes from, such as `data.name=texts`.
-      columns: the columns that documents have; None for all.
+      split: the split.
+      origin: the config value that names it, such as `data.name=texts`.
+      columns: the fields of the documents; None for all.
 
     Raises:
-      DataError: there is no such folder or split, or it cannot be read.
+      DataError: the folder or split does not exist, or cannot be read.
     """
 
     def __init__(
@@ -158,7 +156,7 @@ class HuggingFaceSource(Source):
 def _splits(root: Path, name: str, origin: str) -> dict[str, list[Path]]:
     """Finds the files of each split."""
     if not root.is_dir():
-        what = "is no folder" if root.exists() else "there is no such folder"
+        what = "not a folder" if root.exists() else "there is no such folder"
         raise DataError(
             f"{origin}: {what}, and nothing is downloaded; where there is a network, run "
             f"datasets.load_dataset({name!r}).save_to_disk('FOLDER'), copy FOLDER here and name it"
@@ -182,7 +180,7 @@ def _splits(root: Path, name: str, origin: str) -> dict[str, list[Path]]:
 
 
 def _saved_files(folder: Path, origin: str) -> tuple[str, list[Path]]:
-    """Returns the name of a split that `Dataset.save_to_disk` wrote, and its files in order."""
+    """Returns the name and the ordered files of a split from `Dataset.save_to_disk`."""
     place = folder / "state.json"
     state = _json(place, origin)
     if state.get("_indices_files") or state.get("_indices_data_files"):
@@ -203,12 +201,12 @@ def _saved_files(folder: Path, origin: str) -> tuple[str, list[Path]]:
 
 
 def _parquet_splits(root: Path, origin: str) -> dict[str, list[Path]]:
-    """Finds splits from names as the hub does: of the shards, of files, of folders."""
+    """Finds splits by the names of shards, files and folders, as the hub does."""
     paths = [p for p in sorted(root.rglob("*.parquet")) if p.is_file() and not _is_hidden(p, root)]
     if not paths:
         raise DataError(
             f"{origin}: the folder has no dataset_dict.json or state.json, as save_to_disk writes "
-            "them, and no .parquet file; name the folder that has"
+            "them, and no .parquet file; name a folder with one of these"
         )
     found: dict[str, list[Path]] = {}
     configs: dict[str, None] = {}
@@ -232,7 +230,7 @@ def _parquet_splits(root: Path, origin: str) -> dict[str, list[Path]]:
         found.setdefault(split, []).append(path)
     if len(configs) > 1:
         raise DataError(
-            f"{origin}: the folder holds several datasets: {shown(', '.join(configs))}; name the "
+            f"{origin}: the folder has several datasets: {shown(', '.join(configs))}; name the "
             "folder of one"
         )
     for (stem, count), shards in counts.items():
@@ -261,7 +259,7 @@ def _json(path: Path, origin: str) -> dict[str, Any]:
 
 
 def _batches(path: Path, here: str) -> Iterator[Any]:
-    """Yields the record batches of an Arrow stream; of those passed over, only heads are read."""
+    """Yields the record batches of an Arrow stream."""
     arrow, ipc = load("pyarrow", here), load("pyarrow.ipc", here)
     number = 0
     try:
@@ -273,13 +271,15 @@ def _batches(path: Path, here: str) -> Iterator[Any]:
                 yield batch
                 number += 1
     except (arrow.ArrowException, MemoryError, ValueError, OSError) as error:
-        # Of a file that is cut short, pyarrow says that it cannot be read.
+        # pyarrow raises an OSError without errno for a truncated file.
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{here}: cannot read it: {error.strerror}") from error
         raise DataError(
-            f"{here} is damaged, or no Arrow stream: {one_line(error)} "
+            f"{here} is damaged, or not an Arrow stream: {one_line(error)} "
             f"(record batch {number}); {_REMEDY}"
         ) from error
-    # A stream that was cut between two batches reads like a shorter one.
+    # pyarrow does not notice a stream that is truncated between two batches.
     if not is_whole:
-        raise DataError(f"{here} is cut short: it does not end as an Arrow stream does; {_REMEDY}")
+        raise DataError(
+            f"{here} is truncated: the end marker of an Arrow stream is missing; {_REMEDY}"
+        )

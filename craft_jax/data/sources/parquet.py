@@ -1,8 +1,6 @@
-"""Tables of Arrow as documents: files of Parquet, by row groups.
+"""Documents from Parquet files: parts are row groups, documents are rows.
 
-In goes the path of a `.parquet` file; out come parts that read some row groups of it, and documents
-whose fields are the columns of a row, as Python values. What is unreadable raises `DataError` with
-the file, the row, counted from 0 over the whole file, and the remedy. pyarrow is loaded when it is
+Errors name the file and the row, counted from 0 over the whole file. pyarrow is imported when it is
 first needed.
 """
 
@@ -23,15 +21,15 @@ _REMEDY = "copy it again, or leave it out"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParquetPart(Part):
-    """Row groups of a file that follow each other.
+    """Consecutive row groups of a file.
 
     Attributes:
       path: the file.
       row_groups: their numbers.
       first_row: the number of their first row in the file.
-      num_rows: how many rows they have.
-      batch_rows: how many rows to have in memory at a time.
-      num_bytes: about how many bytes they are, unpacked.
+      num_rows: number of rows.
+      batch_rows: rows in memory at a time.
+      num_bytes: approximate uncompressed bytes.
       field: the config field that named the file, for messages.
       columns: the columns to read; None for all.
     """
@@ -75,11 +73,11 @@ def parquet_parts(
 
     Args:
       path: the file.
-      origin: the config value that it comes from, such as `data.path=texts`.
+      origin: the config value that names it, such as `data.path=texts`.
       columns: the columns to read; None for all.
 
     Raises:
-      DataError: it is no Parquet file, or damaged.
+      DataError: it is not a Parquet file, or damaged.
     """
     field = origin.partition("=")[0]
     file = _open(path, f"{field}: {shown(path)}")
@@ -126,8 +124,7 @@ def parquet_parts(
 def batch_documents(batch: Any, here: str, first_row: int) -> Iterator[Document]:
     """Yields the rows of a record batch.
 
-    A struct of lists, which is how Hugging Face stores a sequence of records, becomes a list of
-    dicts.
+    A struct of lists, the Hugging Face encoding of a sequence of records, becomes a list of dicts.
 
     Args:
       batch: a `pyarrow.RecordBatch`.
@@ -135,15 +132,15 @@ def batch_documents(batch: Any, here: str, first_row: int) -> Iterator[Document]
       first_row: the number of its first row in the file.
 
     Raises:
-      DataError: text in it is not UTF-8, or lengths do not agree.
+      DataError: it has text that is not UTF-8, or invalid offsets.
     """
     arrow = load("pyarrow", here)
     try:
-        # A wrong offset in a damaged file would read memory that is not the batch's.
+        # An invalid offset in a damaged file would read outside the batch's memory.
         batch.validate(full=True)
     except arrow.ArrowInvalid as error:
         row = first_row + _first_invalid(batch, arrow.ArrowInvalid)
-        what = "text that is not UTF-8" if "UTF8" in str(error) else f"what is damaged ({error})"
+        what = "text that is not UTF-8" if "UTF8" in str(error) else f"damaged data ({error})"
         raise DataError(f"{here} row {row} has {' '.join(what.split())}; {_REMEDY}") from error
     names = batch.schema.names
     columns = [_values(batch.column(i), arrow) for i in range(len(names))]
@@ -153,14 +150,14 @@ def batch_documents(batch: Any, here: str, first_row: int) -> Iterator[Document]
 
 
 def wanted_columns(schema: Any, columns: tuple[str, ...] | None) -> list[str]:
-    """Returns which columns of a schema to read.
+    """Returns the columns of a schema to read.
 
-    Times are left out: no text stands in them, and not all of them are values of Python. All other
-    columns are read where one is missing that was asked for, so that a message can list them.
+    Leaves out times, which hold no text and may have no Python value. If a requested column is
+    missing, returns all others, so that a message can list them.
 
     Args:
       schema: a `pyarrow.Schema`.
-      columns: those that were asked for; None for all.
+      columns: the requested columns; None for all.
     """
     is_temporal = importlib.import_module("pyarrow").types.is_temporal
     names = [field.name for field in schema if not is_temporal(field.type)]
@@ -170,7 +167,7 @@ def wanted_columns(schema: Any, columns: tuple[str, ...] | None) -> list[str]:
 
 
 def load(name: str, here: str) -> types.ModuleType:
-    """Returns a package that is only needed for some files.
+    """Imports an optional package.
 
     Raises:
       DataError: it is not installed.
@@ -179,20 +176,18 @@ def load(name: str, here: str) -> types.ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise DataError(
-            f"{here} needs the package {package} to be read: pip install {package}"
-        ) from error
+        raise DataError(f"{here} needs the package {package}: pip install {package}") from error
 
 
 def _open(path: Path, here: str) -> Any:
     if path.exists() and not path.is_file():
-        raise DataError(f"{here} is no file; name one that holds Parquet")
+        raise DataError(f"{here} is not a file; name a Parquet file")
     arrow, parquet = load("pyarrow", here), load("pyarrow.parquet", here)
     try:
         with path.open("rb") as file:
             head = file.read(len(_LFS_HEAD))
         if head == _LFS_HEAD:
-            raise DataError(f"{here} is a pointer of Git LFS, not the file: run git lfs pull")
+            raise DataError(f"{here} is a Git LFS pointer, not the file; run git lfs pull")
         return parquet.ParquetFile(path, page_checksum_verification=True)
     except (arrow.ArrowException, MemoryError, ValueError) as error:
         raise DataError(

@@ -1,9 +1,8 @@
-"""Files of tokenizers: a path flows in, an object of the `tokenizers` library comes out.
+"""Opens files of tokenizers as objects of the `tokenizers` library.
 
 The path is a `tokenizer.json`, a SentencePiece `.model`, or a folder as Hugging Face writes it. A
-folder's `tokenizer.json` says everything. The older files leave much to the class that reads them,
-so that they are opened for classes that are known here, and refused for others. Nothing that a
-folder holds is executed.
+`tokenizer.json` is complete. The meaning of older files depends on the class that reads them, so
+they are opened for known classes only. No code in a folder is executed.
 """
 
 import json
@@ -17,12 +16,12 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from craft_jax.data.tokenizers import sentencepiece_models
 from craft_jax.errors import DataError
 
-# Classes, without `Fast`, whose ids are those of the files. An absent class is like the first.
+# Classes, without `Fast`, whose ids equal those of the files. The first is the default.
 _SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _BYTE_LEVEL = ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "LongformerTokenizer")
 _WORD_PIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 
-# What a class is when only the `config.json` of a model says so.
+# Classes by `model_type` of `config.json`.
 _CLASS_OF_MODEL = {
     "albert": "AlbertTokenizer",
     "bart": "BartTokenizer",
@@ -60,15 +59,14 @@ _SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token ma
 
 
 def open_file(path: Path) -> tokenizers.Tokenizer:
-    """Opens a tokenizer that another program made.
+    """Opens a tokenizer file or folder.
 
     Args:
       path: a `tokenizer.json`, a SentencePiece `.model`, or a folder that has one of them, or
         `vocab.json` and `merges.txt` (byte-level BPE), or `vocab.txt` (WordPiece).
 
     Raises:
-      DataError: there is none, it cannot be read, or its ids would not be those of the class that
-        it was made for.
+      DataError: it does not exist, cannot be read, or its ids would differ from those of its class.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -120,7 +118,7 @@ def _sentencepiece_file(folder: Path) -> Path | None:
 def _check_class(
     folder: Path, settings: Mapping[str, Any], files: str, known: Iterable[str]
 ) -> None:
-    """Refuses a class whose ids are not those of the files, or that nobody knows here."""
+    """Raises DataError for a class that is unknown, or whose ids differ from the files."""
     name = settings.get("tokenizer_class")
     if name is None and files == "sentencepiece.bpe.model":
         name = "XLMRobertaTokenizer"  # The name of such a file with fairseq's ids.
@@ -180,11 +178,11 @@ def _open_word_piece(folder: Path, settings: Mapping[str, Any]) -> tokenizers.To
     return _with_special(_with_added(inner, folder, settings), settings, usual)
 
 
-# ---- What a folder says beside its vocabulary.
+# Settings and special tokens of a folder.
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Returns what the folder says of special tokens and of the class."""
+    """Returns the settings of a folder: special tokens and class."""
     found = {
         **_read_json(folder / "special_tokens_map.json"),
         **_read_json(folder / "tokenizer_config.json"),
@@ -211,7 +209,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             "tokenizer.json"
         ) from None
     if not isinstance(found, dict):
-        raise DataError(f"tokenizer {path} has no names; copy the file again")
+        raise DataError(f"tokenizer {path} is not a JSON object; copy the file again")
     return found
 
 
@@ -222,13 +220,13 @@ def _content(token: Any) -> str:
 def _with_added(
     inner: tokenizers.Tokenizer, folder: Path, settings: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """Adds the tokens that are not in the vocabulary, and returns the tokenizer."""
+    """Returns a tokenizer with the added tokens of its folder."""
     vocabulary = inner.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values(), default=-1) + 1
     special = _special(settings)
     for number, token in sorted(_added_tokens(folder, settings).items()):
         known = vocabulary.get(token.content)
-        # The library keeps the id of what it knows, and gives the next one to what is new.
+        # The library keeps ids of known tokens, and gives the next one to a new token.
         expected = size if known is None else known
         if number != expected:
             raise DataError(
@@ -248,7 +246,7 @@ def _with_added(
 def _with_special(
     inner: tokenizers.Tokenizer, settings: Mapping[str, Any], usual: Iterable[str]
 ) -> tokenizers.Tokenizer:
-    """Marks the special tokens of a vocabulary, which are no text, and returns the tokenizer."""
+    """Returns a tokenizer with its special tokens marked."""
     vocabulary = inner.get_vocab(with_added_tokens=False)
     found = vocabulary.keys() & (_special(settings) | set(usual))
     inner.add_special_tokens(
@@ -258,7 +256,7 @@ def _with_special(
 
 
 def _special(settings: Mapping[str, Any]) -> set[str]:
-    """Returns the special tokens that the settings name."""
+    """Returns the special tokens in the settings."""
     named = [settings[name] for name in _SPECIAL_NAMES if settings.get(name)]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(name) or []
@@ -269,7 +267,7 @@ def _special(settings: Mapping[str, Any]) -> set[str]:
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Returns the tokens by id that the folder lists as added."""
+    """Returns the added tokens of a folder by id."""
     listed = _read_json(folder / "added_tokens.json")
     found: dict[int, AddedToken] = {}
     try:

@@ -1,8 +1,7 @@
 """Tokenizers: characters, bytes, byte-level BPE trained here, or a `tokenizer.json` of the user's.
 
-All of them are objects of the `tokenizers` library and one file format, so any of them can be read
-by PyTorch tools. Text flows in, arrays of token ids flow out, and back. Text never turns into a
-special token by spelling one: `<|endoftext|>` in a document is encoded as ordinary characters.
+All of them are objects of the `tokenizers` library with one file format, which PyTorch tools read.
+Special tokens spelled out in text are encoded as ordinary characters.
 """
 
 import functools
@@ -40,9 +39,9 @@ class Tokenizer:
       end_id: the id that ends a document, or None if the vocabulary has no such token.
 
     Args:
-      inner: that of the library.
-      encoder: of a SentencePiece model, where it is at hand: it encodes in place of `inner`, which
-        may choose another one of two splits that score alike.
+      inner: the tokenizer of the library.
+      encoder: of the SentencePiece `.model`, if available: it replaces `inner`, which may break
+        ties between splits of equal score differently.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, encoder: Any | None = None):
@@ -53,8 +52,7 @@ class Tokenizer:
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.end_id = next((vocabulary[t] for t in _END_TOKENS if t in vocabulary), None)
-        # A character vocabulary is the only kind that has texts which it cannot spell, unless one
-        # of its tokens stands for whatever is unknown.
+        # Only a character vocabulary without an unknown token cannot encode every text.
         model = inner.model
         self._characters = (
             {token for token in vocabulary if len(token) == 1}
@@ -74,7 +72,7 @@ class Tokenizer:
         """Reads a `tokenizer.json`, a SentencePiece `.model`, or a folder of Hugging Face.
 
         Raises:
-          DataError: there is none, or it cannot be read.
+          DataError: it does not exist, or cannot be read.
         """
         path = Path(path)
         inner = files.open_file(path)
@@ -100,8 +98,7 @@ class Tokenizer:
         """Returns the ids of `text`, int32 (T,).
 
         Raises:
-          UsageError: a character vocabulary lacks some of its characters, and a token for what is
-            unknown; names them.
+          UsageError: a character vocabulary without an unknown token lacks some characters.
         """
         if self._table is not None:
             ids_T = self._table.encode(text)
@@ -130,7 +127,7 @@ class Tokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def encode_markup(self, text: str) -> np.ndarray:
-        """Returns the ids of text of a template, where special tokens are what they spell.
+        """Returns the ids of text of a template, with special tokens parsed.
 
         Raises:
           UsageError: a character vocabulary lacks some of its characters.
@@ -146,10 +143,9 @@ class Tokenizer:
 
     @functools.cached_property
     def drops_space(self) -> bool:
-        """Whether the text after a space must lose it, to have the ids that it has in the whole.
+        """Whether a piece cut before a space must be encoded without it, for the ids of the whole.
 
-        So it is where the space is written for each text that has none before it, as SentencePiece
-        does.
+        SentencePiece, for example, adds a space to the start of every text.
         """
         if self._characters is not None:
             return False
@@ -166,7 +162,7 @@ class Tokenizer:
         more = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
         return UsageError(
             f"{what} has characters that this character tokenizer does not know: {named}"
-            f"{more}; leave them out, or train with --config.data.tokenizer=byte or bpe"
+            f"{more}; remove them, or train with data.tokenizer=byte or bpe"
         )
 
     def decode(self, ids: Iterable[int], show_special: bool = False) -> str:
@@ -174,14 +170,14 @@ class Tokenizer:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 
     def num_bytes(self, ids_N: np.ndarray) -> int:
-        """Returns how many bytes of UTF-8 the text of some ids is, special tokens left out."""
+        """Returns the UTF-8 bytes of the text of some ids, without special tokens."""
         if self._sizes is None:
             return len(self.decode(ids_N.tolist()).encode())
         return int(self._sizes[ids_N].sum())
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray | None:
-        """The bytes of each id, int64 (V,); None where it depends on those beside it."""
+        """The bytes of each id, int64 (V,); None if they depend on its neighbours."""
         described = json.loads(self._inner.to_str())
         decoder = (described["decoder"] or {}).get("type")
         if decoder not in ("ByteLevel", "Fuse") or described["normalizer"]:
@@ -200,11 +196,11 @@ class Tokenizer:
         return frozenset(number for number, token in added.items() if token.special)
 
     def token(self, token_id: int) -> str:
-        """Returns the vocabulary's name of an id."""
+        """Returns the token of an id."""
         return self._inner.id_to_token(token_id)
 
     def unknown_characters(self, text: str) -> list[str]:
-        """Returns the characters of `text` that have no id, nor a token that stands for them."""
+        """Returns the characters of `text` that cannot be encoded."""
         return [] if self._characters is None else sorted(set(text) - self._characters)
 
     def stream(self) -> "TextStream":
@@ -217,12 +213,10 @@ def _restored(text: str, encoder: Any) -> Tokenizer:
 
 
 class _Table:
-    """The ids of characters, or of bytes, in one array: what the library does, a hundred times as
-    fast.
+    """A lookup table of characters or bytes, a hundred times faster than the library.
 
     Args:
-      ids_C: int32, by code point or by byte; -1 where there is none. The last entry stands for all
-        code points behind it.
+      ids_C: int32, by code point or byte, -1 for none; the last entry is for all higher ones.
       codec: `utf-32-le` or `utf-8`.
     """
 
@@ -231,9 +225,9 @@ class _Table:
 
     @classmethod
     def of(cls, inner: tokenizers.Tokenizer) -> "_Table | None":
-        """Returns the table that does what a tokenizer does; None where none does."""
+        """Returns the table equivalent to a tokenizer; None if there is none."""
         if isinstance(inner.model, models.BPE) and inner.get_vocab_size() > _MOST_OF_BYTES:
-            return None  # It has merges, and reading them takes memory.
+            return None  # It has merges; skips the memory to parse them.
         described = json.loads(inner.to_str())
         model = described["model"]
         if described["normalizer"] or described["post_processor"]:
@@ -242,16 +236,16 @@ class _Table:
             return None
         if model["type"] == "WordLevel" and described["pre_tokenizer"] == _BY_CHARACTER:
             unknown = model["vocab"].get(model["unk_token"], -1)
-            places = {ord(token): n for token, n in model["vocab"].items() if len(token) == 1}
-            ids_C = np.full(max(places, default=0) + 2, unknown, np.int32)
-            ids_C[list(places)] = list(places.values())
+            points = {ord(token): n for token, n in model["vocab"].items() if len(token) == 1}
+            ids_C = np.full(max(points, default=0) + 2, unknown, np.int32)
+            ids_C[list(points)] = list(points.values())
             return cls(ids_C, "utf-32-le")
         is_plain = model["type"] == "BPE" and not model["merges"] and not model["byte_fallback"]
         pre = described["pre_tokenizer"] or {}
         if is_plain and pre.get("type") == "ByteLevel" and not pre["add_prefix_space"]:
-            found = [model["vocab"].get(character, -1) for character in _byte_characters()]
-            if min(found) >= 0:
-                return cls(np.array(found, np.int32), "utf-8")
+            ids = [model["vocab"].get(character, -1) for character in _byte_characters()]
+            if min(ids) >= 0:
+                return cls(np.array(ids, np.int32), "utf-8")
         return None
 
     def encode(self, text: str) -> np.ndarray:
@@ -263,7 +257,7 @@ class _Table:
 
 
 def _byte_characters() -> list[str]:
-    """Returns the character that byte-level vocabularies write for each byte, as GPT-2 chose it."""
+    """Returns the character of each byte in byte-level vocabularies, as in GPT-2."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     others = {byte: chr(256 + n) for n, byte in enumerate(hidden)}
@@ -271,7 +265,7 @@ def _byte_characters() -> list[str]:
 
 
 class TextStream:
-    """Turns ids into text as they arrive, never half a character."""
+    """Decodes ids one by one, yielding only complete characters."""
 
     def __init__(self, inner: tokenizers.Tokenizer):
         self._inner = inner
@@ -280,14 +274,14 @@ class TextStream:
         self._written = 0
 
     def push(self, token: int) -> str:
-        """Returns the text that is complete with this id; empty within a character."""
+        """Returns the text completed by this id; empty within a character."""
         self._ids.append(int(token))
         text = self._stream.step(self._inner, int(token)) or ""
         self._written += len(text)
         return text
 
     def finish(self) -> str:
-        """Returns what is left: an unfinished character shows as U+FFFD."""
+        """Returns the remaining text: an incomplete character becomes U+FFFD."""
         return self._inner.decode(self._ids, skip_special_tokens=True)[self._written :]
 
 
@@ -296,8 +290,8 @@ def characters(alphabet: Iterable[str], end_token: bool, special: Iterable[str] 
 
     Args:
       alphabet: the characters; each becomes an id.
-      end_token: adds an id that ends documents, after all others.
-      special: more special tokens, after it.
+      end_token: whether to append the end token of documents.
+      special: further special tokens.
     """
     vocabulary = {character: i for i, character in enumerate(sorted(set(alphabet)))}
     return numbered_characters(vocabulary, [*([END_TOKEN] if end_token else []), *special])
@@ -306,12 +300,12 @@ def characters(alphabet: Iterable[str], end_token: bool, special: Iterable[str] 
 def numbered_characters(
     vocabulary: Mapping[str, int], special: Iterable[str] = (), unknown: str | None = None
 ) -> Tokenizer:
-    """Builds a tokenizer that gives each character the id that a vocabulary says.
+    """Builds a tokenizer with the given id for each character.
 
     Args:
-      vocabulary: id by character, and by special token where those have ids of their own.
-      special: tokens that are no text; those without an id get the next ones.
-      unknown: the token of `vocabulary` that stands for characters without an id; None for none.
+      vocabulary: ids of characters, and of special tokens with fixed ids.
+      special: special tokens; those without an id get the next ones.
+      unknown: the token of `vocabulary` for characters without an id; None for none.
     """
     inner = tokenizers.Tokenizer(models.WordLevel(dict(vocabulary), unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(_EACH_CHARACTER), "isolated")
@@ -322,10 +316,10 @@ def numbered_characters(
 
 
 def bytes_(special: Iterable[str] = ()) -> Tokenizer:
-    """Builds the tokenizer with one id for each of the 256 bytes, and one that ends documents.
+    """Builds the tokenizer of 256 bytes and the end token.
 
     Args:
-      special: more special tokens, after it.
+      special: further special tokens.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = _byte_level(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -339,11 +333,10 @@ def train_bpe(
     """Trains byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) on `pieces`.
 
     Args:
-      pieces: the text to learn merges from; read as a stream.
-      vocab_size: the largest vocabulary: 256 bytes, the special tokens and the merges. Short texts
-        can give fewer.
-      special: special tokens beside that which ends documents.
-      progress: shows bars on a terminal.
+      pieces: the training text, as a stream.
+      vocab_size: the most tokens: 256 bytes, special tokens and merges; fewer for short texts.
+      special: special tokens besides the end token.
+      progress: whether to show progress bars.
     """
     inner = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -357,7 +350,7 @@ def train_bpe(
 
 
 def open_fixed(tokenizer: str) -> Tokenizer:
-    """Opens a tokenizer that needs no text to be made: `byte`, or the path of a `tokenizer.json`.
+    """Opens a tokenizer that needs no training: `byte`, or a path.
 
     Raises:
       UsageError: `char` or `bpe`.
@@ -367,8 +360,8 @@ def open_fixed(tokenizer: str) -> Tokenizer:
         return bytes_()
     if tokenizer in KINDS:
         raise UsageError(
-            f"--tokenizer={tokenizer}: a {tokenizer} tokenizer is made from text; give the path of "
-            "a tokenizer.json"
+            f"data.tokenizer={tokenizer}: a {tokenizer} tokenizer needs training text; give the "
+            "path of a tokenizer.json"
         )
     return Tokenizer.load(tokenizer)
 

@@ -1,7 +1,6 @@
-"""Tokenizers that are made from text: its characters, or BPE trained on a sample of it.
+"""Trains tokenizers on sources: of characters, or BPE on a sample.
 
-Sources flow in, read as streams; a tokenizer flows out, kept on disk under a digest of what it was
-made from.
+Trained tokenizers are cached on disk under a digest of their inputs.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ _CHARACTER_LIMIT = 65536
 _MAX_PARTS = 256
 
 
-def make(
+def train(
     kind: str,
     training: Sequence[Source],
     format: Format,
@@ -46,22 +45,22 @@ def make(
     max_chars: int = 32 << 20,
     folder: Path,
 ) -> Tokenizer:
-    """Returns a tokenizer, made from text if it is of a kind that is.
+    """Returns a tokenizer, trained on text if it is `char` or `bpe`.
 
-    Characters are those of all the text; BPE learns from what trains alone.
+    `char` covers the characters of all text; `bpe` is trained on the training split only.
 
     Args:
       kind: `char`, `byte`, `bpe`, or the path of a tokenizer.
       training: sources of the text.
-      format: what is read of records.
-      fractions, hold_out: what does not train; see `DataConfig`.
+      format: how records become text.
+      fractions, hold_out: decide the training split; see `DataConfig`.
       vocab_size, max_chars: of `bpe`.
       special: special tokens beside the end token and those of the format's template.
-      folder: where tokenizers that were made are kept.
+      folder: of trained tokenizers.
 
     Raises:
       DataError: the tokenizer or the text cannot be read, or there is no text.
-      OutputError: the folder cannot be written.
+      OutputError: the tokenizer cannot be written.
     """
     special = [*dict.fromkeys([*format.special_tokens, *special])]
     if kind == "byte":
@@ -83,19 +82,23 @@ def make(
         try:
             return Tokenizer.load(file)
         except DataError as error:
-            logger.warning("%s; making it again", error)
+            logger.warning("%s; training it again", error)
     if kind == "char":
-        made = _characters(training, format, special)
+        tokenizer = _characters(training, format, special)
     else:
-        made = _bpe(training, format, fractions, hold_out, vocab_size, special, max_chars)
+        tokenizer = _bpe(training, format, fractions, hold_out, vocab_size, special, max_chars)
+    _write(tokenizer, file)
+    return tokenizer
+
+
+def _write(tokenizer: Tokenizer, file: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.new")
-        partial.write_text(made.json, encoding="utf-8")
+        partial.write_text(tokenizer.json, encoding="utf-8")
         partial.rename(file)
     except OSError as error:
         raise OutputError(f"cannot write the tokenizer {file}: {error}") from error
-    return made
 
 
 def _characters(training: Sequence[Source], format: Format, special: Sequence[str]) -> Tokenizer:
@@ -105,21 +108,21 @@ def _characters(training: Sequence[Source], format: Format, special: Sequence[st
             for document in part.documents():
                 for item in keyed(document, format):
                     documents += item.key is not None
-                    if item.stretch:
-                        points = item.stretch.text.encode("utf-32-le", "surrogatepass")
-                        seen[np.frombuffer(points, "<u4")] = True
-    found = np.flatnonzero(seen)
+                    if item.span:
+                        packed = item.span.text.encode("utf-32-le", "surrogatepass")
+                        seen[np.frombuffer(packed, "<u4")] = True
+    points = np.flatnonzero(seen)
     origin = training[0].origin
-    if not len(found):
-        raise DataError(f"{origin}: the text is empty; name a file with text in it")
-    if len(found) > _CHARACTER_LIMIT:
+    if not len(points):
+        raise DataError(f"{origin}: the text is empty; name a file that contains text")
+    if len(points) > _CHARACTER_LIMIT:
         raise DataError(
-            f"{origin}: {len(found)} different characters are too many for data.tokenizer=char; "
+            f"{origin}: {len(points)} different characters are too many for data.tokenizer=char; "
             "use byte or bpe"
         )
-    # Documents that follow one another need a token between them.
+    # Consecutive documents need a token between them.
     has_end = documents > 1 or bool(special)
-    return tokenizers.characters(map(chr, found.tolist()), end_token=has_end, special=special)
+    return tokenizers.characters(map(chr, points.tolist()), end_token=has_end, special=special)
 
 
 def _bpe(
@@ -138,30 +141,30 @@ def _bpe(
         sample(source, format, fractions, hold_out, quota) for source in training
     )
     counted = _Counted(texts)
-    made = tokenizers.train_bpe(counted, vocab_size, special, progress=sys.stderr.isatty())
-    if not counted.characters and any(fractions):  # Of so little, by chance nothing trains.
+    tokenizer = tokenizers.train_bpe(counted, vocab_size, special, progress=sys.stderr.isatty())
+    if not counted.characters and any(fractions):  # So short that all of it was held out.
         return _bpe(training, format, Fractions(), hold_out, vocab_size, special, max_chars)
-    _give_back_memory()
+    _trim_memory()
     if not counted.characters:
-        raise DataError(f"{training[0].origin}: the text is empty; name a file with text in it")
+        raise DataError(f"{training[0].origin}: the text is empty; name a file that contains text")
     seconds = time.monotonic() - start
     logger.info(
-        "data: %s tokens, learned from %.1f million characters in %.1f s",
-        f"{made.vocab_size:,}",
+        "data: %s tokens, trained on %.1f million characters in %.1f s",
+        f"{tokenizer.vocab_size:,}",
         counted.characters / 1e6,
         seconds,
     )
-    return made
+    return tokenizer
 
 
-def _give_back_memory() -> None:
-    """Returns freed memory to the system, for the processes that tokenize next."""
+def _trim_memory() -> None:
+    """Returns freed memory to the system, for the encoding processes."""
     with contextlib.suppress(AttributeError, OSError):  # Not glibc.
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Counted:
-    """Texts, and how many characters have passed."""
+    """Iterates over texts and counts their characters."""
 
     def __init__(self, texts: Iterator[str]):
         self._texts, self.characters = texts, 0
@@ -184,17 +187,17 @@ def sample(
     parts = parts[:: -(-len(parts) // _MAX_PARTS)]
     stride = max(1, -(-sum(part.num_bytes for part in parts) // max_chars))
     is_tail = hold_out == "tail" or (hold_out == "auto" and _are_few(source, format))
-    # Of the end of the text, as far as its bytes tell where that is.
+    # Approximates the start of the tail by bytes.
     left = sum(part.num_bytes for part in parts) * (1 - sum(fractions)) if is_tail else None
-    number, trains = 0, True
+    number, is_training = 0, True
     for part in parts:
         for document in part.documents():
             for item in keyed(document, format):
                 if item.key is not None and not is_tail:
-                    trains = splits.name_of(item.key, fractions) == "train"
-                if not item.stretch or item.stretch.is_markup or not trains:
+                    is_training = splits.name_of(item.key, fractions) == "train"
+                if not item.span or item.span.is_markup or not is_training:
                     continue
-                text = item.stretch.text
+                text = item.span.text
                 if left is not None:
                     size = len(text.encode())
                     text = text[: max(0, int(len(text) * min(1, left / max(size, 1))))]
@@ -205,8 +208,7 @@ def sample(
 
 
 def _are_few(source: Source, format: Format) -> bool:
-    """Whether a source has too few documents to hold whole ones out."""
+    """Returns whether a source has too few documents to hold out whole ones."""
     documents = (d for part in source.parts() for d in part.documents() if d.starts)
-    # Not those without text.
-    found = (d for d in documents if next(keyed(d, format), None))
-    return len(list(itertools.islice(found, splits.FEWEST))) < splits.FEWEST
+    with_text = (d for d in documents if next(keyed(d, format), None))
+    return len(list(itertools.islice(with_text, splits.FEWEST))) < splits.FEWEST

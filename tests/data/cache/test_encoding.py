@@ -8,10 +8,10 @@ import pytest
 
 from craft_jax.data import tokenizers
 from craft_jax.data.cache import builder, encoding
-from craft_jax.data.sources import documents, files
+from craft_jax.data.sources import decoding, documents, files
 from craft_jax.data.sources.documents import Document
 from craft_jax.data.sources.files import open_files
-from craft_jax.data.sources.formats import Format, Stretch
+from craft_jax.data.sources.formats import Format, TextSpan
 from craft_jax.errors import DataError
 from tests.conftest import environment, words
 
@@ -87,7 +87,7 @@ def test_long_json_lines_have_the_ids_of_the_whole(tmp_path, monkeypatch, kind):
 
 def test_documents_begin_where_they_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PART_BYTES", 400)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 64)
     texts = [f"{n} naïve words. " * (n % 13 + 1) for n in range(50)] + ["long words " * 300]
     path = tmp_path / "a.txt"
     path.write_text("<|endoftext|>".join(texts), encoding="utf-8")
@@ -100,10 +100,10 @@ def test_documents_begin_where_they_begin(tmp_path, monkeypatch):
         ids = built.tokens.read(start, stop)
         assert ids[-1] == made.end_id
         assert made.decode(ids) == text
-    assert built.documents["key"][3] == encoding.document_key([Stretch(texts[3])])
+    assert built.documents["key"][3] == encoding.document_key([TextSpan(texts[3])])
 
 
-def test_the_bytes_of_a_document_that_goes_on_in_other_parts(tmp_path, monkeypatch):
+def test_the_bytes_of_a_document_in_several_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PART_BYTES", 500)
     texts = {"a.txt": TEXTS["odd"], "b.txt": "short", "c.txt": TEXTS["words"]}
     for name, text in texts.items():
@@ -138,7 +138,7 @@ def test_empty_documents_are_left_out():
     record = Document(place="here", fields={"text": ""})
     assert list(encoding.keyed(record, Format())) == []
     (rest,) = encoding.keyed(Document(place="here", read=lambda: iter(()), starts=False), Format())
-    assert rest.ends and rest.stretch is None and rest.key is None
+    assert rest.ends and rest.span is None and rest.key is None
 
 
 def folder_of_texts(tmp_path, count=6):
@@ -233,7 +233,7 @@ builder.build(source, tokenizer=made, format=Format(), folder=Path(sys.argv[2]))
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_what_is_done_stays_done(tmp_path, monkeypatch, name, caplog):
+def test_complete_parts_survive_a_kill(tmp_path, monkeypatch, name, caplog):
     path = tmp_path / "a.txt"
     path.write_text(TEXTS["words"] + TEXTS["odd"], encoding="utf-8", newline="")
     folder = tmp_path / "cache"

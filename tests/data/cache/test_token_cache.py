@@ -27,7 +27,7 @@ MASKED = Format(prompt_field="prompt")
 def build(path, workdir, kind="char", format=PLAIN, **options):
     source, folder = open_files(str(path)), workdir / "data"
     if isinstance(kind, str):
-        kind = vocabulary.make(
+        kind = vocabulary.train(
             kind,
             [source],
             format,
@@ -49,13 +49,13 @@ def records(tmp_path, count=40):
     return path
 
 
-def test_one_file_is_one_stretch_of_characters(text_file, workdir):
+def test_one_file_is_one_document_of_characters(text_file, workdir):
     text = text_file.read_text(encoding="utf-8")
     tokens = build(text_file, workdir)
     assert tokens.tokenizer.decode(ids_of(tokens)) == text
     assert tokens.tokens.dtype == np.uint16
     assert tokens.tokenizer.end_id is None
-    assert tokens.mask is None
+    assert tokens.loss_mask is None
     assert tokens.documents["start"].tolist() == [0]
     assert tokens.documents["bytes"].tolist() == [len(text.encode())]
     assert {p.name for p in tokens.path.iterdir()} == {
@@ -81,7 +81,7 @@ def test_documents_are_separated_by_the_end_token(tmp_path, workdir, kind):
     assert tokens.documents["start"].tolist() == np.cumsum([0, *map(len, documents[:-1])]).tolist()
 
 
-def test_an_equal_request_finds_the_cache(text_file, workdir):
+def test_an_equal_request_reuses_the_cache(text_file, workdir):
     first = build(text_file, workdir)
     stamp = (first.path / "tokens-00000.bin").stat().st_mtime_ns
     second = build(text_file, workdir)
@@ -122,7 +122,7 @@ def masked(tmp_path, workdir):
 def everything(tokens):
     return (
         ids_of(tokens),
-        tokens.mask.read(0, len(tokens.mask)).tolist(),
+        tokens.loss_mask.read(0, len(tokens.loss_mask)).tolist(),
         tokens.documents.tolist(),
         tokens.tokenizer.json,
     )
@@ -132,7 +132,7 @@ FILES = ("tokens-00000.bin", "mask-00000.bin", "documents.bin", "tokenizer.json"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_cache_is_made_again(masked, name, caplog):
+def test_a_damaged_cache_is_rebuilt(masked, name, caplog):
     first, again = masked
     expected = everything(first)
     assert {p.name for p in first.path.iterdir()} == set(FILES)
@@ -155,14 +155,14 @@ def test_a_damaged_cache_is_made_again(masked, name, caplog):
 
 
 @pytest.mark.parametrize("name", FILES[:3])
-def test_a_flipped_bit_is_found(masked, name, caplog):
+def test_a_flipped_bit_is_detected(masked, name, caplog):
     first, again = masked
     expected = everything(first)
     content = bytearray((first.path / name).read_bytes())
     content[17] ^= 1
     (first.path / name).write_bytes(content)
     assert everything(again()) == expected
-    assert f"is damaged ({name}: crc32 mismatch); making it again" in caplog.text
+    assert f"is damaged ({name}: crc32 mismatch); building it again" in caplog.text
 
 
 @pytest.mark.parametrize("name", FILES[3:])
@@ -195,7 +195,7 @@ def test_every_digit_of_a_manifest_is_checked(masked):
             assert everything(again()) == expected, (name, number, other)
 
 
-def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
+def test_ids_beyond_the_vocabulary_are_detected(text_file, workdir, caplog):
     first = build(text_file, workdir)
     assert first.manifest["largest"] == max(ids_of(first))
     expected = ids_of(first)
@@ -208,10 +208,10 @@ def test_ids_beyond_the_vocabulary_are_found(text_file, workdir, caplog):
     first.manifest["checksum"] = token_cache.checksum_of(first.manifest)
     (first.path / "manifest.json").write_text(json.dumps(first.manifest), encoding="utf-8")
     assert ids_of(build(text_file, workdir)) == expected
-    assert "has ids up to 60000" in caplog.text
+    assert "its largest id is 60000" in caplog.text
 
 
-def test_another_tokenizer_in_its_place_is_found(text_file, workdir, caplog):
+def test_a_replaced_tokenizer_is_detected(text_file, workdir, caplog):
     first = build(text_file, workdir)
     expected = ids_of(first)
     other = tokenizers.characters("".join(map(chr, range(32, 300))), end_token=False)
@@ -239,7 +239,7 @@ def unfinished(path, workdir, made, monkeypatch):
 
 @pytest.mark.parametrize("ending", [".tokens", ".documents", ".mask", ".json"])
 @pytest.mark.parametrize("content", [None, b"", b"x" * 24])
-def test_a_part_that_is_not_whole_is_made_again(tmp_path, workdir, monkeypatch, ending, content):
+def test_an_incomplete_part_is_encoded_again(tmp_path, workdir, monkeypatch, ending, content):
     path, made = records(tmp_path), tokenizers.bytes_()
     expected = everything(build(path, tmp_path / "other", made, MASKED))
     file = unfinished(path, workdir, made, monkeypatch) / f"part-1{ending}"
@@ -250,13 +250,13 @@ def test_a_part_that_is_not_whole_is_made_again(tmp_path, workdir, monkeypatch, 
     assert everything(build(path, workdir, made, MASKED)) == expected
 
 
-def test_a_flipped_bit_of_a_part_is_found(tmp_path, workdir, monkeypatch):
+def test_a_flipped_bit_of_a_part_is_detected(tmp_path, workdir, monkeypatch):
     path, made = records(tmp_path), tokenizers.bytes_()
     partial = unfinished(path, workdir, made, monkeypatch)
     content = bytearray((partial / "part-1.tokens").read_bytes())
     content[4] ^= 1
     (partial / "part-1.tokens").write_bytes(content)
-    with pytest.raises(StorageError, match=r"part-1.tokens was damaged on the disk; start again"):
+    with pytest.raises(StorageError, match=r"part-1.tokens is damaged; run the command again"):
         build(path, workdir, made, MASKED)
     assert everything(build(path, workdir, made, MASKED)) == everything(
         build(path, workdir / "other", made, MASKED)
@@ -296,7 +296,7 @@ def test_an_interruption_before_a_part_is_done_leaves_nothing(
     assert not list((workdir / "data").iterdir())
 
 
-def test_what_was_begun_a_month_ago_goes(text_file, workdir):
+def test_stale_partial_caches_are_removed(text_file, workdir):
     (workdir / "data").mkdir(parents=True)
     old, new = (workdir / "data" / f".{n}{'0' * 15}.partial" for n in (1, 2))
     for folder in (old, new):
@@ -307,7 +307,7 @@ def test_what_was_begun_a_month_ago_goes(text_file, workdir):
     assert set((workdir / "data").iterdir()) == {tokens.path, new}
 
 
-def test_what_is_gone_on_with_after_a_month_stays(text_file, workdir, monkeypatch):
+def test_a_resumed_partial_cache_is_kept(text_file, workdir, monkeypatch):
     expected = ids_of(build(text_file, workdir / "other"))
     monkeypatch.setattr(sources, "PART_BYTES", 4000)
 
@@ -457,7 +457,7 @@ def test_builders_beside_each_other_agree(text_file, workdir):
 
 
 @pytest.mark.parametrize("size", [1, 700, 5000])
-def test_many_files_hold_what_one_does(tmp_path, monkeypatch, size):
+def test_many_shards_equal_one(tmp_path, monkeypatch, size):
     path = records(tmp_path)
     made = tokenizers.bytes_()
     one = build(path, tmp_path / "one", made, MASKED)

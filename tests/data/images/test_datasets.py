@@ -112,7 +112,7 @@ def test_one_bit():
     assert found.tolist() == [[[255], [0]]]
 
 
-def test_exif_turns_upright():
+def test_exif_orientation_is_applied():
     array = np.zeros((8, 16, 3), np.uint8)
     array[:, :8] = 255
     exif = Image.Exif()
@@ -133,7 +133,7 @@ def test_bombs_are_refused():
     with pytest.raises(DataError, match=r"^a.png has more than 67108864 pixels \(9000 x 8000\)"):
         pixels.decode(big, "a.png")
     for side in (12_000, 60_000):
-        with pytest.raises(DataError, match=r"^a.png has more than 67108864 pixels.*smaller"):
+        with pytest.raises(DataError, match=r"^a.png has more than 67108864 pixels.*shrink"):
             pixels.decode(png(side, side, 8, 0, b""), "a.png")
 
 
@@ -141,24 +141,24 @@ def test_bombs_are_refused():
     ("data", "said"),
     [
         (b"", "is empty"),
-        (b"GIF87a", "is no PNG"),
-        (b"hello", "is no PNG, JPEG, WebP, BMP or GIF image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no PNG"),
+        (b"GIF87a", "is not a PNG"),
+        (b"hello", "is not a PNG, JPEG, WebP, BMP or GIF image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a PNG"),
         (encoded(noise(20, 20, 3))[:300], "is damaged"),
         (encoded(noise(20, 20, 3), "JPEG")[:500], "is damaged"),
         (encoded(noise(20, 20, 3), "BMP")[:500], "is damaged"),
-        (encoded(noise(20, 20, 3)).replace(b"IDAT", b"IDAX"), "is no PNG"),
+        (encoded(noise(20, 20, 3)).replace(b"IDAT", b"IDAX"), "is not a PNG"),
         (png(4, 4, 8, 0, b"short"), "is damaged"),
     ],
 )
-def test_what_is_no_image_is_named(data, said):
-    with pytest.raises(DataError, match=f"^here {said}.*leave it out$") as caught:
+def test_invalid_images_are_named(data, said):
+    with pytest.raises(DataError, match=f"^here {said}.*replace or remove it$") as caught:
         pixels.decode(data, "here")
     assert caught.value.exit_code == BAD_DATA
     assert "\n" not in str(caught.value)
 
 
-def test_a_flipped_bit_of_a_png_is_found():
+def test_a_flipped_bit_of_a_png_is_detected():
     data = bytearray(encoded(noise(20, 20, 3)))
     data[data.index(b"IDAT") + 200] ^= 1
     with pytest.raises(DataError, match="here is damaged"):
@@ -177,7 +177,7 @@ def test_the_inverse_is_exact():
     assert np.array_equal(conversion.to_uint8(found + np.float32(0.0039)), values)
 
 
-def test_what_lies_outside_is_clipped():
+def test_values_outside_are_clipped():
     found = conversion.to_uint8(np.array([-7, 7, np.inf, -np.inf, np.nan], np.float32))
     assert found.tolist() == [0, 255, 255, 0, 0]
 
@@ -193,7 +193,7 @@ def test_channels():
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (8, 20, 3), (20, 8, 3), (3, 5, 1), (1, 90, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_size_comes_out_the_same(shape, channels):
+def test_all_sizes_are_resized(shape, channels):
     processor = ImageProcessor(size=8, channels=channels, crop="random", flip=True)
     for rng in (None, np.random.default_rng(0)):
         found = processor(noise(*shape), rng)
@@ -202,7 +202,7 @@ def test_every_size_comes_out_the_same(shape, channels):
     assert processor.shape(noise(*shape)) == (8, 8, channels)
 
 
-def test_what_fits_is_not_touched():
+def test_fitting_images_are_unchanged():
     image = noise(8, 8, 3)
     assert np.array_equal(ImageProcessor(size=8).pixels(image), image)
     assert np.array_equal(ImageProcessor().pixels(image), image)
@@ -298,12 +298,12 @@ def test_a_flat_folder(tmp_path):
 def test_folders_that_do_not_serve(tmp_path):
     with pytest.raises(DataError, match=r"data.path=.*gone does not exist"):
         sources.folder(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"--images=.* holds no image \(.png"):
+    with pytest.raises(DataError, match=r"--images=.* contains no images \(.png"):
         sources.folder(tmp_path, "--images")
     write(tmp_path, x_png=b"", a__y_png=b"")
     with pytest.raises(DataError, match=r"has x.png beside folders of classes such as a;"):
         sources.folder(tmp_path)
-    with pytest.raises(DataError, match=r"x.png is no folder"):
+    with pytest.raises(DataError, match=r"x.png is not a folder"):
         sources.folder(tmp_path / "x.png")
 
 
@@ -316,7 +316,7 @@ def test_files_that_cannot_be_read(tmp_path):
         "a.png is empty",
         "b.png is damaged",
         "cannot read .*c.png: No such",
-        "d.png is no file",
+        "d.png is not a file",
     )
     for i, words in enumerate(said):
         with pytest.raises(DataError, match=f"data.path: .*{words}") as caught:
@@ -472,7 +472,7 @@ def test_a_damaged_shard_is_named(tfds, tmp_path, fault):
     assert str(shard) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_tensorflow_datasets_is_asked_for(monkeypatch, tmp_path):
+def test_tensorflow_datasets_is_required(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match="pip install tensorflow-datasets"):
         tfds_images.from_tfds("mnist", tmp_path, "train")
@@ -511,7 +511,7 @@ def test_a_batch():
     assert [of[image.tobytes()] for image in batch["images"]] == batch["labels"].tolist()
     assert (batch["weights"] == 1).all()
     assert data.image_shape == (4, 4, 1) and data.label_names == ("a", "b", "c")
-    assert data.tokenizer is None and not hasattr(data, "vocab_size")
+    assert data.tokenizer is None and data.vocab_size is None
 
 
 def test_fewer_images_than_a_batch():
@@ -539,7 +539,7 @@ def test_validation_fills_up_the_last_batch():
     assert labels.tolist() == [i % 3 for i in range(10)] + [0, 0]
 
 
-def test_nothing_of_validation_is_left_to_chance():
+def test_validation_images_are_deterministic():
     processor = ImageProcessor(size=4, channels=1, crop="random", flip=True)
     data = training(array_source(9, 4, 9, 1), processor=processor).one_pass()
     for image, row in zip(data.source.images_NHWC, data.batch(0)["images"], strict=False):
@@ -584,7 +584,7 @@ def test_a_damaged_file_in_a_worker(tmp_path):
     source = in_a_folder(tmp_path)
     data = training(source, batch_size=3, processor=ImageProcessor(size=5))
     (tmp_path / source.files[4]).write_bytes(b"no image")
-    with pytest.raises(DataError, match=rf"data.path: .*{source.files[4]} is no PNG"):
+    with pytest.raises(DataError, match=rf"data.path: .*{source.files[4]} is not a PNG"):
         list(loading.load_batches(data, 0, 4, workers=1, ahead=1, then=lambda batch: batch))
 
 
@@ -595,7 +595,7 @@ def taken(source, parts):
     return {name: {source.image(i).tobytes() for i in part} for name, part in parts.items()}
 
 
-def test_splits_are_disjoint_and_about_as_large_as_asked():
+def test_splits_are_disjoint_and_have_their_fractions():
     source = array_source(3000, 2, 2, 1)
     parts = datasets.split(source, 0.2, 0.1)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(3000))
@@ -643,7 +643,7 @@ def test_too_few_images_that_differ():
         datasets.split(ArrayImages(name="x", images_NHWC=same), 0.1, 0)
 
 
-def test_fractions_that_leave_nothing():
+def test_fractions_without_training_images():
     for fractions in ((1, 0), (0.5, 0.5), (-0.1, 0)):
         with pytest.raises(ConfigError, match=r"data.val_fraction=.*data.test_fraction="):
             datasets.split(array_source(), *fractions)
@@ -673,7 +673,7 @@ def test_open_images():
     assert found["train"].one_pass().fingerprint == found["val"].fingerprint
 
 
-def test_fingerprints_know_the_content_and_what_is_made_of_it():
+def test_fingerprints_depend_on_content_and_processing():
     source = array_source(100)
     others = [
         opened(source),

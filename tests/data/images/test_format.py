@@ -65,14 +65,14 @@ def test_unseen_colours_become_the_nearest():
     assert small.tokens(image).tolist() == [[0, 1, 2, 1]]
 
 
-def test_images_without_classes_begin_alike():
+def test_images_without_classes_share_a_first_token():
     source = ArrayImages(name="x", images_NHWC=digits().images_NHWC[:200])
     data = opened(source)["train"]
     assert data.vocab_size == 18
     assert set(data.batch(0)["tokens"][:, 0].tolist()) == {17}
 
 
-def test_seeds_belong_to_an_image_and_its_turn():
+def test_seeds_depend_on_image_and_epoch():
     data = opened(num_colors=None)
     first, again = data["train"].batch(0)["seeds"], data["train"].batch(0)["seeds"]
     np.testing.assert_array_equal(first, again)

@@ -91,7 +91,7 @@ def test_batches_of_texts_that_train(tmp_path, workdir, name, capfd):
 
 @pytest.mark.parametrize("name", TRAINS)
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_texts_come_back(tmp_path, workdir, name, tokenizer):
+def test_texts_round_trip(tmp_path, workdir, name, tokenizer):
     path = tmp_path / name
     path.write_bytes(TRAINS[name])
     config = DataConfig(path=str(path), tokenizer=tokenizer, vocab_size=300)
@@ -111,14 +111,14 @@ def test_texts_that_do_not(tmp_path, workdir, name, capfd):
     refused(path, workdir, capfd, said)
 
 
-def test_what_is_no_file(tmp_path, workdir, capfd):
+def test_missing_files(tmp_path, workdir, capfd):
     places = {
         "nothing_here": "no such file or folder",
         "*.nothing": "no file matches",
-        "folder": "holds no text file",
+        "folder": "contains no text file",
         "pipe": "neither a file nor a folder",
-        "broken": "which leads nowhere",
-        "loop": "which leads nowhere",
+        "broken": "broken symlink",
+        "loop": "broken symlink",
     }
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -170,7 +170,7 @@ def test_named_pipes_do_not_block(tmp_path, workdir, capfd):
     words = micro("none", data__pairs=tmp_path / "pipe.tsv", data__tokenizer="char")
     del words[words.index("--config.data.path=none")]
     code = cli.main([*words, "--config.model.name=seq2seq", f"--workdir={workdir}"])
-    check_refused(code, capfd.readouterr().err, "is no file")
+    check_refused(code, capfd.readouterr().err, "is not a file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

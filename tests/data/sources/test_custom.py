@@ -78,7 +78,7 @@ def test_texts(own, tmp_path):
     tokens, config = opened(own("Texts"), tmp_path)
     texts = [tokens.tokenizer.decode(tokens.tokens.take(d)) for d in documents_of(tokens)]
     assert texts == [f"text {n} naïve " * (n % 7 + 1) for n in range(200)]
-    assert tokens.mask is None
+    assert tokens.loss_mask is None
     assert tokens.manifest["source"]["name"] == "Texts"
     assert tokens.manifest["source"]["origin"] == f"data.source={own('Texts')}"
     data = pipeline.open_datasets(config, workdir=tmp_path / "outputs", seed=0)
@@ -91,7 +91,7 @@ def test_records(own, tmp_path):
     tokens, _ = opened(own("Pairs"), tmp_path, prompt_field="question", text_field="answer")
     decode = tokens.tokenizer.decode
     for n, index in enumerate(documents_of(tokens)):
-        ids, mask = tokens.tokens.take(index), tokens.mask.take(index)
+        ids, mask = tokens.tokens.take(index), tokens.loss_mask.take(index)
         assert decode(ids) == f"What is {n}? Number {n}."
         assert decode(ids[mask > 0]) == f"Number {n}."
 
@@ -100,7 +100,7 @@ def test_chats(own, tmp_path):
     tokens, _ = opened(own("Chats"), tmp_path, messages_field="messages", tokenizer="char")
     decode = tokens.tokenizer.decode
     for n, index in enumerate(documents_of(tokens)):
-        ids, mask = tokens.tokens.take(index), tokens.mask.take(index)
+        ids, mask = tokens.tokens.take(index), tokens.loss_mask.take(index)
         assert decode(ids) == f"user\nWhat is {n}?\nassistant\nNumber {n}.\n"
         assert decode(ids[mask > 0]) == f"Number {n}.\n"
 

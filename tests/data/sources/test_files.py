@@ -6,7 +6,7 @@ import random
 import pytest
 import zstandard
 
-from craft_jax.data.sources import documents, files
+from craft_jax.data.sources import decoding, documents, files
 from craft_jax.data.sources.files import open_files
 from craft_jax.data.sources.formats import Format
 from craft_jax.errors import DataError
@@ -26,7 +26,7 @@ def parts_of(source) -> list[list]:
 def text_of(document) -> str:
     if document.fields is None:
         return "".join(document.read())
-    return "".join(stretch.text for stretch in Format().stretches(document))
+    return "".join(span.text for span in Format().spans(document))
 
 
 def texts_of(source) -> list[str]:
@@ -73,7 +73,7 @@ def test_jsonl_and_gzip(tmp_path):
 
 
 def test_pieces_are_bounded_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(documents, "PIECE_CHARS", 300)
     text = "word é🙂\n" * 500 + "x" * 2000 + " tail"
     path = tmp_path / "a.txt"
@@ -107,7 +107,7 @@ def test_a_piece_ends_before_a_space_between_words():
 
 def test_a_mark_at_the_start_is_dropped_and_no_other(tmp_path, monkeypatch):
     for size in (1, 2, 3, 100):
-        monkeypatch.setattr(files, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(decoding, "BLOCK_BYTES", size)
         for name, content in (("a.txt", "\ufeff\ufeffa\ufeff"), ("b.txt", ""), ("c.txt", "\ufeff")):
             (tmp_path / name).write_text(content, encoding="utf-8")
         assert texts_of(open_files(str(tmp_path))) == ["\ufeffa\ufeff", "", ""]
@@ -213,7 +213,7 @@ def test_lines_of_json_stay_whole(tmp_path, monkeypatch, part_bytes):
 @pytest.mark.parametrize("bad", [0, 57, 199])
 def test_the_line_of_an_error_counts_from_the_start_of_the_file(tmp_path, monkeypatch, ending, bad):
     monkeypatch.setattr(files, "PART_BYTES", 200)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 64)
     lines = [json.dumps({"text": f"line {n}"}) for n in range(200)]
     path = tmp_path / f"a.jsonl{ending}"
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[ending]
@@ -234,7 +234,7 @@ def test_the_line_of_an_error_counts_from_the_start_of_the_file(tmp_path, monkey
 @pytest.mark.parametrize("block", [64, 65, 67, 101, 1000, 1 << 20])
 @pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "🙂é"])
 def test_separated_documents_across_blocks(tmp_path, monkeypatch, block, separator):
-    monkeypatch.setattr(files, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", block)
     texts = [("é word" * n)[: 40 * n % 301] + "." for n in range(60)]
     text = separator.join(texts)
     path = tmp_path / "a.txt"
@@ -249,7 +249,7 @@ def test_separated_documents_across_blocks(tmp_path, monkeypatch, block, separat
 @pytest.mark.parametrize("part_bytes", [64, 333])
 def test_separated_documents_across_spans(tmp_path, monkeypatch, separator, part_bytes):
     monkeypatch.setattr(files, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 50)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 50)
     texts = [f"{n} naïve words 漢字. " * (n % 23) + "x" for n in range(100)]
     path = tmp_path / "a.txt"
     path.write_bytes(separator.join(texts).encode())
@@ -260,7 +260,7 @@ def test_separated_documents_across_spans(tmp_path, monkeypatch, separator, part
 
 def test_a_separator_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PART_BYTES", 64)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 50)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 50)
     (tmp_path / "a.txt").write_bytes(MIXED.encode() * 10)
     source = open_files(str(tmp_path), "<|endoftext|>")
     assert texts_of(source) == [MIXED * 10]
@@ -272,8 +272,8 @@ def test_a_separator_that_is_not_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", [5, 1000, 1 << 20])
 def test_zstd_of_several_frames(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(files, "_BLOCK_BYTES", block)
-    monkeypatch.setattr(files, "_PACKED_BLOCK_BYTES", block)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", block)
+    monkeypatch.setattr(decoding, "_PACKED_BLOCK_BYTES", block)
     frames = [MIXED * 20, "", "x", "more\n" * 1000]
     path = tmp_path / "a.txt.zst"
     path.write_bytes(b"".join(zstandard.compress(frame.encode()) for frame in frames))
@@ -324,7 +324,7 @@ def test_a_cut_gzip_file(tmp_path):
         (b"text\0text", "NUL byte at offset 4"),
     ],
 )
-def test_what_is_not_text_is_named_with_its_place(tmp_path, content, message):
+def test_invalid_text_is_reported_with_its_offset(tmp_path, content, message):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -332,7 +332,7 @@ def test_what_is_not_text_is_named_with_its_place(tmp_path, content, message):
 
 
 def test_the_place_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 7)
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() * 10 + b"\xff")
     with pytest.raises(DataError, match="offset 20"):
@@ -359,7 +359,7 @@ def test_the_place_counts_from_the_start_of_the_file_in_spans(tmp_path, monkeypa
         ('{"text"', "line 2 is not JSON"),
         ("[" * 100_000, "line 2 is not JSON"),
         ("1" * 10_000, "line 2 is not JSON"),
-        ('{"text": "\\ud800"}', "line 2 has half a character in the field 'text'"),
+        ('{"text": "\\ud800"}', "line 2 has an unpaired surrogate in the field 'text'"),
     ],
 )
 def test_a_bad_json_line_is_named(tmp_path, line, message):

@@ -27,10 +27,10 @@ def said(*pairs) -> dict:
 
 
 def texts(format, document) -> list[tuple[str, bool]]:
-    return [(s.text, s.is_learned) for s in format.stretches(document) if s.text]
+    return [(s.text, s.in_loss) for s in format.spans(document) if s.text]
 
 
-def test_what_is_read_of_a_record():
+def test_fields_of_a_record():
     document = record(text="a", body="b", prompt="c")
     assert texts(Format(), document) == [("a", True)]
     assert texts(Format(text_field="body"), document) == [("b", True)]
@@ -39,7 +39,7 @@ def test_what_is_read_of_a_record():
     assert texts(Format(), running) == [("ab", True)]
 
 
-def test_what_is_learned_of_messages():
+def test_the_loss_mask_of_messages():
     document = record(**said(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?")))
     assert texts(CHAT, document) == [
         ("<|im_start|>system\n", False), ("Be brief.", False), ("<|im_end|>\n", False),
@@ -47,7 +47,7 @@ def test_what_is_learned_of_messages():
         ("<|im_start|>assistant\n", False), ("Yes?", True), ("<|im_end|>\n", True),
     ]  # fmt: skip
     all_roles = Format(messages_field="messages", learned_roles=("user", "assistant"))
-    assert [t for t, is_learned in texts(all_roles, document) if is_learned] == [
+    assert [t for t, in_loss in texts(all_roles, document) if in_loss] == [
         "Hi", "<|im_end|>\n", "Yes?", "<|im_end|>\n"
     ]  # fmt: skip
     bare = Format(messages_field="messages", template="{content}", learned_roles=())
@@ -59,12 +59,12 @@ def test_what_is_learned_of_messages():
 
 
 def test_markup_is_told_from_text():
-    found = [*CHAT.stretches(record(**said(("user", "<|im_start|>"))))]
+    found = [*CHAT.spans(record(**said(("user", "<|im_start|>"))))]
     assert [s.is_markup for s in found] == [True, False, True]
-    assert not any(s.is_markup for s in Format().stretches(record(text="<|im_start|>")))
+    assert not any(s.is_markup for s in Format().spans(record(text="<|im_start|>")))
 
 
-def test_a_content_may_hold_what_a_template_does():
+def test_content_may_contain_template_text():
     document = record(**said(("assistant", "{role} {content} {{x}} %s \\n")))
     assert ("{role} {content} {{x}} %s \\n", True) in texts(CHAT, document)
 
@@ -92,7 +92,7 @@ def test_the_special_tokens_of_a_template(template, special):
         (Format(), {}, r"it has: nothing"),
         (Format(), {"text": None}, "no text in the field 'text'"),
         (Format(), {"text": ["a"]}, "no text in the field 'text'"),
-        (Format(), {"text": "\ud83d"}, "half a character in the field 'text'"),
+        (Format(), {"text": "\ud83d"}, "unpaired surrogate in the field 'text'"),
         (Format(), {"a\nb": 1}, r"it has: a\?b"),
         (Format(prompt_field="q"), {"text": "x"}, "no text in the field 'q'.*set data.prompt_field"),  # noqa: E501
         (Format(prompt_field="q"), {"q": "x"}, "no text in the field 'text'"),
@@ -101,10 +101,10 @@ def test_the_special_tokens_of_a_template(template, special):
         (CHAT, {"messages": ["x"]}, "no list of messages"),
         (CHAT, {"messages": {"role": "user"}}, "no list of messages"),
         (CHAT, {"messages": [{"role": "user"}]}, "message 0 of 'messages' has no text in the field "
-         r"'content' \(it has: role\); mend"),
+         r"'content' \(it has: role\); correct"),
         (CHAT, said(("user", "a"), (None, "b")), "message 1 of 'messages' has no text in the"),
         (CHAT, said(("user", None)), "no text in the field 'content'"),
-        (CHAT, said(("user", "\udc00")), "half a character in the field 'content'"),
+        (CHAT, said(("user", "\udc00")), "unpaired surrogate in the field 'content'"),
         (CHAT, said(("<|im_end|>", "a")), r"message 0 .* has the role '<\|im_end\|>'; a role is a"),
         (CHAT, said(("a b", "a")), "has the role 'a b'"),
         (CHAT, said(("", "a")), "has the role ''"),
@@ -113,7 +113,7 @@ def test_the_special_tokens_of_a_template(template, special):
 )  # fmt: skip
 def test_records_that_cannot_be_read(format, fields, message):
     with pytest.raises(DataError, match=message) as caught:
-        list(format.stretches(record(**fields)))
+        list(format.spans(record(**fields)))
     assert str(caught.value).startswith("data.path: a.jsonl line 1")
     assert "\n" not in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_records_that_cannot_be_read(format, fields, message):
 def test_running_text_has_no_fields(name):
     running = Document(place="data.path: a.txt", read=lambda: iter(("a",)))
     with pytest.raises(DataError, match=rf"a.txt is running text, and data.{name}=x names a field"):
-        list(Format(**{name: "x"}).stretches(running))
+        list(Format(**{name: "x"}).spans(running))
 
 
 def test_no_messages_are_no_text():
@@ -133,13 +133,13 @@ def test_no_messages_are_no_text():
 def test_long_texts_come_in_pieces(monkeypatch):
     monkeypatch.setattr(documents, "PIECE_CHARS", 50)
     long = words(100)
-    found = [*Format(prompt_field="q").stretches(record(q=long, text=long))]
+    found = [*Format(prompt_field="q").spans(record(q=long, text=long))]
     assert "".join(s.text for s in found) == long * 2
     assert len(found) > 10
-    first = [n for n, s in enumerate(found) if not s.goes_on]
-    assert [n for n, s in enumerate(found) if s.is_learned] == [*range(first[1], len(found))]
+    first = [n for n, s in enumerate(found) if not s.continues]
+    assert [n for n, s in enumerate(found) if s.in_loss] == [*range(first[1], len(found))]
     (first_piece, *_), (_, second) = found, first
-    assert not first_piece.goes_on and second == len(found) // 2
+    assert not first_piece.continues and second == len(found) // 2
 
 
 # As tokens.
@@ -150,7 +150,7 @@ def built(tmp_path, records, format, kind, **options):
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     source = open_files(str(path))
     if isinstance(kind, str):
-        kind = vocabulary.make(
+        kind = vocabulary.train(
             kind, [source], format, fractions=Fractions(), vocab_size=330, folder=tmp_path / "t"
         )
     return builder.build(source, tokenizer=kind, format=format, folder=tmp_path / "cache")
@@ -159,7 +159,7 @@ def built(tmp_path, records, format, kind, **options):
 def learned(tokens, start=0, stop=None) -> tuple[str, str]:
     """The text of all tokens, special ones included, and of those that are learned."""
     stop = len(tokens.tokens) if stop is None else stop
-    ids, mask = tokens.tokens.read(start, stop), tokens.mask.read(start, stop)
+    ids, mask = tokens.tokens.read(start, stop), tokens.loss_mask.read(start, stop)
     decode = tokens.tokenizer.decode
     return decode(ids, show_special=True), decode(ids[mask > 0], show_special=True)
 
@@ -177,12 +177,12 @@ def test_completions_are_learned_and_prompts_are_not(tmp_path, kind):
         text, counts = learned(tokens, start, stop)
         assert text == fields["prompt"] + fields["text"] + end
         assert counts == (fields["text"] + end if fields["text"] else "")
-    assert tokens.manifest["learned"] == int(tokens.mask.read(0, len(tokens.mask)).sum())
+    assert tokens.manifest["learned"] == int(tokens.loss_mask.read(0, len(tokens.loss_mask)).sum())
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 @pytest.mark.parametrize("part_bytes", [100, 1 << 24])
-def test_what_the_assistant_says_is_learned(tmp_path, monkeypatch, kind, part_bytes):
+def test_only_assistant_messages_count_in_the_loss(tmp_path, monkeypatch, kind, part_bytes):
     monkeypatch.setattr(files, "PART_BYTES", part_bytes)
     records = [
         said(("system", "Be brief."), ("user", f"What is {n}?"), ("assistant", f"A number, {n}."))

@@ -108,7 +108,7 @@ def test_values_of_python(tmp_path):
     assert [d.fields for d in documents(chosen)] == [{"text": "a"}, {"text": None}]
 
 
-def test_the_digest_notices_what_changed(saved):
+def test_the_digest_depends_on_content_and_names(saved):
     source = HuggingFaceSource(str(saved))
     before = source.digest()
     assert before == HuggingFaceSource(str(saved)).digest()
@@ -126,7 +126,7 @@ def test_cut_files_are_noticed(saved):
     # Also where one record batch ends and the next begins.
     for length in [0, 1, 8, *range(100, len(whole), 3989), len(whole) - 8, len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"is damaged|is cut short") as caught:
+        with pytest.raises(DataError, match=r"is damaged|is truncated") as caught:
             texts(HuggingFaceSource(str(saved)))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -240,6 +240,6 @@ def test_parquet_that_is_not_whole(tmp_path):
         HuggingFaceSource(str(tmp_path / "a"))
     names = ("en/train-00000-of-00001.parquet", "de/train-00000-of-00001.parquet")
     parquet(tmp_path / "b", {name: ["b"] for name in names})
-    with pytest.raises(DataError, match="holds several datasets: de, en; name the folder of one"):
+    with pytest.raises(DataError, match="has several datasets: de, en; name the folder of one"):
         HuggingFaceSource(str(tmp_path / "b"))
     assert texts(HuggingFaceSource(str(tmp_path / "b/en"))) == ["b"]

@@ -109,7 +109,7 @@ def test_text_that_is_not_utf8_names_the_row(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     ],
 )
-def test_what_is_no_parquet_file(tmp_path, content, message):
+def test_invalid_parquet_files(tmp_path, content, message):
     path = tmp_path / "a.parquet"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
@@ -121,7 +121,7 @@ def test_what_is_no_parquet_file(tmp_path, content, message):
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(DataError, match=r"cannot read it: No such file"):
         parquet.parquet_parts(tmp_path / "a.parquet", "data.path=x")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         parquet.parquet_parts(tmp_path, "data.path=x")
 
 

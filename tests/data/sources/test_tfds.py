@@ -249,7 +249,7 @@ def test_a_file_with_other_records_is_noticed(built, tmp_path):
         TfdsSource("my_texts", str(tmp_path))
 
 
-def test_the_digest_notices_what_changed(built, tmp_path):
+def test_the_digest_depends_on_content_and_names(built, tmp_path):
     content = bytearray(shard(built).read_bytes())
     content[len(content) // 2] ^= 1
     changed = damaged(built, tmp_path, bytes(content))

@@ -104,7 +104,7 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content):
         Tokenizer.load(path)
 
 
-def test_end_tokens_of_other_tokenizers_are_found():
+def test_end_tokens_of_other_tokenizers():
     inner = tokenizers.bytes_()
     assert END_TOKEN in inner.json
     renamed = inner.json.replace(END_TOKEN, "</s>")

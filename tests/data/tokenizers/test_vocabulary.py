@@ -6,7 +6,7 @@ from craft_jax.data import splits, tokenizers
 from craft_jax.data.cache.encoding import document_key
 from craft_jax.data.sources import documents, files
 from craft_jax.data.sources.files import open_files
-from craft_jax.data.sources.formats import Format, Stretch
+from craft_jax.data.sources.formats import Format, TextSpan
 from craft_jax.data.splits import Fractions
 from craft_jax.data.tokenizers import vocabulary
 from craft_jax.errors import DataError, OutputError
@@ -19,7 +19,7 @@ def make(kind, path, folder, format=PLAIN, fractions=TENTH, **options):
     paths = path if isinstance(path, list) else [path]
     found = [open_files(str(p)) for p in paths]
     options = {"vocab_size": 300} | options
-    return vocabulary.make(kind, found, format, fractions=fractions, folder=folder, **options)
+    return vocabulary.train(kind, found, format, fractions=fractions, folder=folder, **options)
 
 
 def write(path, texts):
@@ -80,7 +80,7 @@ def test_a_file_of_the_users_own(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_an_equal_request_finds_the_tokenizer(tmp_path, kind, caplog):
+def test_an_equal_request_reuses_the_tokenizer(tmp_path, kind, caplog):
     path, folder = tmp_path / "a.txt", tmp_path / "t"
     path.write_text(words(2000), encoding="utf-8")
     first = make(kind, path, folder)
@@ -95,13 +95,13 @@ def test_an_equal_request_finds_the_tokenizer(tmp_path, kind, caplog):
     for content in ("", "{", file.read_text()[:-50]):
         file.write_text(content, encoding="utf-8")
         assert make(kind, path, folder).digest == first.digest
-        assert "making it again" in caplog.text
+        assert "training it again" in caplog.text
         caplog.clear()
     path.write_text(words(2000, seed=1), encoding="utf-8")
     assert make("bpe", path, folder).digest != first.digest
 
 
-def test_bpe_has_the_size_and_the_special_tokens_it_is_asked_for(tmp_path):
+def test_bpe_has_the_requested_size_and_special_tokens(tmp_path):
     (tmp_path / "a.txt").write_text(words(5000), encoding="utf-8")
     made = make("bpe", tmp_path, tmp_path / "t", special=("<|x|>",), vocab_size=290)
     assert made.vocab_size == 290
@@ -120,13 +120,13 @@ def merges(made) -> str:
 def test_bpe_does_not_learn_from_documents_that_are_held_out(tmp_path, test_fraction):
     fractions = Fractions(0.3 - test_fraction, test_fraction)
     texts = [words(30, seed=n) + str(n) for n in range(200)]
-    names = [splits.name_of(document_key([Stretch(SECRET + text)]), fractions) for text in texts]
+    names = [splits.name_of(document_key([TextSpan(SECRET + text)]), fractions) for text in texts]
     assert {"train", "val"} <= set(names)
     lines = [SECRET + t if name != "train" else t for t, name in zip(texts, names, strict=True)]
     # Those that have the secret text in them are held out by what they then say.
     lines = [
         line for line, name in zip(lines, names, strict=True)
-        if name != "train" or splits.name_of(document_key([Stretch(line)]), fractions) == "train"
+        if name != "train" or splits.name_of(document_key([TextSpan(line)]), fractions) == "train"
     ]  # fmt: skip
     path = write(tmp_path / "a.jsonl", lines)
     assert "qz" not in merges(make("bpe", path, tmp_path / "t", fractions=fractions))
@@ -158,7 +158,7 @@ def test_few_is_fewer_than_ten(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("hold_out", ["auto", "documents", "tail"])
-def test_bpe_of_what_is_hardly_a_text(tmp_path, count, hold_out):
+def test_bpe_of_a_tiny_text(tmp_path, count, hold_out):
     for seed in range(6):
         path = write(tmp_path / "a.jsonl", [f"{seed} {n}" for n in range(count)])
         made = make("bpe", path, tmp_path / "t", fractions=Fractions(0.6, 0.3), hold_out=hold_out)
