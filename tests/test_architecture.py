@@ -33,7 +33,6 @@ _RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 # Who asks for the backend, beside `models/kernels`.
 ASKS_FOR_BACKEND = {
     "craft_jax.commands.benchmark",
-    "craft_jax.models.layers",
     "craft_jax.training.trainer",
 }
 

@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,25 @@ MAX_LOGITS = 1 << 27
 """Half a gigabyte of them in float32."""
 
 Params = dict[str, jax.Array]
-Cache = Any
+
+
+class Kernel(nnx.Param):
+    """A matrix that a dense layer multiplies by; decoding may be given a `DecodeKernel` for it."""
+
+
+class Constant(nnx.Param):
+    """A parameter that is saved like the others and never trains."""
+
+
+class Cache(Protocol):
+    """What decoding keeps between tokens: a named tuple of arrays whose first axis is the rows."""
+
+    @property
+    def length_B(self) -> jax.Array:
+        """Tokens in each row, int32; smaller values drop the last tokens of a row."""
+
+    def _replace(self, **fields: Any) -> Self:
+        """Returns a copy with other values, `length_B` among them; a named tuple has it."""
 
 
 class Model(nnx.Module):
@@ -253,6 +271,20 @@ class ModelDef(Generic[M]):
             _name(path): jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype)
             for path, leaf in nnx.to_flat_state(self.abstract_state)
         }
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The paths of the kernels of dense layers."""
+        return self._paths(Kernel)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """The paths of the parameters that never train."""
+        return self._paths(Constant)
+
+    def _paths(self, kind: type[nnx.Param]) -> frozenset[str]:
+        leaves = nnx.to_flat_state(self.abstract_state)
+        return frozenset(_name(path) for path, leaf in leaves if isinstance(leaf, kind))
 
     def merge(self, params: Mapping[str, jax.Array]) -> M:
         """Returns the model with these parameters.

@@ -11,15 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from craft_jax.models.layers import (
-    ACTIVATIONS,
-    Linear,
-    attention,
-    cached_attention,
-    causal_attention,
-    dropout,
-    heads_first,
-)
+from craft_jax.models.attention import attention, cached_attention, heads_first
+from craft_jax.models.kernels import causal_attention
+from craft_jax.models.layers import ACTIVATIONS, Linear
+from craft_jax.models.numerics import dropout
 
 INIT_STD = 0.02
 
@@ -45,10 +40,6 @@ class KVCache(NamedTuple):
         """Returns a cache without tokens."""
         layers = tuple(jnp.zeros(shape_BHSK, dtype) for _ in range(num_layers))
         return cls(layers, layers, jnp.zeros(shape_BHSK[:1], jnp.int32))
-
-    def with_length(self, length_B: jax.Array) -> "KVCache":
-        """Returns a cache whose rows hold so many tokens; what follows them is overwritten."""
-        return self._replace(length_B=length_B)
 
     def layer(self, i: int) -> Cached:
         """Returns what the attention of layer i reads."""
