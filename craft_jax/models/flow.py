@@ -155,6 +155,8 @@ class Flow(ImageModel):
     """Images from noise, given their class or not: `FlowConfig` says how."""
 
     Config = FlowConfig
+    has_patches = True
+    generate_options = ("num_steps", "solver", "guidance")
 
     def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
         sizes = (config.height, config.width, config.channels, config.num_classes)

@@ -38,6 +38,10 @@ class Seq2SeqConfig(StackConfig):
     num_decoder_layers: int = setting(2, "blocks of the decoder", minimum=1, maximum=MAX_LAYERS)
     share_embeddings: bool = setting(True, "whether source and target have one token embedding")
 
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        return {"use_bias": self.bias, "eps": self.norm_eps}
+
 
 class PairCache(NamedTuple):
     """A source, and the keys and values of the target so far.

@@ -5,6 +5,7 @@ Tokens flow in, logits flow out. Shape letters: B batch, T query time, S key tim
 H heads, K head width, F hidden, V vocabulary.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -40,8 +41,8 @@ _MAX_SINES = 2**28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StackConfig:
-    """What all models of these layers are told."""
+class StackConfig(abc.ABC):
+    """The settings that models of these layers share."""
 
     name: str
     vocab_size: int | None = setting(
@@ -98,9 +99,9 @@ class StackConfig:
         return self.d_ff or 4 * self.d_model
 
     @property
+    @abc.abstractmethod
     def norm_options(self) -> dict[str, Any]:
-        """What the layer norms of the blocks are built with."""
-        return {"use_bias": self.bias, "eps": self.norm_eps}
+        """Arguments of the layer norms of the blocks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -231,7 +231,7 @@ def test_a_cache_knows_no_packed_documents(name, given):
     definition, params = make(name)
     model, batch = definition.merge(params), packed([[3]], 3)
     cache = model.init_cache(1, 8, jnp.float32)
-    with pytest.raises(ValueError, match="a cache knows no packed documents"):
+    with pytest.raises(ValueError, match="a cache holds no packed documents"):
         model.hidden(batch["tokens"], cache, **{f"{given}_BT": batch[given]})
 
 

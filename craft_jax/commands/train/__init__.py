@@ -6,7 +6,6 @@ config -> runtime -> data -> model -> training -> outputs
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import logging
 import shlex
 import time
@@ -312,10 +311,10 @@ def _check_possible(
     config: ExperimentConfig, model_def: ModelDef, data: Dataset, mesh: jax.sharding.Mesh
 ) -> None:
     asked = [field for field, value in dataclasses.asdict(config.loss).items() if value]
-    if asked and "config" not in inspect.signature(config.model_class.loss).parameters:
+    if asked and not config.model_class.takes_loss_config:
         raise ConfigError(
             f"loss.{asked[0]} is set, and the loss of model.name={config.model.name} takes no "
-            "`config`; leave it out, or add that argument to it"
+            "`config`; leave it out, or add that argument and set `takes_loss_config`"
         )
     policy = Policy.named(config.training.precision)
     need = memory.least(
@@ -334,7 +333,9 @@ def _row_length(config: ExperimentConfig, model_def: ModelDef, data: Dataset) ->
     images = data.image_format
     if images is None:
         return config.data.seq_len
-    return images.num_pixels if images.palette else getattr(model_def.config, "num_patches", 0)
+    if images.palette:
+        return images.num_pixels
+    return model_def.config.num_patches if config.model_class.has_patches else 0
 
 
 def _check_metrics(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> None:
