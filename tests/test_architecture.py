@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # for all below it that no longer name covers.
 LAYERS = [
     "errors schema values plugins runtime checkpoint.atomic checkpoint.manifest",
-    "outputs checkpoint.lock data parallel models.losses",
+    "outputs checkpoint.lock data parallel models.losses models.numerics",
     "models",
     "checkpoint generation training.optim training.precision training.metrics training.state",
     "training.callbacks checkpoint.manager",

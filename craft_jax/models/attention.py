@@ -45,8 +45,10 @@ def cached_attention(q_BTHK: Array, k_BNSK: Array, v_BNSK: Array, offset_B: Arra
         ValueError: N does not divide H.
     """
     check_heads(q_BTHK.shape[2], k_BNSK.shape[1])
-    query_BT = jnp.arange(q_BTHK.shape[1])[None, :] + offset_B[:, None]
-    visible_BTS = jnp.arange(k_BNSK.shape[2])[None, None, :] <= query_BT[:, :, None]
+    query_BT = jnp.arange(q_BTHK.shape[1], dtype=jnp.int32)[None, :] + offset_B[:, None]
+    visible_BTS = (
+        jnp.arange(k_BNSK.shape[2], dtype=jnp.int32)[None, None, :] <= query_BT[:, :, None]
+    )
     return attention(q_BTHK, k_BNSK, v_BNSK, visible_BTS)
 
 

@@ -26,6 +26,7 @@ from craft_jax.models.blocks import MLP, Attention, split_keys
 from craft_jax.models.gpt import heads_divide
 from craft_jax.models.layers import Embedding, Linear, dropout, layer_norm, silu
 from craft_jax.models.losses import MeanSums
+from craft_jax.models.numerics import accum_dtype
 from craft_jax.schema import MAX_LAYERS, MAX_WIDTH, Contradiction, setting
 
 NUM_FREQUENCIES = 128
@@ -112,10 +113,10 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, t_B: jax.Array) -> jax.Array:
         """Returns c_BD in the dtype of the parameters; sines are in at least float32."""
-        wide = jnp.promote_types(t_B.dtype, jnp.float32)
+        accum = accum_dtype(t_B.dtype)
         # From one turn in 2 pi to a thousand of them, as for the steps of a diffusion model.
         rate_F = 1000 * np.exp(-math.log(10000) * np.arange(NUM_FREQUENCIES) / NUM_FREQUENCIES)
-        angle_BF = t_B.astype(wide)[:, None] * jnp.asarray(rate_F, wide)[None, :]
+        angle_BF = t_B.astype(accum)[:, None] * jnp.asarray(rate_F, accum)[None, :]
         features_BF = jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
         return self.down(silu(self.up(features_BF.astype(self.up.kernel.dtype))))
 
@@ -206,7 +207,7 @@ class Flow(ImageModel):
             x_BTD = apply(block, x_BTD, c_BD, block_key)
         shift_B1D, scale_B1D = jnp.split(self.final_modulation(silu(c_BD))[:, None, :], 2, axis=-1)
         v_BTP = self.head(modulated(x_BTD, shift_B1D, scale_B1D))
-        v_BTP = v_BTP.astype(jnp.promote_types(v_BTP.dtype, jnp.float32))
+        v_BTP = v_BTP.astype(accum_dtype(v_BTP.dtype))
         return unpatched(v_BTP, x_BHWC.shape, config.patch_size)
 
     def loss(
@@ -223,17 +224,17 @@ class Flow(ImageModel):
         out. Reads `labels` (B,) and `weights` (B,) where there are any.
         """
         config, x1_BHWC = self.config, batch["images"]
-        wide = jnp.promote_types(self.head.kernel.dtype, jnp.float32)
-        x1_BHWC = x1_BHWC.astype(wide)
+        accum = accum_dtype(self.head.kernel.dtype)
+        x1_BHWC = x1_BHWC.astype(accum)
         seeds_B = batch["seeds"] if "seeds" in batch else jnp.arange(len(x1_BHWC))
 
         def draw(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             noise_key, time_key, label_key = jax.random.split(jax.random.key(seed), 3)
-            normal_HWC = jax.random.normal(noise_key, x1_BHWC.shape[1:], wide)
+            normal_HWC = jax.random.normal(noise_key, x1_BHWC.shape[1:], accum)
             if config.times == "uniform":
-                t = jax.random.uniform(time_key, (), wide)
+                t = jax.random.uniform(time_key, (), accum)
             else:
-                t = jax.nn.sigmoid(jax.random.normal(time_key, (), wide))
+                t = jax.nn.sigmoid(jax.random.normal(time_key, (), accum))
             return normal_HWC, t, jax.random.bernoulli(label_key, config.label_dropout)
 
         x0_BHWC, t_B, is_dropped_B = jax.vmap(draw)(seeds_B.astype(jnp.uint32))
@@ -246,8 +247,8 @@ class Flow(ImageModel):
         losses_B = jnp.mean((v_BHWC - (x1_BHWC - x0_BHWC)) ** 2, axis=(1, 2, 3))
         weights_B = batch.get("weights")
         if weights_B is None:
-            return MeanSums(losses_B.sum(), jnp.asarray(len(losses_B), wide))
-        weights_B = weights_B.astype(wide)
+            return MeanSums(losses_B.sum(), jnp.asarray(len(losses_B), accum))
+        weights_B = weights_B.astype(accum)
         return MeanSums((losses_B * weights_B).sum(), weights_B.sum())
 
     def generate(
@@ -297,7 +298,7 @@ class Flow(ImageModel):
         if not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps={num_steps} is not from 1 to {MAX_STEPS}")
         if noise_BHWC is None:
-            dtype = jnp.promote_types(self.head.kernel.dtype, jnp.float32)
+            dtype = accum_dtype(self.head.kernel.dtype)
             shape_HWC = (config.height, config.width, config.channels)
             # Each image has a key of its own, so that it does not depend on how many there are.
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))

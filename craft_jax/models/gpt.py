@@ -163,7 +163,7 @@ class GPT(LanguageModel):
         check_packing(cache, segments_BT, positions_BT)
         keys = split_keys(key if self.config.dropout else None, len(self.blocks) + 1)
         if positions_BT is None:
-            positions_BT = jnp.arange(T)[None, :]
+            positions_BT = jnp.arange(T, dtype=jnp.int32)[None, :]
         if cache is not None:
             positions_BT = positions_BT + cache.length_B[:, None]
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_BT)

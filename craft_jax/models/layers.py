@@ -31,7 +31,7 @@ from craft_jax.models.attention import (
 )
 from craft_jax.models.base import Constant, Kernel
 from craft_jax.models.kernels import causal_attention
-from craft_jax.models.numerics import accum_dtype, accum_einsum, dropout, dropout_mask
+from craft_jax.models.numerics import accum_dtype, accum_einsum, dropout, dropout_mask, promoted
 
 __all__ = [
     "ACTIVATIONS",
@@ -126,7 +126,7 @@ def attend(x: Array, table_VD: Array) -> Array:
     The operands keep their promoted dtype (bfloat16 stays bfloat16); the sum is in at least
     float32.
     """
-    dtype = jnp.promote_types(x.dtype, table_VD.dtype)
+    dtype = promoted(x.dtype, table_VD.dtype)
     V = table_VD.shape[0]
     x_MD = x.reshape(-1, x.shape[-1]).astype(dtype)
     table_VD = kernels.pad_table(table_VD, x_MD.shape[0])

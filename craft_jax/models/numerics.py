@@ -11,9 +11,15 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def accum_dtype(dtype) -> jnp.dtype:
-    """The dtype for statistics and logits: float32, or float64 where the operands are float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+def promoted(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype to which two promote, also where implicit promotion is an error."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
+def accum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype for statistics, logits and losses: at least float32."""
+    return promoted(dtype, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -28,6 +28,7 @@ from craft_jax.models.blocks import (
 )
 from craft_jax.models.gpt import heads_divide
 from craft_jax.models.layers import Embedding, Head, LayerNorm, Sinusoids, dropout, same_segment
+from craft_jax.models.numerics import accum_dtype
 from craft_jax.schema import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -230,14 +231,14 @@ def embed(
     if config.max_seq_len < T:
         raise ValueError(f"{T} tokens exceed max_seq_len={config.max_seq_len}")
     if positions_BT is None:
-        positions_BT = jnp.arange(T)[None, :]
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None, :]
     if first_B is not None:
         positions_BT = positions_BT + first_B[:, None]
     x_BTD = table(tokens_BT)
     if config.embedding_scale:
         # The factor itself would be rounded to bfloat16: 55.43 becomes 55.5.
-        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        x_BTD = (x_BTD.astype(wide) * math.sqrt(config.d_model)).astype(x_BTD.dtype)
+        accum = accum_dtype(x_BTD.dtype)
+        x_BTD = (x_BTD.astype(accum) * math.sqrt(config.d_model)).astype(x_BTD.dtype)
     return dropout(x_BTD + positions(positions_BT), config.dropout, key)
 
 

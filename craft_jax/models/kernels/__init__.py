@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from craft_jax.models.attention import check_heads, reference_attention
 from craft_jax.models.kernels import cpu, gpu
-from craft_jax.models.numerics import accum_dtype, dropout_mask
+from craft_jax.models.numerics import accum_dtype, dropout_mask, promoted
 
 Array = jax.Array
 
@@ -79,7 +79,7 @@ def _transpose(kernels: dict[str, Array]) -> dict[str, Array]:
 
 def matmul(x_MD: Array, kernel: Array | DecodeKernel) -> Array:
     """Returns `x @ kernel`, (M, F), in the dtype to which they promote."""
-    dtype = jnp.promote_types(x_MD.dtype, kernel.dtype)
+    dtype = promoted(x_MD.dtype, kernel.dtype)
     if isinstance(kernel, DecodeKernel):
         x_MD = x_MD.astype(dtype).astype(kernel.kernel_FD.dtype)
         return jnp.einsum("md,fd->mf", x_MD, kernel.kernel_FD).astype(dtype)
