@@ -63,7 +63,7 @@ class BeamSearch:
         max_new_tokens: int,
         length_penalty: float = 0.0,
     ) -> list[tuple[list[int], float]]:
-        """Returns the best continuation that is found of each prompt, and its score.
+        """Returns the best continuation found for each prompt, and its score.
 
         The score is the log-probability of the new tokens, the end token among them, divided by
         their number to the power of `length_penalty`. One of the beams always takes the most likely

@@ -34,7 +34,7 @@ def reference_attention(
 def cached_attention(q_BTHK: Array, k_BNSK: Array, v_BNSK: Array, offset_B: Array) -> Array:
     """Causal attention of new tokens to the S slots of a cache, otherwise as `causal_attention`.
 
-    Query t of row b stands at position offset_B[b] + t and attends to keys s <= that.
+    Query t of row b has position p = offset_B[b] + t and attends to keys s <= p.
 
     Args:
         q_BTHK: queries.
@@ -59,12 +59,12 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def heads_first(x_BSNK: Array) -> Array:
-    """Keys or values with heads before time, so that each head's are one piece: x_BNSK."""
+    """Returns x_BNSK: heads before time, so that each head is contiguous."""
     return x_BSNK.transpose(0, 2, 1, 3)
 
 
 def same_segment(segments_BT: Array) -> Array:
-    """Whether two tokens of a row belong to one document: bool (B, T, T)."""
+    """Returns whether two tokens of a row belong to one document: bool (B, T, T)."""
     return segments_BT[:, :, None] == segments_BT[:, None, :]
 
 

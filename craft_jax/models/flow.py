@@ -95,12 +95,12 @@ class FlowConfig:
 
     @property
     def num_patches(self) -> int:
-        """How many patches an image has, T."""
+        """The number of patches of an image, T."""
         return self.height // self.patch_size * (self.width // self.patch_size)
 
     @property
     def patch_width(self) -> int:
-        """How many numbers a patch has, P."""
+        """The number of values in a patch, P."""
         return self.patch_size**2 * self.channels
 
 
@@ -114,7 +114,7 @@ class TimeEmbedding(nnx.Module):
     def __call__(self, t_B: jax.Array) -> jax.Array:
         """Returns c_BD in the dtype of the parameters; sines are in at least float32."""
         accum = accum_dtype(t_B.dtype)
-        # From one turn in 2 pi to a thousand of them, as for the steps of a diffusion model.
+        # Angular frequencies from 0.1 to 1000, as for the steps of a diffusion model.
         rate_F = 1000 * np.exp(-math.log(10000) * np.arange(NUM_FREQUENCIES) / NUM_FREQUENCIES)
         angle_BF = t_B.astype(accum)[:, None] * jnp.asarray(rate_F, accum)[None, :]
         features_BF = jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
@@ -146,7 +146,7 @@ class Block(nnx.Module):
 
 
 def modulated(x_BTD: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
-    """Layer norm whose scale and shift are given, the former beyond 1."""
+    """Layer norm with a given shift and scale; the scale is an offset from 1."""
     ones_D = jnp.ones(x_BTD.shape[-1:], x_BTD.dtype)
     return layer_norm(x_BTD, ones_D, None, EPS) * (1 + scale_B1D) + shift_B1D
 
@@ -265,7 +265,7 @@ class Flow(ImageModel):
 
         Args:
           given: labels_B, int32 in [0, num_classes]; `num_classes` for none in particular.
-          key: of the noise; None where that is given.
+          key: of the noise; None where `noise_BHWC` is given.
           noise_BHWC: where the way begins; at least float32. Its dtype is that of the result.
           num_steps: of equal length, N.
           solver: `euler`, N evaluations of the model; or `heun`, 2 N, whose error is of higher
@@ -281,18 +281,7 @@ class Flow(ImageModel):
           ValueError: an unknown solver, steps or guidance out of range, or guidance without
             `label_dropout`.
         """
-        config, B = self.config, len(given)
-        can_guide = bool(config.num_classes) and config.label_dropout > 0
-        if guidance is None:
-            guidance = GUIDANCE if can_guide else 1.0
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance={guidance} is no finite number")
-        if guidance != 1.0 and not can_guide:
-            raise ValueError(
-                f"guidance={guidance}: the model was not trained without labels "
-                f"(model.label_dropout={config.label_dropout}, num_classes={config.num_classes}); "
-                "leave it out"
-            )
+        config, B, guidance = self.config, len(given), self._checked_guidance(guidance)
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}")
         if not 1 <= num_steps <= MAX_STEPS:
@@ -300,7 +289,7 @@ class Flow(ImageModel):
         if noise_BHWC is None:
             dtype = accum_dtype(self.head.kernel.dtype)
             shape_HWC = (config.height, config.width, config.channels)
-            # Each image has a key of its own, so that it does not depend on how many there are.
+            # One key per image, so that an image does not depend on their number.
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
             noise_BHWC = jax.vmap(lambda k: jax.random.normal(k, shape_HWC, dtype))(keys_B)
 
@@ -314,7 +303,7 @@ class Flow(ImageModel):
 
         def step(x_BHWC: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             dtype = x_BHWC.dtype
-            start, end = number.astype(dtype) / num_steps, (number + 1).astype(dtype) / num_steps
+            start, end = (n.astype(dtype) / num_steps for n in (number, number + 1))
             v_BHWC = velocity(x_BHWC, start)
             if solver == "heun":
                 there_BHWC = velocity(x_BHWC + (end - start) * v_BHWC, end)
@@ -323,16 +312,32 @@ class Flow(ImageModel):
 
         return jax.lax.scan(step, noise_BHWC, jnp.arange(num_steps))[0]
 
+    def _checked_guidance(self, guidance: float | None) -> float:
+        """Returns the guidance, or the default for None; raises a ValueError for another."""
+        config = self.config
+        can_guide = bool(config.num_classes) and config.label_dropout > 0
+        if guidance is None:
+            guidance = GUIDANCE if can_guide else 1.0
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance={guidance} is not a finite number")
+        if guidance != 1.0 and not can_guide:
+            raise ValueError(
+                f"guidance={guidance}: the model was not trained without labels "
+                f"(model.label_dropout={config.label_dropout}, num_classes={config.num_classes}); "
+                "leave it out"
+            )
+        return guidance
+
 
 def patches(x_BHWC: jax.Array, size: int) -> jax.Array:
-    """Cuts images into squares, row after row: x_BTP, each by rows, columns and channels."""
+    """Cuts images into squares, row by row: x_BTP, each by rows, columns and channels."""
     B, H, W, C = x_BHWC.shape
     x = x_BHWC.reshape(B, H // size, size, W // size, size, C).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(B, H // size * (W // size), size * size * C)
 
 
 def unpatched(x_BTP: jax.Array, shape_BHWC: tuple[int, ...], size: int) -> jax.Array:
-    """Puts what `patches` cut together again."""
+    """Inverts `patches`."""
     B, H, W, C = shape_BHWC
     x = x_BTP.reshape(B, H // size, W // size, size, size, C).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(shape_BHWC)

@@ -81,13 +81,13 @@ class GPTConfig:
 
     @property
     def norm_options(self) -> dict[str, Any]:
-        """What every layer norm is built with."""
+        """Arguments of every layer norm."""
         use_bias = self.bias if self.norm_bias is None else self.norm_bias
         return {"use_bias": use_bias, "eps": self.norm_eps}
 
 
 def heads_divide(config: Any) -> Iterator[Contradiction]:
-    """Yields what is wrong where `num_heads` does not divide `d_model`."""
+    """Yields a contradiction where `num_heads` does not divide `d_model`."""
     if config.d_model % config.num_heads:
         divisors = [n for n in range(1, config.d_model + 1) if config.d_model % n == 0]
         below = max(n for n in divisors if n <= config.num_heads)

@@ -8,8 +8,8 @@ Shape letters: B batch, T query time, S key time, D model width (or any input wi
 N key/value heads, G query heads per key/value head (H = N * G), K head width, F hidden (or any
 output width), V vocabulary, M all leading axes as one.
 
-What every layer of a model calls is jitted, so that JAX traces and lowers it once for all layers;
-XLA makes one program of the whole.
+Functions that every layer calls are jitted, so that JAX traces and lowers them once for all layers;
+XLA inlines them into one program.
 """
 
 import functools
@@ -163,11 +163,11 @@ class Head(nnx.Module):
 class Sinusoids(nnx.Module):
     """A table of positions that never trains: sines and cosines (arXiv:1706.03762, section 3.5).
 
-    The table is held, not computed anew, so that one which came from elsewhere keeps its bits:
-    libraries round these numbers differently.
+    The table is stored, not recomputed, so that an imported one keeps its bits: libraries round
+    these numbers differently.
 
     Attributes:
-        constant: (max_len, d_model); a leaf of this name has no gradient and does not decay.
+        constant: (max_len, d_model); has no gradient and does not decay.
     """
 
     def __init__(self, max_len: int, d_model: int):
@@ -269,4 +269,4 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": silu,
 }
-"""What a config may name; each keeps the dtype of its argument."""
+"""By the name in a config; each keeps the dtype of its argument."""

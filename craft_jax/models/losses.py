@@ -15,7 +15,7 @@ from craft_jax.schema import setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What training adds to the cross-entropy. It steers the gradient; no reported loss has it."""
+    """Terms that training adds to the cross-entropy; no reported loss has them."""
 
     label_smoothing: float = setting(
         0.0, "the part of each target that is spread evenly over the vocabulary", minimum=0, below=1
@@ -82,7 +82,7 @@ class MeanSums(NamedTuple):
 
 
 Sums = LossSums | PairSums | MeanSums
-"""What the loss of a model returns: named sums, `loss`, `weight` and `penalty` among them."""
+"""The result of a model's loss: named sums with `loss`, `weight` and `penalty`."""
 
 PLAIN = LossConfig()
 
@@ -98,7 +98,7 @@ def cross_entropy(
     Args:
       logits_BTV: unnormalised log probabilities, any float dtype.
       targets_BT: int32 ids in [0, V). JAX clips or wraps others silently: check them before.
-      weights_BT: what each target counts; None for 1 each.
+      weights_BT: the weight of each target; None for 1 each.
       config: what is added as `penalty`: for label smoothing by s, s times the mean over the
         vocabulary of the cross-entropy beyond that of the target (Szegedy et al. 2016); for a
         z-loss by z, z times the squared logsumexp of the logits (Chowdhery et al. 2022, section 5).

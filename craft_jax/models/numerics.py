@@ -57,7 +57,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def dropout_mask(shape: tuple[int, ...], rate: float, key: Array | None) -> Array | None:
-    """What dropout keeps: bool of the given shape, or None where it keeps everything.
+    """Returns the entries that dropout keeps, bool of the given shape; None: all.
 
     Raises:
         ValueError: rate is not in [0, 1).

@@ -131,14 +131,14 @@ class TransformerConfig(StackConfig):
 
     @property
     def final_norm_options(self) -> dict[str, Any]:
-        """What the layer norm after the last block is built with."""
+        """Arguments of the layer norm after the last block."""
         if self.final_norm_bias is None:
             return self.norm_options
         return self.norm_options | {"use_bias": self.final_norm_bias}
 
 
 class Memory(NamedTuple):
-    """What the cross-attention of one layer reads.
+    """Keys and values for the cross-attention of one layer.
 
     Attributes:
       kv: k_BHSK and v_BHSK.
@@ -153,7 +153,7 @@ class Block(nnx.Module):
     """`torch.nn.TransformerEncoderLayer`; with cross-attention, `TransformerDecoderLayer`.
 
     Args:
-      config: sizes, and where the norms stand.
+      config: sizes, and the position of the norms.
       has_cross: whether it has cross-attention.
       num_layers: blocks of the stack, for the initial values.
     """
@@ -205,7 +205,7 @@ class Block(nnx.Module):
 
 
 def position_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding | Sinusoids:
-    """Returns the table of positions that a config asks for."""
+    """Returns the position table of a config."""
     if config.positions == "sinusoidal":
         return Sinusoids(config.max_seq_len, config.d_model)
     return Embedding(config.max_seq_len, config.d_model, rngs=rngs)
@@ -220,9 +220,9 @@ def embed(
     key: jax.Array | None,
     positions_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns x_BTD of tokens that stand at `positions_BT` (int32; None: one after the other).
+    """Returns x_BTD of tokens at `positions_BT` (int32; None: 0, 1, 2, ...).
 
-    Where `first_B` is given, the positions count from there.
+    `first_B`, where given, is added to the positions.
 
     Raises:
       ValueError: more tokens than positions.
@@ -333,7 +333,7 @@ class TransformerLM(LanguageModel):
         return self.head(x_BTD, self.token_embedding.embedding[...])
 
     def _memory(self, x_BTD: jax.Array) -> jax.Array | None:
-        """What the cross-attention reads, as Craft's own models gave it: nothing that matters."""
+        """Returns the memory of the cross-attention, zeros or empty as in Craft's own models."""
         lengths = {"none": None, "zeros": 1, "empty": 0}
         length = lengths[self.config.cross_attention]
         B, _, D = x_BTD.shape

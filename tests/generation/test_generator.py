@@ -142,7 +142,7 @@ def test_the_narrowest_sampling_is_greedy(params, generator, extreme):
     assert generator.generate(params, [[1, 2]], config=config, **options) == greedy
 
 
-def test_the_widest_sampling_chooses_tokens_of_the_vocabulary(params, narrow):
+def test_extreme_sampling_values_choose_tokens_of_the_vocabulary(params, narrow):
     for wide in ({"temperature": 1e3}, {"repetition_penalty": 1e3}, {"repetition_penalty": 1e-3}):
         config = SamplingConfig(**wide)
         (new,) = narrow.generate(params, [[1]], max_new_tokens=40, config=config)

@@ -151,7 +151,7 @@ def test_layer_norm(dtype):
     assert_close([y], [expected], TOLERANCE[dtype])
 
 
-def test_layer_norm_is_accurate_at_large_means_and_wide_inside_bfloat16():
+def test_layer_norm_is_accurate_at_large_means_and_in_bfloat16():
     x = normal(0, (4, 384)) + 1000.0
     n = np.asarray(x, np.float64)
     expected = (n - n.mean(-1, keepdims=True)) / np.sqrt(n.var(-1, keepdims=True) + 1e-5)

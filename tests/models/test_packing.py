@@ -228,7 +228,7 @@ def test_a_mask_hides_tokens_of_a_packed_document_too():
 
 @pytest.mark.parametrize("given", ["segments", "positions"])
 @pytest.mark.parametrize("name", ["gpt", "learned"])
-def test_a_cache_knows_no_packed_documents(name, given):
+def test_a_cache_refuses_packed_documents(name, given):
     definition, params = make(name)
     model, batch = definition.merge(params), packed([[3]], 3)
     cache = model.init_cache(1, 8, jnp.float32)

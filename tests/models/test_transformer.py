@@ -146,6 +146,7 @@ def test_cross_attention_to_nothing_adds_a_constant(tokens_BT):
 
 def test_a_sinusoidal_table_never_moves(tokens_BT):
     definition = base.define(TransformerLM, dataclasses.replace(CONFIG, positions="sinusoidal"))
+    assert definition.constants == {"position_embedding.constant"}
     params = noisy(definition)
     table = params["position_embedding.constant"]
     np.testing.assert_allclose(table, sinusoids(10, 24), atol=1e-7)

@@ -1,6 +1,6 @@
-"""Attention and products in the shape that XLA:CPU runs fastest; `layers` chooses them.
+"""Attention and products in the form that XLA:CPU runs fastest.
 
-Causal attention is the same mathematics as `layers.reference_attention`, against which tests
+Causal attention is the same mathematics as `attention.reference_attention`, against which tests
 compare values and gradients. Four things make it two to three times as fast there: heads stand
 before time, so that every product is a plain batched matrix product; queries are taken in blocks,
 each against the keys up to its own end, so that most of the masked half is never computed; only the
@@ -103,8 +103,8 @@ def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
     return y_BTHK, (q_BNGTK, k_BNTK, v_BNTK, keep_BHTT, probs, y_BTHK)
 
 
-# Needs no mask: each query sees itself, so that what it does not see has probability 0 to the bit,
-# and that is a factor of the gradient of its score.
+# Needs no mask: masked keys have probability exactly 0, a factor of the gradient of their score,
+# since each query attends at least to itself.
 def _backward(dropout_rate, residuals, dy_BTHK):
     q_BNGTK, k_BNTK, v_BNTK, keep_BHTT, probs, y_BTHK = residuals
     num_kv_heads, num_groups = q_BNGTK.shape[1:3]
