@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # for all below it that no longer name covers.
 LAYERS = [
     "errors schema values plugins runtime checkpoint.atomic checkpoint.manifest",
-    "outputs checkpoint.lock data parallel models.losses",
+    "outputs checkpoint.lock data parallel models.losses models.numerics",
     "models",
     "checkpoint generation training.optim training.precision training.metrics training.state",
     "training.callbacks checkpoint.manager",
@@ -33,7 +33,6 @@ _RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 # Who asks for the backend, beside `models/kernels`.
 ASKS_FOR_BACKEND = {
     "craft_jax.commands.benchmark",
-    "craft_jax.models.layers",
 }
 
 # Words of the layout, which mean the same wherever they occur.

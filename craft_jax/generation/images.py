@@ -7,7 +7,6 @@ width, C channels, T pixels of an image, L labels.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +62,7 @@ class ImageGenerator:
         """The names of what may be chosen, beside labels and seed."""
         if self.reads_pixels:
             return tuple(field.name for field in dataclasses.fields(SamplingConfig))
-        return tuple(
-            p.name
-            for p in inspect.signature(self._class.generate).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and "Array" not in str(p.annotation)
-        )
+        return self._class.generate_options
 
     def generate(
         self, params: Params, labels: Sequence[int], *, seed: int = 0, **options: Any

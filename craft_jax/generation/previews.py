@@ -1,4 +1,4 @@
-"""What a run shows of its model while it is being trained."""
+"""Samples from a model while it trains: text, pairs or images."""
 
 from itertools import groupby
 
@@ -23,7 +23,7 @@ _SAMPLING = SamplingConfig(temperature=0.8)
 
 
 class TextSampler:
-    """Text from a state that is being trained."""
+    """Text from the state in training."""
 
     source: str | None = None
 
@@ -48,7 +48,7 @@ class TextSampler:
 
 
 class PairSampler:
-    """Targets of some sources that validate, from a state that is being trained.
+    """Targets of some sources of the validation split, from the state in training.
 
     Attributes:
       source: the text of one of them.
@@ -92,7 +92,7 @@ class PairSampler:
 
 
 class ImageSampler:
-    """Images from a state that is being trained, a column for each of some classes."""
+    """Images from the state in training, a column for each of some classes."""
 
     source: str | None = None
 

@@ -1,6 +1,6 @@
 """The models by the name that a config gives them, `model.name`.
 
-A class is imported when it is asked for, so that importing one model imports no other.
+A class is imported on request, so that importing one model imports no other.
 """
 
 import importlib

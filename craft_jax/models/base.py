@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +26,42 @@ MAX_LOGITS = 1 << 27
 """Half a gigabyte of them in float32."""
 
 Params = dict[str, jax.Array]
-Cache = Any
+
+
+class Kernel(nnx.Param):
+    """A matrix that a dense layer multiplies by; decoding may be given a `DecodeKernel` for it."""
+
+
+class Constant(nnx.Param):
+    """A parameter that is saved like the others and never trains."""
+
+
+class Cache(Protocol):
+    """What decoding keeps between tokens: a named tuple of arrays whose first axis is the rows."""
+
+    @property
+    def length_B(self) -> jax.Array:
+        """Tokens in each row, int32; smaller values drop the last tokens of a row."""
+
+    def _replace(self, **fields: Any) -> Self:
+        """Returns a copy with other values, `length_B` among them; a named tuple has it."""
 
 
 class Model(nnx.Module):
-    """What the trainer trains: parameters and a loss over a batch.
+    """Parameters, and a loss over a batch.
 
     Attributes:
       Config: the frozen dataclass that `__init__` takes; its fields are the config's `model`
         section, `name` among them.
       config: the one that this model was built from.
+      takes_loss_config: whether `loss` takes `config`; a run that sets `loss.*` is refused where it
+        does not.
+      has_patches: whether `config.num_patches` is the number of positions of an image.
     """
 
     Config: type
+    takes_loss_config: ClassVar[bool] = False
+    has_patches: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __init__(self, config: Any, *, rngs: nnx.Rngs): ...
@@ -58,8 +81,7 @@ class Model(nnx.Module):
           batch: arrays with the batch as their first axis.
           key: randomness of dropout; None is deterministic.
           remat: recompute activations in the backward pass instead of keeping them.
-          config: what is added as `penalty`. A model without targets to smooth leaves it out of its
-            signature; a run that asks for it is then refused.
+          config: what is added as `penalty`; given only where `takes_loss_config`.
         """
 
 
@@ -70,14 +92,17 @@ class ImageModel(Model):
     `seeds` (B,), which are random numbers that belong to the images, uint32, and `labels` (B,) if
     there are any. Fields of its config called `height`, `width`, `channels` and `num_classes` (0
     without labels) are those of the data where they are None.
+
+    Attributes:
+      generate_options: keywords of `generate` beside `given` and `key`, each with a default. The
+        `generate` command sets `num_steps`, `solver` and `guidance`.
     """
+
+    generate_options: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def generate(self, given: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Returns images (B, H, W, C), about in [-1, 1]: one for each label.
-
-        Keywords that it has beside these, such as `num_steps`, `solver` and `guidance`, have
-        defaults; the `generate` command sets those three.
 
         Args:
           given: labels_B, int32; 0 where there are none.
@@ -90,6 +115,8 @@ class LanguageModel(Model):
 
     The two are apart because a prompt needs the logits of its last position only.
     """
+
+    takes_loss_config = True
 
     @abc.abstractmethod
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
@@ -131,10 +158,19 @@ class LanguageModel(Model):
         """Returns logits_BTV of hidden states, in at least float32."""
 
     def __call__(
-        self, tokens_BT: jax.Array, cache: Cache | None = None, key: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
+        **inputs: jax.Array,
     ) -> tuple[jax.Array, Cache | None]:
-        """Returns logits_BTV, in at least float32, and the cache with these tokens added."""
-        x_BTD, cache = self.hidden(tokens_BT, cache, key=key)
+        """Returns logits_BTV, in at least float32, and the cache with these tokens added.
+
+        Args:
+          tokens_BT, cache, key: see `hidden`.
+          **inputs: other keywords of `hidden`, such as the source of an encoder-decoder.
+        """
+        x_BTD, cache = self.hidden(tokens_BT, cache, key=key, **inputs)
         return self.logits(x_BTD), cache
 
     def loss(
@@ -213,22 +249,6 @@ class EncoderDecoderModel(LanguageModel):
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
         return self.init_cache_from(jnp.zeros((batch_size, 0), jnp.int32), None, max_len, dtype)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        cache: Cache | None = None,
-        key: jax.Array | None = None,
-        **source: jax.Array,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Returns logits_BTV, in at least float32, and the cache with these tokens added.
-
-        Args:
-          tokens_BT, cache, key: as for any language model.
-          **source: `source_BS`, `source_mask_BS`, `mask_BT`: see `hidden`.
-        """
-        x_BTD, cache = self.hidden(tokens_BT, cache, key=key, **source)
-        return self.logits(x_BTD), cache
-
 
 M = TypeVar("M", bound=Model)
 
@@ -253,6 +273,20 @@ class ModelDef(Generic[M]):
             _name(path): jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype)
             for path, leaf in nnx.to_flat_state(self.abstract_state)
         }
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The paths of the kernels of dense layers."""
+        return self._paths(Kernel)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """The paths of the parameters that never train."""
+        return self._paths(Constant)
+
+    def _paths(self, kind: type[nnx.Param]) -> frozenset[str]:
+        leaves = nnx.to_flat_state(self.abstract_state)
+        return frozenset(_name(path) for path, leaf in leaves if isinstance(leaf, kind))
 
     def merge(self, params: Mapping[str, jax.Array]) -> M:
         """Returns the model with these parameters.

@@ -1,25 +1,20 @@
-"""What the blocks of all models here are made of: attention with a cache, and the MLP.
+"""Parts that the blocks of all models share: attention with a cache, and the MLP.
 
 Arrays and caches flow in and out. Shape letters: B batch, T query time, S key time, D model width,
 H heads, K head width, F hidden.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from craft_jax.models.layers import (
-    ACTIVATIONS,
-    Linear,
-    attention,
-    cached_attention,
-    causal_attention,
-    dropout,
-    heads_first,
-)
+from craft_jax.models.attention import attention, cached_attention, heads_first
+from craft_jax.models.kernels import causal_attention
+from craft_jax.models.layers import ACTIVATIONS, Linear
+from craft_jax.models.numerics import dropout
 
 INIT_STD = 0.02
 
@@ -28,12 +23,12 @@ Cached = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far. Heads stand before time, since each reads its own.
+    """Keys and values of the tokens so far, heads before time, since each head reads its own.
 
     Attributes:
-      keys: k_BHSK of each layer, zeros where nothing was written yet.
+      keys: k_BHSK of each layer, zeros in slots not yet written.
       values: v_BHSK of each layer.
-      length_B: tokens in each row, int32; the next token stands at this position.
+      length_B: tokens in each row, int32; the position of the next token.
     """
 
     keys: tuple[jax.Array, ...]
@@ -46,17 +41,13 @@ class KVCache(NamedTuple):
         layers = tuple(jnp.zeros(shape_BHSK, dtype) for _ in range(num_layers))
         return cls(layers, layers, jnp.zeros(shape_BHSK[:1], jnp.int32))
 
-    def with_length(self, length_B: jax.Array) -> "KVCache":
-        """Returns a cache whose rows hold so many tokens; what follows them is overwritten."""
-        return self._replace(length_B=length_B)
-
     def layer(self, i: int) -> Cached:
-        """Returns what the attention of layer i reads."""
+        """Returns the keys, values and lengths of layer i."""
         return self.keys[i], self.values[i], self.length_B
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention.
+class _Projections(nnx.Module):
+    """The dense layers of multi-head attention.
 
     Args:
       d_model, num_heads: D and H.
@@ -87,6 +78,11 @@ class Attention(nnx.Module):
         B, T, D = x_BTD.shape
         return x_BTD.reshape(B, T, self.num_heads, D // self.num_heads)
 
+
+@final
+class Attention(_Projections):
+    """Multi-head self-attention."""
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -95,10 +91,10 @@ class Attention(nnx.Module):
         visible_BTS: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Attends to the tokens before each token, or to what `visible_BTS` (bool) says.
+        """Attends to the tokens up to each token, or to those that `visible_BTS` (bool) marks.
 
-        Of the tokens before it a token attends to those of its own segment where `segments_BT`
-        (int32) is given. That goes with neither `cached` nor `visible_BTS`.
+        With `segments_BT` (int32), which excludes `cached` and `visible_BTS`, a token attends to
+        tokens of its own segment only.
 
         Returns:
           y_BTD and, if `cached` was given, its keys and values with these tokens added.
@@ -120,7 +116,8 @@ class Attention(nnx.Module):
         return self.out(y_BTHK.reshape(x_BTD.shape)), None
 
 
-class CrossAttention(Attention):
+@final
+class CrossAttention(_Projections):
     """Multi-head attention to a memory."""
 
     def keys_and_values(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,7 +132,7 @@ class CrossAttention(Attention):
         key: jax.Array | None = None,
         visible_BTS: jax.Array | None = None,
     ) -> jax.Array:
-        """Attends to keys and values; `visible_BTS` (bool) says which, None is all of them."""
+        """Attends to the keys that `visible_BTS` (bool) marks; None: all."""
         q_BTHK = self.heads(self.query(x_BTD))
         y_BTHK = attention(q_BTHK, *kv, visible_BTS, dropout_rate=self.dropout, key=key)
         return self.out(y_BTHK.reshape(x_BTD.shape))
@@ -165,12 +162,12 @@ class MLP(nnx.Module):
 
 
 def residual_std(num_summands: int) -> float:
-    """The initial standard deviation of what adds to the residual stream, as GPT-2 scales it."""
+    """Returns the initial std of layers that add to the residual stream, scaled as in GPT-2."""
     return INIT_STD / math.sqrt(num_summands)
 
 
 def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Returns so many keys, or as many times None."""
+    """Returns `count` keys, or `count` times None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
@@ -184,15 +181,15 @@ def check_packing(
     """
     if cache is not None and not (segments_BT is None and positions_BT is None):
         raise ValueError(
-            "a cache knows no packed documents: pass segments_BT and positions_BT without one"
+            "a cache holds no packed documents: pass segments_BT and positions_BT without one"
         )
 
 
 def _write(cache_BHSK: jax.Array, new_BTHK: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Puts T new positions into each row of a cache, from `start_B` on, in place where it can.
+    """Writes T new positions into each row of a cache, from `start_B` on, in place where possible.
 
-    Rows and heads are one axis meanwhile: of a leading axis of one, XLA:CPU makes an update that it
-    then duplicates, with copies of the whole cache.
+    Rows and heads are one axis meanwhile: with a leading axis of one, XLA:CPU duplicates the update
+    and copies the whole cache.
     """
     B, H, S, K = cache_BHSK.shape
     new_RTK = heads_first(new_BTHK).astype(cache_BHSK.dtype).reshape(B * H, -1, K)

@@ -26,6 +26,7 @@ from craft_jax.models.blocks import MLP, Attention, split_keys
 from craft_jax.models.gpt import heads_divide
 from craft_jax.models.layers import Embedding, Linear, dropout, layer_norm, silu
 from craft_jax.models.losses import MeanSums
+from craft_jax.models.numerics import accum_dtype
 from craft_jax.schema import MAX_LAYERS, MAX_WIDTH, Contradiction, setting
 
 NUM_FREQUENCIES = 128
@@ -94,12 +95,12 @@ class FlowConfig:
 
     @property
     def num_patches(self) -> int:
-        """How many patches an image has, T."""
+        """The number of patches of an image, T."""
         return self.height // self.patch_size * (self.width // self.patch_size)
 
     @property
     def patch_width(self) -> int:
-        """How many numbers a patch has, P."""
+        """The number of values in a patch, P."""
         return self.patch_size**2 * self.channels
 
 
@@ -112,10 +113,10 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, t_B: jax.Array) -> jax.Array:
         """Returns c_BD in the dtype of the parameters; sines are in at least float32."""
-        wide = jnp.promote_types(t_B.dtype, jnp.float32)
-        # From one turn in 2 pi to a thousand of them, as for the steps of a diffusion model.
+        accum = accum_dtype(t_B.dtype)
+        # Angular frequencies from 0.1 to 1000, as for the steps of a diffusion model.
         rate_F = 1000 * np.exp(-math.log(10000) * np.arange(NUM_FREQUENCIES) / NUM_FREQUENCIES)
-        angle_BF = t_B.astype(wide)[:, None] * jnp.asarray(rate_F, wide)[None, :]
+        angle_BF = t_B.astype(accum)[:, None] * jnp.asarray(rate_F, accum)[None, :]
         features_BF = jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
         return self.down(silu(self.up(features_BF.astype(self.up.kernel.dtype))))
 
@@ -145,7 +146,7 @@ class Block(nnx.Module):
 
 
 def modulated(x_BTD: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
-    """Layer norm whose scale and shift are given, the former beyond 1."""
+    """Layer norm with a given shift and scale; the scale is an offset from 1."""
     ones_D = jnp.ones(x_BTD.shape[-1:], x_BTD.dtype)
     return layer_norm(x_BTD, ones_D, None, EPS) * (1 + scale_B1D) + shift_B1D
 
@@ -155,6 +156,8 @@ class Flow(ImageModel):
     """Images from noise, given their class or not: `FlowConfig` says how."""
 
     Config = FlowConfig
+    has_patches = True
+    generate_options = ("num_steps", "solver", "guidance")
 
     def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
         sizes = (config.height, config.width, config.channels, config.num_classes)
@@ -204,7 +207,7 @@ class Flow(ImageModel):
             x_BTD = apply(block, x_BTD, c_BD, block_key)
         shift_B1D, scale_B1D = jnp.split(self.final_modulation(silu(c_BD))[:, None, :], 2, axis=-1)
         v_BTP = self.head(modulated(x_BTD, shift_B1D, scale_B1D))
-        v_BTP = v_BTP.astype(jnp.promote_types(v_BTP.dtype, jnp.float32))
+        v_BTP = v_BTP.astype(accum_dtype(v_BTP.dtype))
         return unpatched(v_BTP, x_BHWC.shape, config.patch_size)
 
     def loss(
@@ -221,17 +224,17 @@ class Flow(ImageModel):
         out. Reads `labels` (B,) and `weights` (B,) where there are any.
         """
         config, x1_BHWC = self.config, batch["images"]
-        wide = jnp.promote_types(self.head.kernel.dtype, jnp.float32)
-        x1_BHWC = x1_BHWC.astype(wide)
+        accum = accum_dtype(self.head.kernel.dtype)
+        x1_BHWC = x1_BHWC.astype(accum)
         seeds_B = batch["seeds"] if "seeds" in batch else jnp.arange(len(x1_BHWC))
 
         def draw(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             noise_key, time_key, label_key = jax.random.split(jax.random.key(seed), 3)
-            normal_HWC = jax.random.normal(noise_key, x1_BHWC.shape[1:], wide)
+            normal_HWC = jax.random.normal(noise_key, x1_BHWC.shape[1:], accum)
             if config.times == "uniform":
-                t = jax.random.uniform(time_key, (), wide)
+                t = jax.random.uniform(time_key, (), accum)
             else:
-                t = jax.nn.sigmoid(jax.random.normal(time_key, (), wide))
+                t = jax.nn.sigmoid(jax.random.normal(time_key, (), accum))
             return normal_HWC, t, jax.random.bernoulli(label_key, config.label_dropout)
 
         x0_BHWC, t_B, is_dropped_B = jax.vmap(draw)(seeds_B.astype(jnp.uint32))
@@ -244,8 +247,8 @@ class Flow(ImageModel):
         losses_B = jnp.mean((v_BHWC - (x1_BHWC - x0_BHWC)) ** 2, axis=(1, 2, 3))
         weights_B = batch.get("weights")
         if weights_B is None:
-            return MeanSums(losses_B.sum(), jnp.asarray(len(losses_B), wide))
-        weights_B = weights_B.astype(wide)
+            return MeanSums(losses_B.sum(), jnp.asarray(len(losses_B), accum))
+        weights_B = weights_B.astype(accum)
         return MeanSums((losses_B * weights_B).sum(), weights_B.sum())
 
     def generate(
@@ -262,7 +265,7 @@ class Flow(ImageModel):
 
         Args:
           given: labels_B, int32 in [0, num_classes]; `num_classes` for none in particular.
-          key: of the noise; None where that is given.
+          key: of the noise; None where `noise_BHWC` is given.
           noise_BHWC: where the way begins; at least float32. Its dtype is that of the result.
           num_steps: of equal length, N.
           solver: `euler`, N evaluations of the model; or `heun`, 2 N, whose error is of higher
@@ -278,26 +281,15 @@ class Flow(ImageModel):
           ValueError: an unknown solver, steps or guidance out of range, or guidance without
             `label_dropout`.
         """
-        config, B = self.config, len(given)
-        can_guide = bool(config.num_classes) and config.label_dropout > 0
-        if guidance is None:
-            guidance = GUIDANCE if can_guide else 1.0
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance={guidance} is no finite number")
-        if guidance != 1.0 and not can_guide:
-            raise ValueError(
-                f"guidance={guidance}: the model was not trained without labels "
-                f"(model.label_dropout={config.label_dropout}, num_classes={config.num_classes}); "
-                "leave it out"
-            )
+        config, B, guidance = self.config, len(given), self._checked_guidance(guidance)
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}")
         if not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps={num_steps} is not from 1 to {MAX_STEPS}")
         if noise_BHWC is None:
-            dtype = jnp.promote_types(self.head.kernel.dtype, jnp.float32)
+            dtype = accum_dtype(self.head.kernel.dtype)
             shape_HWC = (config.height, config.width, config.channels)
-            # Each image has a key of its own, so that it does not depend on how many there are.
+            # One key per image, so that an image does not depend on their number.
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
             noise_BHWC = jax.vmap(lambda k: jax.random.normal(k, shape_HWC, dtype))(keys_B)
 
@@ -311,7 +303,7 @@ class Flow(ImageModel):
 
         def step(x_BHWC: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             dtype = x_BHWC.dtype
-            start, end = number.astype(dtype) / num_steps, (number + 1).astype(dtype) / num_steps
+            start, end = (n.astype(dtype) / num_steps for n in (number, number + 1))
             v_BHWC = velocity(x_BHWC, start)
             if solver == "heun":
                 there_BHWC = velocity(x_BHWC + (end - start) * v_BHWC, end)
@@ -320,16 +312,32 @@ class Flow(ImageModel):
 
         return jax.lax.scan(step, noise_BHWC, jnp.arange(num_steps))[0]
 
+    def _checked_guidance(self, guidance: float | None) -> float:
+        """Returns the guidance, or the default for None; raises a ValueError for another."""
+        config = self.config
+        can_guide = bool(config.num_classes) and config.label_dropout > 0
+        if guidance is None:
+            guidance = GUIDANCE if can_guide else 1.0
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance={guidance} is not a finite number")
+        if guidance != 1.0 and not can_guide:
+            raise ValueError(
+                f"guidance={guidance}: the model was not trained without labels "
+                f"(model.label_dropout={config.label_dropout}, num_classes={config.num_classes}); "
+                "leave it out"
+            )
+        return guidance
+
 
 def patches(x_BHWC: jax.Array, size: int) -> jax.Array:
-    """Cuts images into squares, row after row: x_BTP, each by rows, columns and channels."""
+    """Cuts images into squares, row by row: x_BTP, each by rows, columns and channels."""
     B, H, W, C = x_BHWC.shape
     x = x_BHWC.reshape(B, H // size, size, W // size, size, C).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(B, H // size * (W // size), size * size * C)
 
 
 def unpatched(x_BTP: jax.Array, shape_BHWC: tuple[int, ...], size: int) -> jax.Array:
-    """Puts what `patches` cut together again."""
+    """Inverts `patches`."""
     B, H, W, C = shape_BHWC
     x = x_BTP.reshape(B, H // size, W // size, size, size, C).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(shape_BHWC)

@@ -81,13 +81,13 @@ class GPTConfig:
 
     @property
     def norm_options(self) -> dict[str, Any]:
-        """What every layer norm is built with."""
+        """Arguments of every layer norm."""
         use_bias = self.bias if self.norm_bias is None else self.norm_bias
         return {"use_bias": use_bias, "eps": self.norm_eps}
 
 
 def heads_divide(config: Any) -> Iterator[Contradiction]:
-    """Yields what is wrong where `num_heads` does not divide `d_model`."""
+    """Yields a contradiction where `num_heads` does not divide `d_model`."""
     if config.d_model % config.num_heads:
         divisors = [n for n in range(1, config.d_model + 1) if config.d_model % n == 0]
         below = max(n for n in divisors if n <= config.num_heads)
@@ -163,7 +163,7 @@ class GPT(LanguageModel):
         check_packing(cache, segments_BT, positions_BT)
         keys = split_keys(key if self.config.dropout else None, len(self.blocks) + 1)
         if positions_BT is None:
-            positions_BT = jnp.arange(T)[None, :]
+            positions_BT = jnp.arange(T, dtype=jnp.int32)[None, :]
         if cache is not None:
             positions_BT = positions_BT + cache.length_B[:, None]
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_BT)

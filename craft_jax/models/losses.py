@@ -9,12 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from craft_jax.models.numerics import accum_dtype
 from craft_jax.schema import setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What training adds to the cross-entropy. It steers the gradient; no reported loss has it."""
+    """Terms that training adds to the cross-entropy; no reported loss has them."""
 
     label_smoothing: float = setting(
         0.0, "the part of each target that is spread evenly over the vocabulary", minimum=0, below=1
@@ -81,7 +82,7 @@ class MeanSums(NamedTuple):
 
 
 Sums = LossSums | PairSums | MeanSums
-"""What the loss of a model returns: named sums, `loss`, `weight` and `penalty` among them."""
+"""The result of a model's loss: named sums with `loss`, `weight` and `penalty`."""
 
 PLAIN = LossConfig()
 
@@ -97,16 +98,16 @@ def cross_entropy(
     Args:
       logits_BTV: unnormalised log probabilities, any float dtype.
       targets_BT: int32 ids in [0, V). JAX clips or wraps others silently: check them before.
-      weights_BT: what each target counts; None for 1 each.
+      weights_BT: the weight of each target; None for 1 each.
       config: what is added as `penalty`: for label smoothing by s, s times the mean over the
         vocabulary of the cross-entropy beyond that of the target (Szegedy et al. 2016); for a
         z-loss by z, z times the squared logsumexp of the logits (Chowdhery et al. 2022, section 5).
     """
-    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+    logits_BTV = logits_BTV.astype(accum_dtype(logits_BTV.dtype))
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     losses_BT = normaliser_BT - chosen_BT
-    correct_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(losses_BT.dtype)
+    correct_BT = (_best(logits_BTV, targets_BT) == targets_BT).astype(losses_BT.dtype)
     parts = [losses_BT, correct_BT]
     if not config.is_plain:
         spread_BT = config.label_smoothing * (chosen_BT - logits_BTV.mean(axis=-1))
@@ -130,8 +131,13 @@ def pair_cross_entropy(
     """Cross-entropy of targets that are one sequence in each row; see `cross_entropy`."""
     sums = cross_entropy(logits_BTV, targets_BT, weights_BT, config)
     counts_BT = weights_BT > 0
-    wrong_B = jnp.any((jnp.argmax(logits_BTV, axis=-1) != targets_BT) & counts_BT, axis=-1)
+    wrong_B = jnp.any((_best(logits_BTV, targets_BT) != targets_BT) & counts_BT, axis=-1)
     is_row_B = jnp.any(counts_BT, axis=-1)
     dtype = sums.loss.dtype
     exact, rows = (jnp.sum(x, dtype=dtype) for x in (is_row_B & ~wrong_B, is_row_B))
     return PairSums(**sums._asdict(), exact=exact, rows=rows)
+
+
+def _best(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Returns the most likely ids, in the dtype of the targets."""
+    return jnp.argmax(logits_BTV, axis=-1).astype(targets_BT.dtype)

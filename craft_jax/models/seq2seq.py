@@ -15,7 +15,7 @@ from flax import nnx
 
 from craft_jax.models import losses
 from craft_jax.models.base import EncoderDecoderModel
-from craft_jax.models.blocks import KVCache, split_keys
+from craft_jax.models.blocks import Cached, KVCache, split_keys
 from craft_jax.models.layers import Embedding, Head, LayerNorm
 from craft_jax.models.losses import PLAIN, LossConfig, PairSums
 from craft_jax.models.transformer import (
@@ -38,29 +38,30 @@ class Seq2SeqConfig(StackConfig):
     num_decoder_layers: int = setting(2, "blocks of the decoder", minimum=1, maximum=MAX_LAYERS)
     share_embeddings: bool = setting(True, "whether source and target have one token embedding")
 
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        return {"use_bias": self.bias, "eps": self.norm_eps}
+
 
 class PairCache(NamedTuple):
     """A source, and the keys and values of the target so far.
 
     Attributes:
-      target: of the decoder's self-attention.
+      keys, values, length_B: of the decoder's self-attention, as in `KVCache`.
       source_keys, source_values: k_BHSK and v_BHSK of each layer's cross-attention.
-      source_mask_BS: bool, which of them are text.
+      source_mask_BS: bool, which source tokens are text.
     """
 
-    target: KVCache
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
     source_keys: tuple[jax.Array, ...]
     source_values: tuple[jax.Array, ...]
     source_mask_BS: jax.Array
 
-    @property
-    def length_B(self) -> jax.Array:
-        """Tokens of the target in each row, int32."""
-        return self.target.length_B
-
-    def with_length(self, length_B: jax.Array) -> "PairCache":
-        """Returns a cache whose rows hold so many tokens of the target."""
-        return self._replace(target=self.target.with_length(length_B))
+    def layer(self, i: int) -> Cached:
+        """Returns what the self-attention of layer i reads."""
+        return self.keys[i], self.values[i], self.length_B
 
 
 @final
@@ -124,7 +125,7 @@ class Transformer(EncoderDecoderModel):
         heads = self.config.num_heads
         shape = (source_BS.shape[0], heads, max_len, self.config.d_model // heads)
         target = KVCache.empty(len(kvs), shape, dtype)
-        return PairCache(target, keys, values, _all_text(source_BS, source_mask_BS))
+        return PairCache(*target, keys, values, _all_text(source_BS, source_mask_BS))
 
     def hidden(
         self,
@@ -161,15 +162,15 @@ class Transformer(EncoderDecoderModel):
             else:
                 source_kv = cache.source_keys[i], cache.source_values[i]
             memory = Memory(source_kv, source_mask_BS[:, None, :])
-            cached = cache.target.layer(i) if cache else None
+            cached = cache.layer(i) if cache else None
             x_BTD, kv = apply(block, x_BTD, cached, keys[i], visible_BTS, memory)
             kvs.append(kv)
         x_BTD = self.decoder_norm(x_BTD)
         if cache is None:
             return x_BTD, None
         new_keys, new_values = zip(*kvs, strict=True)
-        target = KVCache(new_keys, new_values, cache.length_B + tokens_BT.shape[1])
-        return x_BTD, cache._replace(target=target)
+        length_B = cache.length_B + tokens_BT.shape[1]
+        return x_BTD, cache._replace(keys=new_keys, values=new_values, length_B=length_B)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         return self.head(x_BTD, self.target_embedding.embedding[...])

@@ -5,6 +5,7 @@ Tokens flow in, logits flow out. Shape letters: B batch, T query time, S key tim
 H heads, K head width, F hidden, V vocabulary.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from craft_jax.models.blocks import (
 )
 from craft_jax.models.gpt import heads_divide
 from craft_jax.models.layers import Embedding, Head, LayerNorm, Sinusoids, dropout, same_segment
+from craft_jax.models.numerics import accum_dtype
 from craft_jax.schema import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -40,8 +42,8 @@ _MAX_SINES = 2**28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StackConfig:
-    """What all models of these layers are told."""
+class StackConfig(abc.ABC):
+    """The settings that models of these layers share."""
 
     name: str
     vocab_size: int | None = setting(
@@ -98,9 +100,9 @@ class StackConfig:
         return self.d_ff or 4 * self.d_model
 
     @property
+    @abc.abstractmethod
     def norm_options(self) -> dict[str, Any]:
-        """What the layer norms of the blocks are built with."""
-        return {"use_bias": self.bias, "eps": self.norm_eps}
+        """Arguments of the layer norms of the blocks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,14 +131,14 @@ class TransformerConfig(StackConfig):
 
     @property
     def final_norm_options(self) -> dict[str, Any]:
-        """What the layer norm after the last block is built with."""
+        """Arguments of the layer norm after the last block."""
         if self.final_norm_bias is None:
             return self.norm_options
         return self.norm_options | {"use_bias": self.final_norm_bias}
 
 
 class Memory(NamedTuple):
-    """What the cross-attention of one layer reads.
+    """Keys and values for the cross-attention of one layer.
 
     Attributes:
       kv: k_BHSK and v_BHSK.
@@ -151,7 +153,7 @@ class Block(nnx.Module):
     """`torch.nn.TransformerEncoderLayer`; with cross-attention, `TransformerDecoderLayer`.
 
     Args:
-      config: sizes, and where the norms stand.
+      config: sizes, and the position of the norms.
       has_cross: whether it has cross-attention.
       num_layers: blocks of the stack, for the initial values.
     """
@@ -203,7 +205,7 @@ class Block(nnx.Module):
 
 
 def position_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding | Sinusoids:
-    """Returns the table of positions that a config asks for."""
+    """Returns the position table of a config."""
     if config.positions == "sinusoidal":
         return Sinusoids(config.max_seq_len, config.d_model)
     return Embedding(config.max_seq_len, config.d_model, rngs=rngs)
@@ -218,9 +220,9 @@ def embed(
     key: jax.Array | None,
     positions_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns x_BTD of tokens that stand at `positions_BT` (int32; None: one after the other).
+    """Returns x_BTD of tokens at `positions_BT` (int32; None: 0, 1, 2, ...).
 
-    Where `first_B` is given, the positions count from there.
+    `first_B`, where given, is added to the positions.
 
     Raises:
       ValueError: more tokens than positions.
@@ -229,14 +231,14 @@ def embed(
     if config.max_seq_len < T:
         raise ValueError(f"{T} tokens exceed max_seq_len={config.max_seq_len}")
     if positions_BT is None:
-        positions_BT = jnp.arange(T)[None, :]
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None, :]
     if first_B is not None:
         positions_BT = positions_BT + first_B[:, None]
     x_BTD = table(tokens_BT)
     if config.embedding_scale:
         # The factor itself would be rounded to bfloat16: 55.43 becomes 55.5.
-        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        x_BTD = (x_BTD.astype(wide) * math.sqrt(config.d_model)).astype(x_BTD.dtype)
+        accum = accum_dtype(x_BTD.dtype)
+        x_BTD = (x_BTD.astype(accum) * math.sqrt(config.d_model)).astype(x_BTD.dtype)
     return dropout(x_BTD + positions(positions_BT), config.dropout, key)
 
 
@@ -331,7 +333,7 @@ class TransformerLM(LanguageModel):
         return self.head(x_BTD, self.token_embedding.embedding[...])
 
     def _memory(self, x_BTD: jax.Array) -> jax.Array | None:
-        """What the cross-attention reads, as Craft's own models gave it: nothing that matters."""
+        """Returns the memory of the cross-attention, zeros or empty as in Craft's own models."""
         lengths = {"none": None, "zeros": 1, "empty": 0}
         length = lengths[self.config.cross_attention]
         B, _, D = x_BTD.shape

@@ -10,9 +10,10 @@ import pytest
 
 from craft_jax.errors import UsageError
 from craft_jax.generation import generator as generation
-from craft_jax.generation.generator import Generator
+from craft_jax.generation import generator as generator_module
+from craft_jax.generation.generator import Generator, prepare_decode_params
 from craft_jax.generation.sampling import SamplingConfig, choose
-from craft_jax.models import base, layers
+from craft_jax.models import base, kernels
 from craft_jax.models.base import LanguageModel
 from craft_jax.models.gpt import GPT, GPTConfig
 from craft_jax.models.layers import Embedding
@@ -141,7 +142,7 @@ def test_the_narrowest_sampling_is_greedy(params, generator, extreme):
     assert generator.generate(params, [[1, 2]], config=config, **options) == greedy
 
 
-def test_the_widest_sampling_chooses_tokens_of_the_vocabulary(params, narrow):
+def test_extreme_sampling_values_choose_tokens_of_the_vocabulary(params, narrow):
     for wide in ({"temperature": 1e3}, {"repetition_penalty": 1e3}, {"repetition_penalty": 1e-3}):
         config = SamplingConfig(**wide)
         (new,) = narrow.generate(params, [[1]], max_new_tokens=40, config=config)
@@ -495,19 +496,22 @@ def test_impossible_values(options, message):
         SamplingConfig(**options).check(10)
 
 
-def test_turned_kernels_change_no_token(params, monkeypatch):
+def test_transposed_kernels_change_no_token(params, monkeypatch):
     def generated():
+        counts = []
+
+        def prepare(*args):
+            prepared = prepare_decode_params(*args)
+            counts.append(sum(isinstance(v, kernels.DecodeKernel) for v in prepared.values()))
+            return prepared
+
+        monkeypatch.setattr(generator_module, "prepare_decode_params", prepare)
         generator = Generator(base.define(GPT, CONFIG), max_len=24, vocab_size=V, end_id=None)
-        sizes = []
-        turn = generator._turn
-        monkeypatch.setattr(
-            generator, "_turn", lambda *a, **k: sizes.append(turn(*a, **k)) or sizes[-1]
-        )
         tokens = generator.generate(params, [[1, 2, 3]], max_new_tokens=40, config=GREEDY)
-        return tokens, [len(kernels) for kernels in sizes]
+        return tokens, counts
 
     fast, counts = generated()
     assert counts == [12]
-    monkeypatch.setattr(layers, "MAX_TURNED_BYTES", 0)
+    monkeypatch.setattr(kernels, "MAX_TRANSPOSED_BYTES", 0)
     plain, counts = generated()
     assert counts == [0] and plain == fast

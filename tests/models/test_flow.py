@@ -191,7 +191,7 @@ def test_an_image_does_not_depend_on_its_neighbours():
     [
         ({"solver": "rk4"}, "is not one of euler, heun"),
         ({"num_steps": 0}, "is not from 1 to"),
-        ({"guidance": float("nan")}, "no finite number"),
+        ({"guidance": float("nan")}, "not a finite number"),
     ],
 )
 def test_impossible_options(options, message):
@@ -222,7 +222,7 @@ def test_images_without_labels():
         pytest.param("float16", "logit_normal", marks=pytest.mark.soak),
     ],
 )
-def test_half_precision_keeps_sums_wide(dtype, times):
+def test_half_precision_accumulates_in_float32(dtype, times):
     model = build(dataclasses.replace(CONFIG, times=times), dtype=dtype)
     sums, whole = loss(model, batch()), build(dataclasses.replace(CONFIG, times=times))
     assert sums.loss.dtype == jnp.float32

@@ -151,7 +151,7 @@ def test_layer_norm(dtype):
     assert_close([y], [expected], TOLERANCE[dtype])
 
 
-def test_layer_norm_is_accurate_at_large_means_and_wide_inside_bfloat16():
+def test_layer_norm_is_accurate_at_large_means_and_in_bfloat16():
     x = normal(0, (4, 384)) + 1000.0
     n = np.asarray(x, np.float64)
     expected = (n - n.mean(-1, keepdims=True)) / np.sqrt(n.var(-1, keepdims=True) + 1e-5)
@@ -272,7 +272,7 @@ def test_offsets_continue_a_sequence(dtype, cell):
     part = jnp.stack([q[b, o : o + 4] for b, o in enumerate([3, 7])])
     expected = jnp.stack([full[b, o : o + 4] for b, o in enumerate([3, 7])])
     # what lies beyond the last query is not read
-    position = jnp.arange(12)[None, :, None, None]
+    position = jnp.arange(12, dtype=jnp.int32)[None, :, None, None]
     beyond = position > (offset + 3)[:, None, None, None]
     k, v = (jnp.where(beyond, jnp.asarray(1e4, dtype), x) for x in (k, v))
     y = layers.cached_attention(part, *map(layers.heads_first, (k, v)), offset)
@@ -304,7 +304,7 @@ def test_attention_rejects_what_it_cannot_mean():
     with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=4"):
         layers.causal_attention(q, k, v)
     q, k, v = qkv(T=3, S=5)
-    with pytest.raises(ValueError, match="3 queries but 5 keys; for those of a cache use cached_"):
+    with pytest.raises(ValueError, match="3 queries but 5 keys; use cached_attention"):
         layers.causal_attention(q, k, v)
     q, k, v = qkv(H=4, N=3)
     with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=4"):

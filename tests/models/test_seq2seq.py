@@ -69,7 +69,7 @@ def test_with_a_cache_as_without(pair, changes):
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=5e-5)
     assert cache.length_B.tolist() == [10, 10]
-    assert cache.with_length(jnp.array([3, 4])).length_B.tolist() == [3, 4]
+    assert cache._replace(length_B=jnp.array([3, 4])).length_B.tolist() == [3, 4]
 
 
 def test_the_source_is_given_once(pair):

@@ -1,7 +1,6 @@
 """Checks of a run before anything is compiled or written."""
 
 import dataclasses
-import inspect
 
 import jax
 
@@ -42,10 +41,10 @@ def check_feasible(
 
 def _check_loss(config: ExperimentConfig) -> None:
     options = [field for field, value in dataclasses.asdict(config.loss).items() if value]
-    if options and "config" not in inspect.signature(config.model_class.loss).parameters:
+    if options and not config.model_class.takes_loss_config:
         raise ConfigError(
             f"loss.{options[0]} is set, and the loss of model.name={config.model.name} takes no "
-            "`config`; leave it out, or add that argument to it"
+            "`config`; leave it out, or add that argument and set `takes_loss_config`"
         )
 
 
@@ -54,7 +53,9 @@ def _row_length(config: ExperimentConfig, model_def: ModelDef, data: Dataset) ->
     images = data.image_format
     if images is None:
         return config.data.seq_len
-    return images.num_pixels if images.palette else getattr(model_def.config, "num_patches", 0)
+    if images.palette:
+        return images.num_pixels
+    return model_def.config.num_patches if config.model_class.has_patches else 0
 
 
 def _check_metrics(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> None:

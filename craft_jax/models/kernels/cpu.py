@@ -1,6 +1,6 @@
-"""Attention and products in the shape that XLA:CPU runs fastest; `layers` chooses them.
+"""Attention and products in the form that XLA:CPU runs fastest.
 
-Causal attention is the same mathematics as `layers.reference_attention`, against which tests
+Causal attention is the same mathematics as `attention.reference_attention`, against which tests
 compare values and gradients. Four things make it two to three times as fast there: heads stand
 before time, so that every product is a plain batched matrix product; queries are taken in blocks,
 each against the keys up to its own end, so that most of the masked half is never computed; only the
@@ -19,6 +19,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+from craft_jax.models.numerics import accum_dtype
 
 Array = jax.Array
 
@@ -41,8 +43,8 @@ def bfloat16_product(a_MD: Array, b_DF: Array) -> Array:
 
 def _bfloat16_product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
-    wide = jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-    return wide.astype(jnp.bfloat16)
+    y = jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return y.astype(jnp.bfloat16)
 
 
 def _bfloat16_product_backward(operands: tuple[Array, Array], ct_MF: Array) -> tuple[Array, Array]:
@@ -77,14 +79,14 @@ def _attention(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
 
 def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
     num_groups = q_BTHK.shape[2] // k_BTNK.shape[2]
-    dtype, wide = q_BTHK.dtype, jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    dtype, accum = q_BTHK.dtype, accum_dtype(q_BTHK.dtype)
     q_BNGTK = _split_heads(q_BTHK, k_BTNK.shape[2])
     k_BNTK, v_BNTK = k_BTNK.transpose(0, 2, 1, 3), v_BTNK.transpose(0, 2, 1, 3)
 
     probs, ys = [], []
     for block in _blocks(q_BTHK.shape[1]):
         k_BNUK, v_BNUK = k_BNTK[:, :, : block.stop], v_BNTK[:, :, : block.stop]
-        scores_BNRU = _product(_rows(q_BNGTK, block), k_BNUK, 3, 3, wide)
+        scores_BNRU = _product(_rows(q_BNGTK, block), k_BNUK, 3, 3, accum)
         scores_BNRU = scores_BNRU * (1.0 / math.sqrt(q_BTHK.shape[-1]))
         visible_tU = jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)[None, :]
         visible_BNRU = jnp.tile(visible_tU, (num_groups, 1))[None, None]
@@ -92,7 +94,7 @@ def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
             segments_BR = jnp.tile(segments_BT[:, block], (1, num_groups))
             is_same_BRU = segments_BR[:, :, None] == segments_BT[:, None, : block.stop]
             visible_BNRU = visible_BNRU & is_same_BRU[:, None]
-        scores_BNRU = jnp.where(visible_BNRU, scores_BNRU, jnp.finfo(wide).min)
+        scores_BNRU = jnp.where(visible_BNRU, scores_BNRU, jnp.finfo(accum).min)
         p_BNRU = jax.nn.softmax(scores_BNRU, axis=-1)
         dropped_BNRU = _drop(p_BNRU, keep_BHTT, block, dropout_rate).astype(dtype)
         ys.append(_product(dropped_BNRU, v_BNUK, 3, 2, dtype))
@@ -101,30 +103,30 @@ def _forward(q_BTHK, k_BTNK, v_BTNK, keep_BHTT, segments_BT, dropout_rate):
     return y_BTHK, (q_BNGTK, k_BNTK, v_BNTK, keep_BHTT, probs, y_BTHK)
 
 
-# Needs no mask: each query sees itself, so that what it does not see has probability 0 to the bit,
-# and that is a factor of the gradient of its score.
+# Needs no mask: masked keys have probability exactly 0, a factor of the gradient of their score,
+# since each query attends at least to itself.
 def _backward(dropout_rate, residuals, dy_BTHK):
     q_BNGTK, k_BNTK, v_BNTK, keep_BHTT, probs, y_BTHK = residuals
     num_kv_heads, num_groups = q_BNGTK.shape[1:3]
-    dtype, wide = q_BNGTK.dtype, jnp.promote_types(q_BNGTK.dtype, jnp.float32)
+    dtype, accum = q_BNGTK.dtype, accum_dtype(q_BNGTK.dtype)
     scale = 1.0 / math.sqrt(q_BNGTK.shape[-1])
     blocks = _blocks(q_BNGTK.shape[3])
 
     dy_BNGTK = _split_heads(dy_BTHK, num_kv_heads)
-    delta_BTH1 = jnp.sum(dy_BTHK.astype(wide) * y_BTHK.astype(wide), axis=-1, keepdims=True)
+    delta_BTH1 = jnp.sum(dy_BTHK.astype(accum) * y_BTHK.astype(accum), axis=-1, keepdims=True)
     delta_BNGT1 = _split_heads(delta_BTH1, num_kv_heads)
 
     dqs, dks, dvs = [], [], []  # by blocks: dq of its queries, dk and dv of its keys
     for block, p_BNRU in zip(blocks, probs, strict=True):
         k_BNUK, v_BNUK = k_BNTK[:, :, : block.stop], v_BNTK[:, :, : block.stop]
         q_BNRK, dy_BNRK = _rows(q_BNGTK, block), _rows(dy_BNGTK, block)
-        wide_p_BNRU = p_BNRU.astype(wide)
-        dropped_BNRU = _drop(wide_p_BNRU, keep_BHTT, block, dropout_rate).astype(dtype)
-        dv_BNUK = _product(dropped_BNRU, dy_BNRK, 2, 2, wide)
-        dp_BNRU = _drop(_product(dy_BNRK, v_BNUK, 3, 3, wide), keep_BHTT, block, dropout_rate)
-        ds_BNRU = (wide_p_BNRU * (dp_BNRU - _rows(delta_BNGT1, block)) * scale).astype(dtype)
+        accum_p_BNRU = p_BNRU.astype(accum)
+        dropped_BNRU = _drop(accum_p_BNRU, keep_BHTT, block, dropout_rate).astype(dtype)
+        dv_BNUK = _product(dropped_BNRU, dy_BNRK, 2, 2, accum)
+        dp_BNRU = _drop(_product(dy_BNRK, v_BNUK, 3, 3, accum), keep_BHTT, block, dropout_rate)
+        ds_BNRU = (accum_p_BNRU * (dp_BNRU - _rows(delta_BNGT1, block)) * scale).astype(dtype)
         dqs.append(_product(ds_BNRU, k_BNUK, 3, 2, dtype))
-        dk_BNUK = _product(ds_BNRU, q_BNRK, 2, 2, wide)
+        dk_BNUK = _product(ds_BNRU, q_BNRK, 2, 2, accum)
         for j in range(len(dks)):  # the keys before this block, which earlier queries saw too
             dks[j] = dks[j] + dk_BNUK[:, :, blocks[j]]
             dvs[j] = dvs[j] + dv_BNUK[:, :, blocks[j]]

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from craft_jax.models import base, layers
+from craft_jax.generation.generator import prepare_decode_params
+from craft_jax.models import base, kernels, layers
 from craft_jax.models.gpt import GPT, GPTConfig
-from craft_jax.models.kernels import cpu
+from craft_jax.models.kernels import cpu, gpu
 from craft_jax.models.losses import LossConfig
 
 # Layers, heads, width, context, batch, vocabulary.
@@ -28,7 +29,7 @@ def plain_layer_norm(x, scale_D, bias_D, eps=1e-5):
     return y * scale_D.reshape(*(1,) * (x.ndim - 1), -1) + bias_D.reshape(*(1,) * (x.ndim - 1), -1)
 
 
-def plain_linear(x, kernel_DF, bias_F, turned_FD=None):
+def plain_linear(x, kernel_DF, bias_F):
     y = jnp.einsum("...d,df->...f", x, kernel_DF)
     return y if bias_F is None else y + bias_F.reshape(*(1,) * (y.ndim - 1), -1)
 
@@ -72,7 +73,7 @@ def test_a_model_equals_the_one_written_plainly(case, monkeypatch):
     ids = rng.integers(vocabulary, size=(2, batch_size, context)).astype(np.int32)
     batch = {"tokens": ids[0], "targets": ids[1]}
     loss, grads = loss_and_gradients(config, params, batch)
-    monkeypatch.setattr(layers, "blocked_attention", reference_attention)
+    monkeypatch.setattr(cpu, "blocked_attention", reference_attention)
     monkeypatch.setattr(layers, "linear", plain_linear)
     monkeypatch.setattr(layers, "layer_norm", plain_layer_norm)
     monkeypatch.setattr(layers, "_exact_gelu", lambda x: jax.nn.gelu(x, approximate=False))
@@ -111,29 +112,27 @@ def test_the_product_of_bfloat16_is_rounded_once(shape):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_turned_kernels_give_the_same(dtype):
+def test_transposed_kernels_give_the_same_logits(dtype):
     config = GPTConfig(vocab_size=11, num_layers=2, num_heads=1, d_model=13, max_seq_len=8)
     model_def = base.define(GPT, config)
-    params = initial(config)
-    params = {path: value.astype(dtype) for path, value in params.items()}
+    params = {path: value.astype(dtype) for path, value in initial(config).items()}
     token = jnp.array([[3]], jnp.int32)
     plain, _ = model_def.merge(params)(token)
-    model = model_def.merge(params)
-    kernels = layers.turned(model, 1)
-    assert len(kernels) == 12 and kernels["blocks.0.mlp.up"].shape == (52, 13)
-    assert all(kernel.dtype == jnp.float32 for kernel in kernels.values())
-    layers.use_turned(model, kernels)
-    turned, _ = model(token)
-    assert turned.dtype == plain.dtype
-    np.testing.assert_allclose(turned, plain, atol={"float32": 1e-6, "bfloat16": 0.01}[dtype])
+    prepared = prepare_decode_params(model_def, params, 1)
+    transposed = {p: v for p, v in prepared.items() if isinstance(v, kernels.DecodeKernel)}
+    assert transposed.keys() == model_def.kernels and len(transposed) == 12
+    assert transposed["blocks.0.mlp.up.kernel"].kernel_FD.shape == (52, 13)
+    assert all(kernel.kernel_FD.dtype == jnp.float32 for kernel in transposed.values())
+    logits, _ = model_def.merge(prepared)(token)
+    assert logits.dtype == plain.dtype
+    np.testing.assert_allclose(logits, plain, atol={"float32": 1e-6, "bfloat16": 0.01}[dtype])
 
 
-def test_kernels_are_turned_for_one_row_of_a_model_that_fits(monkeypatch):
-    config = GPTConfig(vocab_size=11, num_layers=1, num_heads=1, d_model=4, max_seq_len=8)
-    model = GPT(config, rngs=layers.nnx.Rngs(0))
-    assert layers.turned(model, 1) and not layers.turned(model, 2)
-    monkeypatch.setattr(layers, "MAX_TURNED_BYTES", 4 * 4 * 4 * 12 - 1)
-    assert not layers.turned(model, 1)
+def test_kernels_are_transposed_for_one_row_of_a_model_that_fits(monkeypatch):
+    dense = {"up.kernel": jnp.ones((4, 6))}
+    assert kernels.transpose_kernels(dense, 1) and not kernels.transpose_kernels(dense, 2)
+    monkeypatch.setattr(kernels, "MAX_TRANSPOSED_BYTES", 4 * 4 * 6 - 1)
+    assert not kernels.transpose_kernels(dense, 1)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,8 @@ def test_a_padded_table_gives_the_same_logits_and_gradients(monkeypatch):
     rng = np.random.default_rng(0)
     x, table = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in ((2, 3, 5), (7, 5)))
     plain, pullback = jax.vjp(layers.attend, x, table)
-    monkeypatch.setattr(layers, "_likes_whole_tiles", lambda num_rows: True)
+    monkeypatch.setattr(kernels, "backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "_TILE", 4)
     padded, padded_pullback = jax.vjp(layers.attend, x, table)
     assert padded.shape == (2, 3, 7)
     for got, wanted in zip(
@@ -191,9 +191,9 @@ def test_a_padded_table_gives_the_same_logits_and_gradients(monkeypatch):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_cudnn_is_taken_where_it_knows_the_heads(caplog):
-    assert layers._implementation("tpu", 64) is None
-    assert [layers._implementation("gpu", width) for width in (8, 64, 128)] == ["cudnn"] * 3
+def test_cudnn_is_used_where_it_supports_the_heads(caplog):
+    assert gpu.implementation("tpu", 64) is None
+    assert [gpu.implementation("gpu", width) for width in (8, 64, 128)] == ["cudnn"] * 3
     assert not caplog.text
-    assert layers._implementation("gpu", 20) == "xla" and "heads are 20 wide" in caplog.text
-    assert layers._implementation("gpu", 256) == "xla"
+    assert gpu.implementation("gpu", 20) == "xla" and "heads are 20 wide" in caplog.text
+    assert gpu.implementation("gpu", 256) == "xla"
