@@ -581,7 +581,7 @@ def changes(
     """Compares a config with the saved one of its run.
 
     Returns:
-      The changes that a run may take on when it continues, and those that it may not.
+      The changes with which the run may be resumed, and those with which it may not.
     """
     allowed, refused = [], []
     for section, values in config.to_json().items():
@@ -592,35 +592,18 @@ def changes(
             pairs = [(f"{section}.{name}", old.get(name, v), v) for name, v in values.items()]
         for field, before, value in pairs:
             if before != value:
-                change = Change(field, before, value)
-                is_free = _may_change(change.field) or (
-                    config.data.allow_change and change.field in _DATA_THAT_MAY_CHANGE
-                )
-                (allowed if is_free else refused).append(change)
+                is_allowed = _is_resumable(field, config)
+                (allowed if is_allowed else refused).append(Change(field, before, value))
     return allowed, refused
 
 
-# With `data.allow_change`: the vocabulary stays, for the model knows no other.
-_DATA_THAT_MAY_CHANGE = {
-    f"data.{field.name}"
-    for field in dataclasses.fields(DataConfig)
-    if field.name not in ("tokenizer", "vocab_size", "dataset")
-}
-
-
-def _may_change(field: str) -> bool:
-    """Whether a run may continue with another value of this field."""
-    free = (
-        "training.num_steps",
-        "training.stall_seconds",
-        "training.keep_checkpoints",
-        "training.reduce_after",
-        "training.roll_back_after",
-        "training.max_roll_backs",
-        "training.max_bad_steps",
-        "data.workers",
-        "data.prefetch",
-        "data.allow_change",
-    )
-    sections = ("checkpoint.", "early_stopping.", "log.", "parallel.", "plateau.", "profile.")
-    return field in free or field.endswith("_every") or field.startswith(sections)
+def _is_resumable(field: str, config: ExperimentConfig) -> bool:
+    """Whether the run of a config may be resumed with another value of a field."""
+    section, _, name = field.partition(".")
+    facts = getattr(config, section, None)
+    if not dataclasses.is_dataclass(facts):
+        return False
+    metadata = next(f.metadata for f in dataclasses.fields(facts) if f.name == name)
+    if section == "data" and config.data.allow_change and not metadata["keeps_vocabulary"]:
+        return True
+    return metadata.get("resumable", False)

@@ -39,6 +39,8 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    resumable: bool = False,
+    keeps_vocabulary: bool = False,
 ) -> Any:
     """Declares a field of a config dataclass.
 
@@ -47,10 +49,14 @@ def setting(
       help: one line for docs/configuration.md, with the unit where there is one.
       minimum, maximum: inclusive bounds.
       above, below: exclusive bounds.
+      resumable: whether a run may be resumed with another value.
+      keeps_vocabulary: of a field of `data`: whether it decides the vocabulary, so that it may not
+        change with `data.allow_change` either.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    metadata = {"help": help} | {k: v for k, v in bounds.items() if v is not None}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {k: v for k, v in bounds.items() if v is not None}
+    facts = {"help": help, "resumable": resumable, "keeps_vocabulary": keeps_vocabulary}
+    return dataclasses.field(default=default, metadata=facts | metadata)
 
 
 def out_of_bounds(section: Any, name: str) -> Iterator[tuple[str, str]]:

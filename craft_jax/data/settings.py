@@ -82,12 +82,14 @@ class DataConfig:
         "bpe",
         "char, byte, bpe, or the path of a tokenizer.json, a SentencePiece .model or a Hugging "
         "Face folder; none for a model without one",
+        keeps_vocabulary=True,
     )
     vocab_size: int = setting(
         1024,
         "tokens in the vocabulary of bpe; others ignore it",
         minimum=257,
         maximum=MAX_VOCAB,
+        keeps_vocabulary=True,
     )
     special_tokens: tuple[str, ...] = setting((), "extra special tokens of char, byte and bpe")
     tokenizer_chars: int = setting(
@@ -133,17 +135,24 @@ class DataConfig:
         16, "rows, pairs or images per optimizer step, over all devices", minimum=1, maximum=2**24
     )
     dataset: str | None = setting(
-        None, "a dataset class of your own, path/file.py:Class; replaces all of the above"
+        None,
+        "a dataset class of your own, path/file.py:Class; replaces all of the above",
+        keeps_vocabulary=True,
     )
-    workers: int = setting(0, "processes that load batches; 0 for a thread", minimum=0, maximum=64)
+    workers: int = setting(
+        0, "processes that load batches; 0 for a thread", minimum=0, maximum=64, resumable=True
+    )
     prefetch: int = setting(
         2,
         "batches loaded ahead, here and in each worker; 0 loads each when it is needed",
         minimum=0,
         maximum=1000,
+        resumable=True,
     )
     allow_change: bool = setting(
-        False, "continue a run on data that has changed; batches are numbered from 0 again"
+        False,
+        "continue a run on data that has changed; batches are numbered from 0 again",
+        resumable=True,
     )
 
     def contradictions(self) -> Iterator[Contradiction]:

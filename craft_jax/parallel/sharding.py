@@ -46,10 +46,17 @@ class ParallelConfig:
         "jit",
         "jit: one program over a mesh of devices; pmap: the same program on each device with its "
         "part of the batch, and all parameters",
+        resumable=True,
     )
-    data: int = setting(-1, "devices that split the batch; -1 for all that remain", minimum=-1)
-    fsdp: int = setting(1, "devices that split batch and parameters; -1 for all", minimum=-1)
-    tensor: int = setting(1, "devices that split each layer; -1 for all", minimum=-1)
+    data: int = setting(
+        -1, "devices that split the batch; -1 for all that remain", minimum=-1, resumable=True
+    )
+    fsdp: int = setting(
+        1, "devices that split batch and parameters; -1 for all", minimum=-1, resumable=True
+    )
+    tensor: int = setting(
+        1, "devices that split each layer; -1 for all", minimum=-1, resumable=True
+    )
 
     def contradictions(self) -> Iterator[Contradiction]:
         for axis in AXES:

@@ -21,9 +21,14 @@ class EarlyStoppingConfig(MonitorConfig):
     """When a run ends before its last step."""
 
     patience: int = setting(
-        0, "evaluations without improvement that end the run; 0 for never", minimum=0
+        0,
+        "evaluations without improvement that end the run; 0 for never",
+        minimum=0,
+        resumable=True,
     )
-    restore_best: bool = setting(True, "end with the parameters of the best evaluation")
+    restore_best: bool = setting(
+        True, "end with the parameters of the best evaluation", resumable=True
+    )
 
 
 class EarlyStopping(Callback):

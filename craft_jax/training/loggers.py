@@ -38,15 +38,22 @@ class LogConfig:
     """What is written down beside the usual; a run may continue with other values."""
 
     exact: bool = setting(
-        False, "write exact.jsonl into the run: losses in hexadecimal and a digest of each batch"
+        False,
+        "write exact.jsonl into the run: losses in hexadecimal and a digest of each batch",
+        resumable=True,
     )
     norms_every: int = setting(
         0,
         "steps between the norms of each parameter, its gradient and its update; 0 for none",
         minimum=0,
+        resumable=True,
     )
-    wandb: str | None = setting(None, "a project of Weights & Biases that gets the metrics")
-    mlflow: str | None = setting(None, "an experiment of MLflow that gets the metrics")
+    wandb: str | None = setting(
+        None, "a project of Weights & Biases that gets the metrics", resumable=True
+    )
+    mlflow: str | None = setting(
+        None, "an experiment of MLflow that gets the metrics", resumable=True
+    )
 
     def contradictions(self) -> Iterator[Contradiction]:
         for name in ("wandb", "mlflow"):

@@ -27,9 +27,13 @@ _ROUNDING = 1e-9
 class MonitorConfig:
     """What both sections say of the metric that they watch."""
 
-    monitor: str = setting("val_loss", "the metric that should improve")
-    mode: Literal["min", "max"] = setting("min", "whether lower or higher is better")
-    min_delta: float = setting(0.0, "what counts as an improvement beyond the best", minimum=0)
+    monitor: str = setting("val_loss", "the metric that should improve", resumable=True)
+    mode: Literal["min", "max"] = setting(
+        "min", "whether lower or higher is better", resumable=True
+    )
+    min_delta: float = setting(
+        0.0, "what counts as an improvement beyond the best", minimum=0, resumable=True
+    )
 
     def improves(self, value: float, best: float | None) -> bool:
         """Whether a value is better than the best one, None before the first."""
@@ -41,19 +45,38 @@ class PlateauConfig(MonitorConfig):
     """When the learning rate is reduced, beside its schedule."""
 
     patience: int = setting(
-        0, "evaluations without improvement that reduce the rate; 0 for never", minimum=0
+        0,
+        "evaluations without improvement that reduce the rate; 0 for never",
+        minimum=0,
+        resumable=True,
     )
-    factor: float = setting(0.5, "what a reduction multiplies the rate by", above=0, below=1)
-    cooldown: int = setting(0, "evaluations after a reduction that do not count", minimum=0)
+    factor: float = setting(
+        0.5, "what a reduction multiplies the rate by", above=0, below=1, resumable=True
+    )
+    cooldown: int = setting(
+        0, "evaluations after a reduction that do not count", minimum=0, resumable=True
+    )
     min_scale: float = setting(
-        0.01, "the least part of the schedule's rate that is left", above=0, maximum=1
+        0.01,
+        "the least part of the schedule's rate that is left",
+        above=0,
+        maximum=1,
+        resumable=True,
     )
     spike: float | None = setting(
-        None, "a loss of so many times its moving average is a spike; none for not looking", above=1
+        None,
+        "a loss of so many times its moving average is a spike; none for not looking",
+        above=1,
+        resumable=True,
     )
-    spike_patience: int = setting(1, "spikes in a row that reduce the rate", minimum=1)
+    spike_patience: int = setting(
+        1, "spikes in a row that reduce the rate", minimum=1, resumable=True
+    )
     window: int = setting(
-        50, "steps of the moving average, and those after a reduction without another", minimum=1
+        50,
+        "steps of the moving average, and those after a reduction without another",
+        minimum=1,
+        resumable=True,
     )
 
     def contradictions(self) -> Iterator[Contradiction]:

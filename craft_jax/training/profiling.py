@@ -21,7 +21,9 @@ class ProfileConfig:
     """Which steps are profiled; a run may continue with others."""
 
     steps: str | None = setting(
-        None, "FIRST:LAST, the steps that JAX's profiler records; none for no profile"
+        None,
+        "FIRST:LAST, the steps that JAX's profiler records; none for no profile",
+        resumable=True,
     )
 
     @property

@@ -11,16 +11,24 @@ from craft_jax.schema import Contradiction, setting
 class TrainingConfig:
     """How long to train, what to do on the way, and in which numbers."""
 
-    num_steps: int = setting(1000, "optimizer steps", minimum=1)
-    eval_every: int = setting(250, "steps between evaluations; 0 for only the last", minimum=0)
+    num_steps: int = setting(1000, "optimizer steps", minimum=1, resumable=True)
+    eval_every: int = setting(
+        250, "steps between evaluations; 0 for only the last", minimum=0, resumable=True
+    )
     checkpoint_every: int = setting(
-        250, "steps between checkpoints; 0 for only the last and the best", minimum=0
+        250,
+        "steps between checkpoints; 0 for only the last and the best",
+        minimum=0,
+        resumable=True,
     )
     keep_checkpoints: int = setting(
-        2, "newest checkpoints that stay, beside the best; a single one could be damaged", minimum=2
+        2,
+        "newest checkpoints that stay, beside the best; a single one could be damaged",
+        minimum=2,
+        resumable=True,
     )
-    log_every: int = setting(10, "steps between logged lines", minimum=1)
-    sample_every: int = setting(250, "steps between samples; 0 for none", minimum=0)
+    log_every: int = setting(10, "steps between logged lines", minimum=1, resumable=True)
+    sample_every: int = setting(250, "steps between samples; 0 for none", minimum=0, resumable=True)
     sample_tokens: int = setting(
         100, "tokens in a sample of text; the last one is longer", minimum=1, maximum=100_000
     )
@@ -37,20 +45,25 @@ class TrainingConfig:
         5,
         "skipped updates in a row after which the learning rate is halved; 0: never",
         minimum=0,
+        resumable=True,
     )
     roll_back_after: int = setting(
         10,
         "skipped updates in a row after which the run goes back to the checkpoint before them and "
         "skips their batches; 0: never",
         minimum=0,
+        resumable=True,
     )
-    max_roll_backs: int = setting(3, "how often a run may go back so", minimum=0)
-    max_bad_steps: int = setting(20, "skipped updates in a row that end the run", minimum=1)
+    max_roll_backs: int = setting(3, "how often a run may go back so", minimum=0, resumable=True)
+    max_bad_steps: int = setting(
+        20, "skipped updates in a row that end the run", minimum=1, resumable=True
+    )
     stall_seconds: float | None = setting(
         None,
         "seconds without progress that end the run with its stacks shown (exit 76); none for 20 "
         "usual steps, at least 60 s; 0 for never. What compiles may take half an hour",
         minimum=0,
+        resumable=True,
     )
     callbacks: tuple[str, ...] = setting((), "callback classes of your own, path/file.py:Class")
 
