@@ -110,7 +110,7 @@ class ExperimentConfig:
             yield Contradiction(
                 ("data.batch_size", "training.accumulate"),
                 f"training.accumulate={training.accumulate} does not divide "
-                f"data.batch_size={data.batch_size}; the batch is split into so many parts",
+                f"data.batch_size={data.batch_size}; choose a divisor",
             )
         if optim.decay_steps is None and (optim.warmup_steps or 0) > training.num_steps:
             yield Contradiction(
@@ -180,7 +180,7 @@ class ExperimentConfig:
 
 _TOP = "init_from"
 SECTIONS = tuple(f.name for f in dataclasses.fields(ExperimentConfig) if f.name != _TOP)
-"""The sections of a config; beside them stands `init_from` alone."""
+"""The sections of a config; `init_from` is the only field outside of one."""
 
 
 def model_class(name: str) -> type[Model]:
@@ -213,7 +213,7 @@ class Override(NamedTuple):
 
     Attributes:
       field: `section.field`.
-      text: what stands behind the equals sign.
+      text: the text after the equals sign.
     """
 
     field: str

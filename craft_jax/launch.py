@@ -80,10 +80,10 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     for name, default, text in (
-        ("--max_restarts", 100, "give up after so many"),
+        ("--max_restarts", 100, "give up after this many"),
         ("--backoff", 1.0, "seconds before a restart; they double while no step is new"),
         ("--max_backoff", 300.0, "the most of these seconds"),
-        ("--same_step", 3, "give up after so many deaths in a row without a new step"),
+        ("--same_step", 3, "give up after this many deaths in a row without a new step"),
     ):
         about = f"{text} (default: {default:g})"
         parser.add_argument(name, metavar="N", type=type(default), default=default, help=about)

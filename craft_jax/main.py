@@ -253,11 +253,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add(
         "--temperature",
         type=float,
-        help="0 takes the likeliest (default: 0.8; 0 for pairs, 1 for images)",
+        help="0 takes the most likely (default: 0.8; 0 for pairs, 1 for images)",
     )
-    add("--top_k", type=int, help="only the k likeliest tokens")
-    add("--top_p", type=float, help="only the likeliest with this probability (default: 1)")
-    add("--min_p", type=float, help="none below this part of the likeliest's (default: 0)")
+    add("--top_k", type=int, help="only the k most likely tokens")
+    add("--top_p", type=float, help="only the most likely with this probability (default: 1)")
+    add(
+        "--min_p",
+        type=float,
+        help="none below this fraction of the highest probability (default: 0)",
+    )
     add("--repetition_penalty", type=float, help="above 1 avoids repetition (default: 1)")
     add("--seed", type=int, default=0, help="of the randomness (default: 0)")
     add("--num_beams", type=int, default=1, help="above 1: search instead of sampling (default: 1)")

@@ -135,8 +135,8 @@ def create_run(
 class Checkpoints:
     """The step folders of one run, without their arrays; needs no JAX.
 
-    A folder is a checkpoint if its name is a step and its manifest is whole; all else that stands
-    beside it is left alone.
+    A folder is a checkpoint if its name is a step and its manifest is whole; everything
+    else beside it is left alone.
 
     Args:
       folder: where the step folders stand.
@@ -160,7 +160,7 @@ class Checkpoints:
         return sorted(p.name for p in self.folder.iterdir() if ".corrupt" in p.name)
 
     def foreign(self) -> list[str]:
-        """Returns the names of what stands here and is not the project's."""
+        """Returns the names of entries that are not the project's."""
         if not self.folder.is_dir():
             return []
         surveyed = {str(step) for step in self._surveyed()}

@@ -45,7 +45,7 @@ class Run:
       paths: the run's files.
       step: of the checkpoint.
       config: the config that it was trained with, and overrides on top.
-      given_tokenizer: stands in where the checkpoint has none.
+      given_tokenizer: used where the checkpoint has none.
       pin: keeps a trainer from removing the checkpoint.
       last: whether to use the parameters of the last update, even where there is an average.
     """
@@ -131,13 +131,13 @@ class Run:
     ) -> Any:
         """Returns the prompt and its continuation; a list of them for a list of prompts.
 
-        For a model of pairs the prompt is a source, and its target alone is returned, the likeliest
-        one unless a temperature is given.
+        For a model of pairs the prompt is a source, and only its target is returned, the most
+        likely one unless a temperature is given.
 
         Args:
           prompt: text; empty for a new document.
           max_new_tokens: how much is added.
-          num_beams: more than 1 searches with so many beams instead of sampling.
+          num_beams: more than 1 searches with this many beams instead of sampling.
           length_penalty: of the beams, see `Generator.beam_search`.
           seed: of the randomness.
           **sampling: see `SamplingConfig`.
@@ -253,7 +253,7 @@ def check_beams(num_beams: int, length_penalty: float, sampling: Sequence[str]) 
     """
     if num_beams > 1 and sampling:
         raise UsageError(
-            f"--num_beams={num_beams} searches for the likeliest text and samples nothing; leave "
+            f"--num_beams={num_beams} searches for the most likely text and samples nothing; leave "
             f"{', '.join(f'--{name}' for name in sampling)} out"
         )
     if num_beams < 1:

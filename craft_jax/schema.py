@@ -1,7 +1,7 @@
 """What a config dataclass is made of: settings with a help text and bounds, and their check.
 
 Every section of a config (`GPTConfig`, `OptimConfig`, ...) is a frozen, keyword-only dataclass that
-stands beside the code that reads it. `setting` declares a field. A section whose fields can exclude
+is beside the code that reads it. `setting` declares a field. A section whose fields can exclude
 each other has a method `contradictions()` that yields one `Contradiction` for each case.
 """
 

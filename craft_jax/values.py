@@ -55,7 +55,7 @@ def coerce(value: Any, kind: Any) -> Any:
 def parse(text: str, kind: Any) -> Any:
     """Returns the text of a command-line override as the type of a field.
 
-    `none` (or nothing) stands for None, commas separate the entries of a list.
+    `none` (or nothing) means None, commas separate the entries of a list.
 
     Raises:
       ValueError: it cannot be read so; the message completes `field=value ...`.
@@ -85,7 +85,7 @@ def parse(text: str, kind: Any) -> Any:
         return coerce(text, kind)
     except ValueError as error:
         if text == "true":
-            raise ValueError(f"{error}; true stands for a value that is left out") from None
+            raise ValueError(f"{error}; a flag without a value means true") from None
         raise
 
 

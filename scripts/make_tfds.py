@@ -50,7 +50,7 @@ def records(path: Path, field: str | None) -> Iterator[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{here} is not JSON: {error}; mend or remove it") from None
+            raise DataError(f"{here} is not JSON: {error}; fix or remove it") from None
         if not isinstance(record, dict) or (field and not isinstance(record.get(field), str)):
             raise DataError(f"{here} has no text in the field {field!r}; set --field")
         yield {field: record[field]} if field else record

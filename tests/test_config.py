@@ -128,7 +128,7 @@ def test_five_mistakes_in_one_report(tmp_path):
         ("data.num_pairs=0", "must be at least 1"),
         ("model.num_heads=300", "does not divide model.d_model=128; try 128"),
         ("model.num_heads=" + "9" * 40, "(40 digits) must be at most"),
-        ("model.d_model=true", "not a whole number; true stands for a value that is left out"),
+        ("model.d_model=true", "not a whole number; a flag without a value means true"),
         ("optim.beta2=0.9999999", "must be at most 0.999999"),
         ("optim.eps=1e-40", "must be at least 1e-30"),
         ("optim.weight_decay=100000", "each step would take away more than the weights"),

@@ -83,7 +83,7 @@ class CheckpointConfig:
     keep_best: int = setting(1, "how many of the best stay", minimum=1, resumable=True)
     keep_multiples: int = setting(
         0,
-        "checkpoints of multiples of so many steps stay forever; 0 for none",
+        "checkpoints whose step is a multiple of this stay forever; 0 for none",
         minimum=0,
         resumable=True,
     )

@@ -20,7 +20,7 @@ _ROWS = 256
 """Texts that are made at the same time; more would only take more memory."""
 
 _UNSET = {
-    "temperature": (None, 0.0),  # 0 asks for the likeliest text too.
+    "temperature": (None, 0.0),  # 0 also means the most likely text.
     "top_k": (None,),
     "top_p": (None, 1.0),
     "min_p": (None, 0.0),

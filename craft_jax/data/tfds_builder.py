@@ -144,7 +144,7 @@ def _alike(
         if set(record) != names:
             raise DataError(
                 f"{here} record {number} has the fields {shown(', '.join(record))} where the first "
-                f"record has {shown(', '.join(sorted(names)))}; mend or remove it"
+                f"record has {shown(', '.join(sorted(names)))}; fix or remove it"
             )
         yield record
         number, record = number + 1, next(rest, None)

@@ -167,7 +167,7 @@ class Flow(ImageModel):
         self.patch_embedding = Linear(config.patch_width, d, rngs=rngs)
         self.position_embedding = Embedding(config.num_patches, d, rngs=rngs)
         self.time_embedding = TimeEmbedding(d, rngs=rngs)
-        # The last row stands for no label.
+        # The last row means no label.
         self.label_embedding = (
             Embedding(config.num_classes + 1, d, rngs=rngs) if config.num_classes else None
         )

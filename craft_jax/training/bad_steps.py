@@ -1,4 +1,4 @@
-"""Bad steps, written down: which batch it was, and what stands in it."""
+"""Records of bad steps: the number and the content of their batches."""
 
 import json
 import logging

@@ -172,7 +172,7 @@ class CheckpointCallback(Every):
 
     Args:
       every: steps between checkpoints; 0 for only the last and the best.
-      minutes: also so many minutes after the last one; 0 for never.
+      minutes: also this many minutes after the last one; 0 for never.
       metric, mode: what makes an evaluation the best: the `min` or `max` of a metric.
     """
 

@@ -65,7 +65,7 @@ class PlateauConfig(MonitorConfig):
     )
     spike: float | None = setting(
         None,
-        "a loss of so many times its moving average is a spike; none for not looking",
+        "a loss above this factor times its moving average is a spike; none for never",
         above=1,
         resumable=True,
     )

@@ -2,7 +2,7 @@
 
 Both packages are optional and are imported when they are asked for. Where they send to is their own
 business (`WANDB_MODE`, `MLFLOW_TRACKING_URI`); a server that fails while the run goes on costs a
-warning. Which of their runs this one is stands in `trackers.json` beside it, so that it continues.
+warning. The ids of their runs are kept in `trackers.json`, so that a resumed run continues them.
 """
 
 import importlib

@@ -309,7 +309,7 @@ class Machine:
             return
 
     def find(self, module: str, attribute: str) -> Any:
-        """Returns what stands in for a name.
+        """Returns the stand-in for a name.
 
         Raises:
           UnsafePickleError: the name is not known to be harmless.

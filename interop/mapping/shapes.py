@@ -15,7 +15,7 @@ _TIME_FEATURES = 256
 def patterns(spec: Spec) -> dict[str, Shape]:
     """Returns the shape of each parameter, in the order of the forward.
 
-    `{i}` stands for the layer, `{j}` for the layer of a decoder beside an encoder.
+    `{i}` is the layer, `{j}` the layer of a decoder beside an encoder.
     """
     return _of_flow(spec) if isinstance(spec, FlowSpec) else _of_tokens(spec)
 

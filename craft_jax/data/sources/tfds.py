@@ -3,7 +3,7 @@
 In goes a name such as `gsm8k`, `wiki40b/en` or `my_texts:1.0.0`; out come the records of one split,
 as Python values: text as `str`, a sequence of records as a list of dicts. What was prepared is read
 from its files alone, so neither the code that built it nor TensorFlow is needed, and nothing is
-fetched unless `download` is called. Each record stands in a chunk of its own, with hashes of its
+fetched unless `download` is called. Each record is a chunk of its own, with hashes of its
 head and its data: damage raises `DataError` with the file, and so does a file with other records
 than were prepared. tensorflow_datasets and array_record are loaded when they are first needed.
 """

@@ -38,7 +38,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from craft_jax.errors import DataError
 
 SUFFIX = ".model"
-_SPACE = "\u2581"  # What stands for a space in a piece.
+_SPACE = "\u2581"  # A space in a piece.
 _UNIGRAM, _BPE, _WORD, _CHAR = 1, 2, 3, 4
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -278,8 +278,8 @@ class _Conversion:
             blank = [c for c in blank if c not in self.of_user]
             steps.append(_replace(rf"\A[{_class(blank)}]+", ""))
         steps.append(normalizers.Replace(_ESCAPE, _LITERAL))
-        # The library loses count when a pattern inserts before the first character, so that a code
-        # stands there always.
+        # The library loses count when a pattern inserts before the first character, so a code
+        # is always put there.
         steps.append(normalizers.Prepend(_BEGINNING))
         end = _SUFFIX if suffix and self.rules.add_dummy_prefix else ""
         if end:
@@ -594,7 +594,7 @@ def _quote(text: str) -> str:
 
 
 def _class(characters: Iterable[str]) -> str:
-    """Returns what stands in brackets for any of `characters`."""
+    """Returns the content of a character class of `characters`."""
     ranges: list[list[int]] = []
     for code in sorted(map(ord, set(characters))):
         if ranges and ranges[-1][1] == code - 1:
