@@ -55,13 +55,18 @@ class Model(nnx.Module):
         section, `name` among them.
       config: the one that this model was built from.
       takes_loss_config: whether `loss` takes `config`; a run that sets `loss.*` is refused where it
-        does not.
+        does not. It speaks of one `loss`: a class that writes its own says it again.
       has_patches: whether `config.num_patches` is the number of positions of an image.
     """
 
     Config: type
     takes_loss_config: ClassVar[bool] = False
     has_patches: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "loss" in vars(cls) and "takes_loss_config" not in vars(cls):
+            cls.takes_loss_config = False
 
     @abc.abstractmethod
     def __init__(self, config: Any, *, rngs: nnx.Rngs): ...

@@ -69,6 +69,7 @@ class Transformer(EncoderDecoderModel):
     """Reads a source, writes a target: `Seq2SeqConfig` says how."""
 
     Config = Seq2SeqConfig
+    takes_loss_config = True
 
     def __init__(self, config: Seq2SeqConfig, *, rngs: nnx.Rngs):
         assert config.vocab_size is not None, "model.vocab_size comes from the tokenizer"
