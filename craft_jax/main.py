@@ -7,7 +7,6 @@ Errors that are answers to the user end here, as one message and an exit code.
 
 import argparse
 import contextlib
-import difflib
 import gc
 import importlib
 import io
@@ -16,11 +15,12 @@ import pathlib
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 from craft_jax.checkpoint import lock
+from craft_jax.commands import arguments
 from craft_jax.errors import (
     INTERRUPTED,
     KILLED,
@@ -31,27 +31,31 @@ from craft_jax.errors import (
     StoppedError,
     UsageError,
 )
+from craft_jax.fields import Override
+from craft_jax.messages import suggest, with_flags
 
 
 class _Command(NamedTuple):
-    module: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
     summary: str
 
 
 COMMANDS = {
-    "train": _Command("train", "train a new run, or continue one (the default)"),
-    "evaluate": _Command("evaluate", "loss, perplexity, bits per byte, accuracy of a run"),
-    "generate": _Command("generate", "text or images from a run"),
-    "prepare": _Command("prepare", "tokenize the text of a config ahead of training"),
-    "tokenizer": _Command("tokenizer", "make the tokenizer of a config, and say how it does"),
-    "data": _Command("data", "show what a model will see: sources, splits, real batches"),
-    "benchmark": _Command("benchmark", "measure training and sampling of a config on this machine"),
-    "visualize": _Command("visualize", "draw the curves of one or several runs"),
-    "runs": _Command("runs", "list the runs with state, step, loss and age"),
-    "verify": _Command("verify", "check every byte of a run's checkpoints"),
+    "train": _Command(arguments.train, "train a new run, or continue one (the default)"),
+    "evaluate": _Command(arguments.evaluate, "loss, perplexity, bits per byte, accuracy of a run"),
+    "generate": _Command(arguments.generate, "text or images from a run"),
+    "prepare": _Command(arguments.config_or_run, "tokenize the text of a config before training"),
+    "tokenizer": _Command(
+        arguments.tokenizer, "make the tokenizer of a config, and show how well it compresses"
+    ),
+    "data": _Command(arguments.data, "show what a model will see: sources, splits, real batches"),
+    "benchmark": _Command(
+        arguments.benchmark, "measure training and sampling of a config on this machine"
+    ),
+    "visualize": _Command(arguments.several_runs, "draw the curves of one or several runs"),
+    "runs": _Command(lambda parser: None, "list the runs with state, step, loss and age"),
+    "verify": _Command(arguments.one_run, "check every byte of a run's checkpoints"),
 }
-
-_OF_DATA = ("prepare", "tokenizer", "data")
 
 _EXAMPLES = """\
 examples:
@@ -94,13 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             # Before what takes seconds to import.
             lock.check_free(pathlib.Path(args.workdir).expanduser() / "models" / args.run)
-        code = _load(COMMANDS[args.command].module).run(args)
+        code = _load(args.command).run(args)
         sys.stdout.flush()
         return code
     except (CraftError, StoppedError) as error:
         if debug:
             traceback.print_exc()
-        print(error, file=sys.stderr)
+        print(_with_flags(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -115,13 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STORAGE
 
 
-class _Override(NamedTuple):
-    """See `craft_jax.config.Override`, which is not imported here."""
-
-    field: str
-    text: str
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n(python -m craft_jax.main --help)")
@@ -132,9 +129,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if rest and not rest[0].startswith("-"):
         command, *rest = rest
         if command not in COMMANDS:
-            close = difflib.get_close_matches(command, COMMANDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-            raise UsageError(f"{command!r} is no command; {hint}")
+            hint = suggest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            raise UsageError(f"{command!r} is no command{hint}")
     elif rest and rest[0] in ("-h", "--help"):
         _overview().print_help()
         raise SystemExit(0)
@@ -150,7 +146,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _take_overrides(words: Sequence[str]) -> tuple[list[_Override], list[str]]:
+def _take_overrides(words: Sequence[str]) -> tuple[list[Override], list[str]]:
     """Separates `--config.a.b=value` (or `--config.a.b value`, or a bare flag) from the rest."""
     overrides, rest = [], []
     waiting = list(words)
@@ -163,7 +159,7 @@ def _take_overrides(words: Sequence[str]) -> tuple[list[_Override], list[str]]:
         if not equals:
             has_value = waiting and not waiting[0].startswith("--")
             text = waiting.pop(0) if has_value else "true"
-        overrides.append(_Override(field, text))
+        overrides.append(Override(field, text))
     return overrides, rest
 
 
@@ -186,96 +182,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description=COMMANDS[command].summary,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--workdir", default="outputs", help="where everything is written (default: outputs)")
-    add("--debug", action="store_true", help="show tracebacks")
-    if command == "visualize":
-        add("--run", action="append", help="name, path or latest; repeat it to compare runs")
-        return parser
-    if command == "runs":
-        return parser
-    add("--run", help="name or path of a run, or latest")
-    if command == "verify":
-        return parser
-    if command in ("train", "benchmark", *_OF_DATA):
-        add("--config", help="a config file, and its preset behind a colon")
-    else:
-        add("--tokenizer", help="a tokenizer.json, for an imported model that came without one")
-        add(
-            "--weights",
-            choices=("average", "last"),
-            default="average",
-            help="which, where the optimizer kept an average of them (default: average)",
-        )
-    if command == "train":
-        add("--tokenizer", help="the same as --config.data.tokenizer")
-        add("--replay_step", type=int, help="make this step of --run again, and show its batch")
-        add(
-            "--coordinator",
-            help="HOST:PORT of process 0, where several processes train; auto on a TPU pod or in "
-            "a job of SLURM or Open MPI",
-        )
-        add("--num_processes", type=int, help="how many of them there are")
-        add("--process_id", type=int, help="which one this is, from 0")
-    if command == "benchmark":
-        add("--steps", type=int, default=20, help="timed steps (default: 20)")
-        add(
-            "--decode_batches",
-            type=int,
-            nargs="+",
-            default=[1, 8],
-            help="rows that are sampled at once (default: 1 8)",
-        )
-    if command == "tokenizer":
-        add("--out", help="where to write the tokenizer.json")
-    if command == "data":
-        add("--split", choices=("train", "val", "test"), default="train", help="which batches")
-        add("--step", type=int, default=0, help="which batch, from 0 (default: 0)")
-        add("--rows", type=int, default=4, help="how many of its rows (default: 4)")
-    if command == "evaluate":
-        add("--split", choices=("val", "train", "test"), default="val", help="what to evaluate on")
-        add("--text", help="a text file to evaluate on instead; .tsv or .jsonl for pairs")
-    if command == "generate":
-        _add_sampling(parser)
+    arguments.every_command(parser)
+    COMMANDS[command].add_arguments(parser)
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--prompt", action="append", help="text to continue, or a source; repeat it for several")
-    add("--prompt_file", help="a file with a prompt in each line; - for standard input")
-    add("--max_new_tokens", type=int, help="tokens per sample (default: 200)")
-    add(
-        "--num_samples",
-        type=int,
-        help="samples of each prompt, label or image (default: 1; of images, 4 to 16)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        help="0 takes the most likely (default: 0.8; 0 for pairs, 1 for images)",
-    )
-    add("--top_k", type=int, help="only the k most likely tokens")
-    add("--top_p", type=float, help="only the most likely with this probability (default: 1)")
-    add(
-        "--min_p",
-        type=float,
-        help="none below this fraction of the highest probability (default: 0)",
-    )
-    add("--repetition_penalty", type=float, help="above 1 avoids repetition (default: 1)")
-    add("--seed", type=int, default=0, help="of the randomness (default: 0)")
-    add("--num_beams", type=int, default=1, help="above 1: search instead of sampling (default: 1)")
-    add("--length_penalty", type=float, default=0.0, help="above 0 prefers longer texts of beams")
-    add("--label", action="append", help="of images: a class, by name; repeat it for several")
-    add(
-        "--image",
-        action="append",
-        help="of images: complete the upper half of this file, of those of this folder, or of the "
-        "first of a split (val); repeat it for several",
-    )
-    add("--num_steps", type=int, help="of a flow: steps from noise to image (default: 50)")
-    add("--solver", help="of a flow: euler or heun (default: heun)")
-    add("--guidance", type=float, help="of a flow: above 1 keeps closer to the label (default: 1)")
+def _with_flags(message: str) -> str:
+    """Spells the options and the fields of the config that a message names as flags."""
+    options = {name for command in COMMANDS for name in vars(_parser(command).parse_args([]))}
+    return with_flags(message, [*options, r"config\.[\w.]+"])
 
 
 def _load(command: str) -> ModuleType:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.pipeline import NO_TOKENIZER
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import ConfigError, DataError, StorageError, UsageError
+from craft_jax.generation import beam_search, prompts
 from craft_jax.generation.generator import Generator
 from craft_jax.generation.images import ImageGenerator
 from craft_jax.generation.sampling import SamplingConfig
@@ -150,9 +151,9 @@ class Run:
         tokenizer = self.need_tokenizer()
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         is_pair = self.config.reads_pairs
-        rows = encode_prompts(tokenizer, texts, is_pair=is_pair)
+        rows = prompts.encode_prompts(tokenizer, texts, is_pair=is_pair)
         options = {"max_new_tokens": max_new_tokens, "sources": rows.sources}
-        check_beams(num_beams, length_penalty, [*sampling, *(["seed"] if seed else [])])
+        beam_search.check_beams(num_beams, length_penalty, [*sampling, *(["seed"] if seed else [])])
         if num_beams > 1:
             found = self.generator.beam_search(
                 self.compute_params,
@@ -228,72 +229,6 @@ def make_generator(
     )
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns the ids of a prompt; an empty one is the start of a document.
-
-    Raises:
-      UsageError: characters that the tokenizer does not know.
-    """
-    if prompt:
-        return tokenizer.encode(prompt, "the prompt").tolist()
-    if tokenizer.end_id is not None:
-        return [tokenizer.end_id]
-    return [0] if tokenizer.unknown_characters("\n") else tokenizer.encode("\n").tolist()
-
-
-def check_beams(num_beams: int, length_penalty: float, sampling: Sequence[str]) -> None:
-    """Checks that a search is not asked to sample, nor sampling to search.
-
-    Args:
-      num_beams, length_penalty: see `Generator.beam_search`.
-      sampling: names of the options of sampling that were given.
-
-    Raises:
-      UsageError: it is.
-    """
-    if num_beams > 1 and sampling:
-        raise UsageError(
-            f"--num_beams={num_beams} searches for the most likely text and samples nothing; leave "
-            f"{', '.join(f'--{name}' for name in sampling)} out"
-        )
-    if num_beams < 1:
-        raise UsageError(f"--num_beams={num_beams} must be 1 (no search) or more")
-    if num_beams == 1 and length_penalty:
-        raise UsageError(
-            f"--length_penalty={length_penalty} is for a search; give --num_beams of 2 or more"
-        )
-
-
-class PromptRows(NamedTuple):
-    """What a generator is given for some texts.
-
-    Attributes:
-      prompts: ids that new tokens follow.
-      sources: ids of what an encoder-decoder reads; None for other models.
-    """
-
-    prompts: list[list[int]]
-    sources: list[list[int]] | None
-
-
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, is_pair: bool) -> PromptRows:
-    """Returns texts as prompts or, for a model of pairs, as sources.
-
-    Raises:
-      UsageError: characters that the tokenizer does not know, or an empty source.
-    """
-    if not is_pair:
-        return PromptRows([prompt_ids(tokenizer, text) for text in texts], None)
-    if tokenizer.end_id is None:
-        raise UsageError("the tokenizer has no end token, and a model of pairs needs one")
-    for number, text in enumerate(texts, start=1):
-        if not text:
-            which = f"source {number} of {len(texts)}" if len(texts) > 1 else "the source"
-            raise UsageError(f"{which} is empty; a model of pairs needs a text to read")
-    sources = [[*tokenizer.encode(text, "the source").tolist(), tokenizer.end_id] for text in texts]
-    return PromptRows([[tokenizer.end_id] for _ in texts], sources)
-
-
 def with_sizes(model: Any, sizes: Mapping[str, int]) -> Any:
     """Returns a model config that fits data.
 
@@ -305,21 +240,22 @@ def with_sizes(model: Any, sizes: Mapping[str, int]) -> Any:
       ConfigError: it says something else than the data, or the data is of another kind.
     """
     name, is_of_images = model.name, "height" in sizes
-    if hasattr(model, "vocab_size") and "vocab_size" not in sizes:
+    own = schema.values(model)
+    if "vocab_size" in own and "vocab_size" not in sizes:
         remedy = (
-            "make its images tokens with --config.data.image_colors=16, or use model.name=flow"
+            "make its images tokens with `config.data.image_colors=16`, or use model.name=flow"
             if is_of_images
             else "name text with data.path, or use a model of images"
         )
         raise ConfigError(f"model.name={name} reads tokens, and the data holds none; {remedy}")
-    if getattr(model, "height", 0) is None and not is_of_images:
+    if own.get("height", 0) is None and not is_of_images:
         raise ConfigError(
             f"model.name={name} reads images, and the data holds none; use data.source=digits, or "
             "images with data.path, and leave data.image_colors out"
         )
     problems = []
     for field, size in sizes.items():
-        wanted = getattr(model, field, None)
+        wanted = own.get(field)
         if wanted is None or wanted == size or (field in _AT_LEAST and wanted > size):
             continue
         problems.append(
@@ -330,8 +266,8 @@ def with_sizes(model: Any, sizes: Mapping[str, int]) -> Any:
         )
     if problems:
         raise ConfigError(problems)
-    open_fields = [field for field in sizes if getattr(model, field, 0) is None]
-    fitted = dataclasses.replace(model, **{field: sizes[field] for field in open_fields})
+    unset = {field: size for field, size in sizes.items() if own.get(field, 0) is None}
+    fitted = dataclasses.replace(model, **unset)
     if wrong := schema.contradictions(fitted):
         raise ConfigError(wrong)
     return fitted
@@ -386,15 +322,9 @@ def open(
 
 
 def _pinned(store: CheckpointStore, step: int | None, name: str) -> tuple[int, Pin]:
-    """Finds a checkpoint that is as it was written, and keeps it from being removed.
+    """Pins a checkpoint that is as it was written, the newest if `step` is None.
 
-    Args:
-      store: the checkpoints of the run; another process may be adding to them.
-      step: the one that was asked for; None for the newest.
-      name: of the run.
-
-    Returns:
-      The step, and what keeps it.
+    Another process may be adding checkpoints, and removing old ones.
     """
     while True:
         bad: dict[int, str] = {}
@@ -410,7 +340,7 @@ def _pinned(store: CheckpointStore, step: int | None, name: str) -> tuple[int, P
             raise StorageError(
                 f"run {name}: {damaged}; {_have(store, bad)}"
                 if bad
-                else f"run {name} has no checkpoint yet; train it with --run={name}"
+                else f"run {name} has no checkpoint yet; train it with `run={name}`"
             )
         pin = store.pin(chosen)
         if pin is not None:
@@ -431,21 +361,21 @@ def _stand_in(store: CheckpointStore, step: int, tokenizer: str, name: str) -> T
         own = Tokenizer.load(own_file)
         if own.digest != opened.digest:
             raise ConfigError(
-                f"--tokenizer={tokenizer} (digest {opened.digest[:16]}) is not the tokenizer of "
+                f"`tokenizer={tokenizer}` (digest {opened.digest[:16]}) is not the tokenizer of "
                 f"run {name} (digest {own.digest[:16]}); leave it out: the run has its own"
             )
         return own
     rows = store.meta(step)["vocab_size"]
     if opened.vocab_size > rows:
         raise DataError(
-            f"--tokenizer={tokenizer} has {opened.vocab_size} tokens, but the model of run {name} "
+            f"`tokenizer={tokenizer}` has {opened.vocab_size} tokens, but the model of run {name} "
             f"knows {rows}; it is not the tokenizer that the model was trained with"
         )
     return opened
 
 
 def weights(init_from: str, workdir: Path) -> tuple[Run, Weights]:
-    """Finds what a new run that begins with the weights of another takes over.
+    """Opens the run whose weights and tokenizer a new run begins with.
 
     Args:
       init_from: a name, `latest`, or a path, as for `open`.
@@ -463,11 +393,11 @@ def weights(init_from: str, workdir: Path) -> tuple[Run, Weights]:
                 f"init_from={init_from} is no run of craft_jax; bring it over with "
                 f"`python -m interop import {init_from} {workdir / 'models' / 'NAME'}`"
             ) from None
-        raise DataError(str(error).replace("--run=", "init_from=")) from None
-    model = run.model_def.config
+        reason = str(error).replace(f"`run={init_from}`", f"init_from={init_from}")
+        raise DataError(reason) from None
     file = run.store.tokenizer_file(run.step)
-    model_section = dataclasses.asdict(model)
-    return run, Weights(init_from, model_section, str(file) if file else None)
+    model = dataclasses.asdict(run.model_def.config)
+    return run, Weights(init_from, model, str(file) if file else None)
 
 
 def locate(run: str, workdir: Path) -> tuple[Path, int | None]:
@@ -479,7 +409,7 @@ def locate(run: str, workdir: Path) -> tuple[Path, int | None]:
     if run == "latest":
         existing = outputs.all_runs(workdir)
         if not existing:
-            raise DataError(f"--run=latest: there is no run below {workdir / 'models'}; train one")
+            raise DataError(f"`run=latest`: there is no run below {workdir / 'models'}; train one")
         return existing[-1].absolute(), None
     for place in (workdir / "models" / run, Path(run).expanduser()):
         path = place.absolute()
@@ -489,11 +419,11 @@ def locate(run: str, workdir: Path) -> tuple[Path, int | None]:
             return path.parent.parent, int(path.name)
     names = [folder.name for folder in outputs.all_runs(workdir)[-5:]]
     have = f"the newest are {', '.join(names)}" if names else "there are none"
-    raise DataError(f"--run={run}: no such run below {workdir / 'models'}; {have}")
+    raise DataError(f"`run={run}`: no such run below {workdir / 'models'}; {have}")
 
 
 def exists(run: str, workdir: Path) -> bool:
-    """Whether `--run` names a run that exists; a new name may be created.
+    """Returns whether a run exists; a new name may be created.
 
     Raises:
       DataError: `latest` where there is none, or a path that is missing.

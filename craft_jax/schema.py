@@ -2,13 +2,13 @@
 
 Every section of a config (`GPTConfig`, `OptimConfig`, ...) is a frozen, keyword-only dataclass that
 is beside the code that reads it. `setting` declares a field. A section whose fields can exclude
-each other has a method `contradictions()` that yields one `Contradiction` for each case.
+each other is `HasContradictions`.
 """
 
 import dataclasses
 import math
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 1000
@@ -29,6 +29,25 @@ class Contradiction(NamedTuple):
 
     fields: tuple[str, ...]
     message: str
+
+
+@runtime_checkable
+class HasContradictions(Protocol):
+    """A section whose fields can exclude each other."""
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yields what is wrong between fields."""
+
+
+def values(section: Any) -> dict[str, Any]:
+    """Returns the values of a section by field; sections inside stay what they are."""
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Returns the fields of a dataclass that have a default value, and it."""
+    fields = dataclasses.fields(cls)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def setting(
@@ -111,8 +130,9 @@ def contradictions(section: Any, known_bad: Collection[str] = ()) -> list[str]:
 
     A contradiction is only worth naming when each value that takes part in it is possible.
     """
-    found = section.contradictions() if hasattr(section, "contradictions") else ()
-    return [c.message for c in found if not set(c.fields) & set(known_bad)]
+    if not isinstance(section, HasContradictions):
+        return []
+    return [c.message for c in section.contradictions() if not set(c.fields) & set(known_bad)]
 
 
 def problems(section: Any, name: str) -> list[str]:

@@ -1,11 +1,12 @@
 """Values of a config: from Python or from the command line to the type of a field, or why not."""
 
 import dataclasses
-import difflib
 import types
 import typing
 import unicodedata
 from typing import Any, Literal
+
+from craft_jax.messages import shown, suggest
 
 
 def types_of(cls: type) -> dict[str, Any]:
@@ -30,8 +31,7 @@ def coerce(value: Any, kind: Any) -> Any:
             if isinstance(value, str) and value in typing.get_args(option):
                 return value
             choices = typing.get_args(option)
-            close = difflib.get_close_matches(shown(value).strip("'"), choices, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = suggest(shown(value).strip("'"), choices)
             raise ValueError(f"is not one of {', '.join(choices)}{hint}")
         if typing.get_origin(option) is tuple:
             if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
@@ -116,16 +116,3 @@ def _in_words(kind: Any) -> str:
         type(None): "none",
     }
     return " or ".join(words.get(option, "a list of texts") for option in _options(kind))
-
-
-def cut(text: str) -> str:
-    """Returns the beginning of a text that is too long for a message."""
-    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
-
-
-def shown(value: Any) -> str:
-    """Returns a value as a message shows it."""
-    try:
-        return cut(repr(value))
-    except ValueError:  # Python writes no integer of more than some thousand digits.
-        return f"(a {type(value).__name__} of too many digits)"

@@ -9,7 +9,6 @@ import importlib
 import json
 import keyword
 import os
-import re
 import signal
 import sys
 import traceback
@@ -26,6 +25,7 @@ from craft_jax.errors import (
     StorageError,
     UsageError,
 )
+from craft_jax.messages import with_flags
 from interop.commands import FLAGS, OPTIONS
 
 _EXAMPLES = """\
@@ -132,13 +132,7 @@ def _command(name: str) -> ModuleType:
 
 
 def _with_flags(message: str) -> str:
-    """Replaces the options that a message of the library names, such as `dtype=fp32`, by flags."""
-
-    def flag(match: re.Match) -> str:
-        name = match[1]
-        return "--" + FLAGS.get(name, name).replace("_", "-") + (match[2] or "")
-
-    return re.sub(rf"`({'|'.join(OPTIONS)})(=[^`]*)?`", flag, message)
+    return with_flags(message, OPTIONS, lambda name: FLAGS.get(name, name).replace("_", "-"))
 
 
 def _show(done: Any, *, as_json: bool) -> None:

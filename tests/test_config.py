@@ -122,7 +122,7 @@ def test_five_mistakes_in_one_report(tmp_path):
         ("model.vocab_size=300", "data.vocab_size=1024 is more than model.vocab_size=300"),
         ("data.source=files", "needs data.path"),
         ("parallel.fsdp=-1", "at most one axis"),
-        ("model.name=seq2seq", "but data.pairs is empty: name yours with --config.data.pairs="),
+        ("model.name=seq2seq", "but data.pairs is empty: name yours with `config.data.pairs="),
         ("data.pairs=dates", "model.name=gpt does not read data.pairs=dates; use model.name=seq2"),
         ("data.pairs=dats", "is not one of dates, reverse, sort, nor a file; did you mean 'dates'"),
         ("data.num_pairs=0", "must be at least 1"),
@@ -140,7 +140,7 @@ def test_five_mistakes_in_one_report(tmp_path):
         ("data.dataset=~nobody/missing.py:Data", "no such file"),
         ("training.callbacks=mine", "names no class"),
         ("model=3", "model is a section: name one of its fields"),
-        ("=3", "write --config.SECTION.FIELD=VALUE"),
+        ("=3", "write `config.SECTION.FIELD=VALUE`"),
         ("model.name=" + "x" * 5000, "(5002 characters) is not one of gpt"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_saved_config_may_name_no_pairs_yet():
     """That of an imported run; what trains or evaluates it asks for them."""
     saved = configs.from_values({}).to_json() | {"model": {"name": "seq2seq"}}
     config = configs.load(None, saved=saved)
-    with pytest.raises(UsageError, match=r"name yours with --config\.data\.pairs=PATH"):
+    with pytest.raises(UsageError, match=r"name yours with `config\.data\.pairs=PATH`"):
         config.check_pairs()
     configs.load(None, [Override("data.pairs", "sort")], saved).check_pairs()
     text = configs.load(None, [Override("data.pairs", "sort")], configs.from_values({}).to_json())
@@ -287,7 +287,7 @@ def test_a_folder_and_another_suffix_are_no_config_files(tmp_path):
 def test_the_line_of_an_error_is_known_where_the_path_is_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("\n\n1 / 0", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"mine\.py: line 3: ZeroDivisionError"):
+    with pytest.raises(ConfigError, match=r"mine\.py`: line 3: ZeroDivisionError"):
         configs.read_file("mine.py")
 
 

@@ -38,7 +38,7 @@ def test_every_command_has_help(name, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["evalute"], "'evalute' is no command; did you mean evaluate?"),
+        (["evalute"], "'evalute' is no command; did you mean 'evaluate'?"),
         (["xyzzy"], "there are train, evaluate"),
         ([], "a new run needs a config: --config=configs/gpt.py"),
         (["--confg=x.py"], "unrecognized arguments: --confg=x.py"),

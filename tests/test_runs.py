@@ -9,7 +9,6 @@ from craft_jax import main as cli
 from craft_jax import runs
 from craft_jax.checkpoint import lock
 from craft_jax.config import Override
-from craft_jax.data import tokenizers
 from craft_jax.errors import ConfigError, DataError, RunInUseError, StorageError
 from craft_jax.models.gpt import GPT, GPTConfig
 from tests.conftest import micro, words
@@ -82,13 +81,6 @@ def test_a_vocabulary_must_hold_the_data():
     assert runs.with_sizes(GPTConfig(vocab_size=128), {"vocab_size": 65}).vocab_size == 128
     with pytest.raises(ConfigError, match=r"model\.vocab_size=64 is less than the 65 tokens"):
         runs.with_sizes(GPTConfig(vocab_size=64), {"vocab_size": 65})
-
-
-def test_the_empty_prompt():
-    assert runs.prompt_ids(tokenizers.bytes_(), "") == [256]
-    assert runs.prompt_ids(tokenizers.characters("\nab", end_token=False), "") == [0]
-    assert runs.prompt_ids(tokenizers.characters("ba", end_token=False), "") == [0]
-    assert runs.prompt_ids(tokenizers.characters("ba", end_token=False), "b") == [1]
 
 
 def test_the_lock(workdir):

@@ -35,12 +35,17 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from craft_jax import outputs
 from craft_jax.checkpoint import atomic, manifest
+from craft_jax.checkpoint.listing import (
+    AVERAGE,
+    OPTIMIZER,
+    PARAMS,
+    Checkpoints,
+    write_beside_arrays,
+)
 from craft_jax.checkpoint.manifest import DamagedError, Leaf
 from craft_jax.errors import ConfigError, StorageError
 from craft_jax.models.base import Params
-from craft_jax.outputs import AVERAGE, OPTIMIZER, PARAMS, Checkpoints
 from craft_jax.parallel import sharding
 from craft_jax.runtime import fault_injection
 from craft_jax.schema import setting
@@ -204,7 +209,7 @@ class CheckpointStore(Checkpoints):
             for part, arrays in parts.items():
                 leaves |= _write_part(partial, part, arrays)
                 fault_injection.point("ckpt.mid_write")
-            outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
+            write_beside_arrays(partial, step, meta, config, tokenizer)
             self._commit(partial, step, leaves)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
             atomic.remove(partial)
@@ -465,7 +470,7 @@ class CheckpointStore(Checkpoints):
         try:
             partial.mkdir(parents=True)
             leaves = _write_part(partial, PARAMS, params, is_imported=True)
-            outputs.write_beside_arrays(partial, step, meta, config, tokenizer)
+            write_beside_arrays(partial, step, meta, config, tokenizer)
             self._commit(partial, step, leaves)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
             raise StorageError(f"cannot write checkpoint {place}: {error}") from error

@@ -10,6 +10,8 @@ from typing import Any
 from craft_jax import outputs, runs
 from craft_jax.data.tokenizers import TextStream
 from craft_jax.errors import OK, DataError, UsageError
+from craft_jax.generation import beam_search
+from craft_jax.generation.prompts import PromptRows, encode_prompts
 from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.runtime import compilation_cache
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             f"--num_samples={args.num_samples} must be at least 1 and at most {_MAX_SAMPLES}"
         )
     given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
-    runs.check_beams(args.num_beams, args.length_penalty, given)
+    beam_search.check_beams(args.num_beams, args.length_penalty, given)
     compilation_cache.enable_compilation_cache()
     opened = runs.open(
         args.run or "latest",
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if is_pair:
             raise UsageError("a model of pairs needs a source: give --prompt=TEXT")
         prompts = [""]
-    rows = runs.encode_prompts(tokenizer, prompts, is_pair=is_pair)
+    rows = encode_prompts(tokenizer, prompts, is_pair=is_pair)
     context = opened.model_def.config.max_seq_len
     sampling = SamplingConfig(
         temperature=_temperature(args, is_pair),
@@ -119,8 +121,8 @@ def _refuse(args: argparse.Namespace, unset: dict[str, Any], what: str) -> None:
 
 
 def _fit(
-    rows: runs.PromptRows, prompts: list[str], context: int, *, may_cut: bool
-) -> tuple[runs.PromptRows, list[str]]:
+    rows: PromptRows, prompts: list[str], context: int, *, may_cut: bool
+) -> tuple[PromptRows, list[str]]:
     """Cuts prompts to the last tokens that the context holds, and returns what to say of it.
 
     Raises:
@@ -144,7 +146,7 @@ def _fit(
 
 def _sample(
     opened: runs.Run,
-    rows: runs.PromptRows,
+    rows: PromptRows,
     args: argparse.Namespace,
     sampling: SamplingConfig,
     writer: "_Writer",
@@ -175,7 +177,7 @@ def _sample(
 
 def _search(
     opened: runs.Run,
-    rows: runs.PromptRows,
+    rows: PromptRows,
     args: argparse.Namespace,
     writer: "_Writer",
 ) -> Iterator[list[list[int]]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from craft_jax import outputs
 from craft_jax.checkpoint import lock
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.errors import OK, CraftError
-from craft_jax.outputs import Checkpoints
 
 _COLUMNS = ("run", "state", "step", "loss", "val loss", "age")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from craft_jax import outputs, runs
 from craft_jax.checkpoint import manifest as manifests
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.errors import FAILED_CHECK, OK, StorageError
-from craft_jax.outputs import Checkpoints
 
 
 def run(args: argparse.Namespace) -> int:

@@ -225,3 +225,26 @@ def _continuations(beams: _Beams, logits_BWV: jax.Array) -> tuple[jax.Array, jax
     score_BK = jnp.concatenate([greedy_score_B1, other_score_BK], axis=1)
     index_BK = jnp.concatenate([greedy_B1, other_BK], axis=1)
     return score_BK, index_BK // V, index_BK % V
+
+
+def check_beams(num_beams: int, length_penalty: float, sampling: Sequence[str]) -> None:
+    """Checks that a search is not asked to sample, nor sampling to search.
+
+    Args:
+      num_beams, length_penalty: see `Generator.beam_search`.
+      sampling: names of the options of sampling that were given.
+
+    Raises:
+      UsageError: it is.
+    """
+    if num_beams > 1 and sampling:
+        raise UsageError(
+            f"`num_beams={num_beams}` searches for the most likely text and samples nothing; leave "
+            f"{', '.join(f'`{name}`' for name in sampling)} out"
+        )
+    if num_beams < 1:
+        raise UsageError(f"`num_beams={num_beams}` must be 1 (no search) or more")
+    if num_beams == 1 and length_penalty:
+        raise UsageError(
+            f"`length_penalty={length_penalty}` is for a search; give `num_beams` of 2 or more"
+        )

@@ -8,6 +8,7 @@ from craft_jax.data.images.conversion import shown
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.pipeline import Datasets
 from craft_jax.data.tokenizers import Tokenizer
+from craft_jax.generation import prompts
 from craft_jax.generation.images import ImageGenerator
 from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models.base import ImageModel, LanguageModel, ModelDef, Params
@@ -35,7 +36,7 @@ class TextSampler:
     def __call__(self, state: TrainState, is_last: bool = False) -> Sample:
         new = self._generator.generate(
             _sampling_params(state, self._policy),
-            [runs.prompt_ids(self._tokenizer, "")],
+            [prompts.prompt_ids(self._tokenizer, "")],
             max_new_tokens=self._num_tokens * (_LAST_SAMPLE_FACTOR if is_last else 1),
             config=_SAMPLING,
             seed=int(state.step),

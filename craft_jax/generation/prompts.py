@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
 from craft_jax.models.base import Cache, EncoderDecoderModel, LanguageModel, ModelDef, Params
 
@@ -112,3 +113,46 @@ class PromptReader:
 def round_up(length: int, multiple: int = 64) -> int:
     """Rounds a length up, so that near lengths share a compiled program."""
     return -(-length // multiple) * multiple
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the ids of a prompt; an empty one is the start of a document.
+
+    Raises:
+      UsageError: characters that the tokenizer does not know.
+    """
+    if prompt:
+        return tokenizer.encode(prompt, "the prompt").tolist()
+    if tokenizer.end_id is not None:
+        return [tokenizer.end_id]
+    return [0] if tokenizer.unknown_characters("\n") else tokenizer.encode("\n").tolist()
+
+
+class PromptRows(NamedTuple):
+    """What a generator is given for some texts.
+
+    Attributes:
+      prompts: ids that new tokens follow.
+      sources: ids of what an encoder-decoder reads; None for other models.
+    """
+
+    prompts: list[list[int]]
+    sources: list[list[int]] | None
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, is_pair: bool) -> PromptRows:
+    """Returns texts as prompts or, for a model of pairs, as sources.
+
+    Raises:
+      UsageError: characters that the tokenizer does not know, or an empty source.
+    """
+    if not is_pair:
+        return PromptRows([prompt_ids(tokenizer, text) for text in texts], None)
+    if tokenizer.end_id is None:
+        raise UsageError("the tokenizer has no end token, and a model of pairs needs one")
+    for number, text in enumerate(texts, start=1):
+        if not text:
+            which = f"source {number} of {len(texts)}" if len(texts) > 1 else "the source"
+            raise UsageError(f"{which} is empty; a model of pairs needs a text to read")
+    sources = [[*tokenizer.encode(text, "the source").tolist(), tokenizer.end_id] for text in texts]
+    return PromptRows([[tokenizer.end_id] for _ in texts], sources)

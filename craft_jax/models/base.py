@@ -59,7 +59,7 @@ class Model(nnx.Module):
       has_patches: whether `config.num_patches` is the number of positions of an image.
     """
 
-    Config: type
+    Config: type = object
     takes_loss_config: ClassVar[bool] = False
     has_patches: ClassVar[bool] = False
 

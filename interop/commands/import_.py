@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from craft_jax import outputs
+from craft_jax.checkpoint.listing import PARAMS, Checkpoints
 from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.errors import StorageError, UsageError
-from craft_jax.outputs import PARAMS, Checkpoints
 from interop import commands
 from interop.commands import Result, reading_options
 from interop.commands.export import PROBE, PROBE_LIMIT, check_choice, model_digest

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from craft_jax import outputs
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import CraftError
-from craft_jax.outputs import Checkpoints
 from interop.craft import tokenizers
 from interop.errors import (
     CorruptFileError,

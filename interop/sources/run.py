@@ -9,9 +9,9 @@ import numpy as np
 
 from craft_jax import outputs
 from craft_jax.checkpoint import manifest as manifests
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.data.base import sizes_from
 from craft_jax.data.tokenizers import Tokenizer
-from craft_jax.outputs import Checkpoints
 from interop.errors import (
     CorruptFileError,
     ShapeMismatchError,

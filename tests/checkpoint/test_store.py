@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from craft_jax import outputs
 from craft_jax.checkpoint import manifest
 from craft_jax.checkpoint import store as checkpointing
 from craft_jax.checkpoint.store import CheckpointStore
@@ -177,7 +178,7 @@ def test_a_failed_save_leaves_the_others(tmp_path, state, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpointing.outputs, "write_json", full)
+    monkeypatch.setattr(outputs, "write_json", full)
     with pytest.raises(
         StorageError, match=r"step 2 failed: no space left on .*; still safe at step 1"
     ):

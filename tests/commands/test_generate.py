@@ -5,6 +5,7 @@ import pytest
 from craft_jax import main as cli
 from craft_jax import runs
 from craft_jax.errors import UsageError
+from craft_jax.generation.prompts import prompt_ids
 from tests.conftest import micro
 
 
@@ -171,7 +172,7 @@ def test_no_half_characters(workdir, capsys, monkeypatch):
 
 def test_beams(workdir, capsys):
     run = runs.open("latest", workdir=workdir)
-    ids = [[*runs.prompt_ids(run.tokenizer, text)] for text in ("and ", "caf")]
+    ids = [[*prompt_ids(run.tokenizer, text)] for text in ("and ", "caf")]
     found = run.generator.beam_search(
         run.compute_params, ids, num_beams=3, max_new_tokens=8, length_penalty=0.5
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from craft_jax import outputs
 from craft_jax.checkpoint import manifest as manifests
-from craft_jax.outputs import Checkpoints
+from craft_jax.checkpoint.listing import Checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
 
