@@ -100,14 +100,7 @@ def create_run(
 
     def make(stamp: str) -> RunPaths:
         folder = workdir / "models" / (name or f"{model}_{size}_{precision}_{stamp}")
-        log = workdir / "logs" / f"train_{model}_{stamp}.log"
-        paths = RunPaths(
-            folder=folder,
-            log=log,
-            metrics=log.with_suffix(".jsonl"),
-            samples=workdir / "samples" / f"sample_{stamp}.txt",
-            events=log.with_suffix(""),
-        )
+        paths = _paths(folder, model, stamp)
         for file in (paths.log, paths.metrics, paths.samples):
             _create(file)
             made.append(file)
@@ -126,13 +119,17 @@ def create_run(
 
 def describe_run(folder: Path, model: str) -> RunPaths:
     """Returns the files of a run that was not trained yet; none of them exists."""
+    return _paths(folder, model, folder.name)
+
+
+def _paths(folder: Path, model: str, stamp: str) -> RunPaths:
     workdir = _workdir(folder)
-    log = workdir / "logs" / f"train_{model}_{folder.name}.log"
+    log = workdir / "logs" / f"train_{model}_{stamp}.log"
     return RunPaths(
         folder=folder,
         log=log,
         metrics=log.with_suffix(".jsonl"),
-        samples=workdir / "samples" / f"sample_{folder.name}.txt",
+        samples=workdir / "samples" / f"sample_{stamp}.txt",
         events=log.with_suffix(""),
     )
 
