@@ -19,7 +19,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from craft_jax.data import tfds_builder
+import tfds_builder
+
 from craft_jax.data.sources.files import shown
 from craft_jax.errors import CraftError, DataError, exit_code_of
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from craft_jax.data import tfds_builder
 from craft_jax.data.sources import tfds as tfds_source
 from craft_jax.data.sources.tfds import TfdsSource, feature_kinds, open_builder
 from craft_jax.errors import DataError, OutputError
+from scripts import tfds_builder
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
