@@ -19,10 +19,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import tfds_builder
-
 from craft_jax.data.sources.files import shown
 from craft_jax.errors import CraftError, DataError, exit_code_of
+from scripts import tfds_builder
 
 
 def paragraphs(path: Path, is_per_line: bool) -> Iterator[str]:
