@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from craft_jax import models, plugins, schema
-from craft_jax.checkpoint.store import CheckpointConfig
+from craft_jax.checkpoint.settings import CheckpointConfig
 from craft_jax.config_file import read_file
 from craft_jax.data import pipeline
 from craft_jax.data.pair_sources import TASKS
@@ -113,7 +113,7 @@ class ExperimentConfig:
 
     @property
     def reads_pairs(self) -> bool:
-        """Whether the model reads a source and writes a target."""
+        """Returns whether the model reads a source and writes a target."""
         return issubclass(self.model_class, EncoderDecoderModel)
 
     def check_pairs(self) -> None:
@@ -234,7 +234,7 @@ def flat(file: str | None, overrides: Sequence[Override] = ()) -> dict[str, str]
 
 
 class Weights(NamedTuple):
-    """What a run that begins with the weights of another takes over with them.
+    """The settings that a run inherits with the weights of another.
 
     Attributes:
       origin: where they come from, for messages.
@@ -427,7 +427,7 @@ def changes(
 
 
 def _is_resumable(field: str, config: ExperimentConfig) -> bool:
-    """Whether the run of a config may be resumed with another value of a field."""
+    """Returns whether the run of a config may be resumed with another value of a field."""
     section, _, name = field.partition(".")
     if section not in SECTIONS:
         return False

@@ -9,7 +9,7 @@ from craft_jax.errors import ConfigError
 
 
 def is_reference(name: str) -> bool:
-    """Whether a config value names a class of the user's own."""
+    """Returns whether a config value names a class of the user's own."""
     return ":" in name
 
 

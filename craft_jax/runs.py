@@ -18,7 +18,8 @@ import numpy as np
 
 from craft_jax import config as configs
 from craft_jax import outputs, schema
-from craft_jax.checkpoint.store import CheckpointStore, Pin
+from craft_jax.checkpoint.lock import Pin
+from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.config import ExperimentConfig, Override, Weights
 from craft_jax.data import tokenizers
 from craft_jax.data.base import sizes_from
@@ -81,12 +82,12 @@ class Run:
 
     @functools.cached_property
     def meta(self) -> dict:
-        """What the checkpoint keeps beside the arrays."""
+        """The metadata of the checkpoint: step, metrics, environment and so on."""
         return self.store.meta(self.step)
 
     @functools.cached_property
     def image_format(self) -> ImageFormat | None:
-        """What the images are that the model was trained on; None if there were none."""
+        """The format of the images that the model was trained on; None for other data."""
         found = self.meta.get("images")
         return None if found is None else ImageFormat.from_json(found)
 
@@ -108,7 +109,7 @@ class Run:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        """What continues prompts; its compiled functions stay between calls.
+        """Continues prompts; compiled functions are kept between calls.
 
         Raises:
           UsageError: the model is no language model.
@@ -174,7 +175,7 @@ class Run:
 
     @functools.cached_property
     def image_generator(self) -> ImageGenerator:
-        """What makes images; its compiled functions stay between calls.
+        """Generates images; compiled functions are kept between calls.
 
         Raises:
           UsageError: the run is not one of images.

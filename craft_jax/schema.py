@@ -1,4 +1,4 @@
-"""What a config dataclass is made of: settings with a help text and bounds, and their check.
+"""Settings of config dataclasses: help text, bounds, and their check.
 
 Every section of a config (`GPTConfig`, `OptimConfig`, ...) is a frozen, keyword-only dataclass that
 is beside the code that reads it. `setting` declares a field. A section whose fields can exclude

@@ -1,8 +1,8 @@
 """Named arrays in a folder, written and read by Orbax.
 
-What flows in and out are flat dicts of numpy arrays, with the checksums of what was in memory; what
-makes such folders a checkpoint is `checkpointing`'s to know, which loads this module when it first
-needs it: Orbax takes half as long to import as JAX, and the first step need not wait for that.
+Takes and returns flat dicts of numpy arrays, with their checksums in memory. `store` imports this
+module when it first needs it: importing Orbax takes half as long as importing JAX, and the first
+step need not wait for it.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ def write(
     Args:
       folder: where; it is made.
       arrays: by path.
-      is_imported: whether they are views of mapped files: then one is in memory at a time, and a
-        signal ends it.
+      is_imported: whether they are views of mapped files: only one is in memory at a time, and a
+        signal stops the write.
 
     Returns:
-      What was in memory, by path.
+      Shape, dtype and checksum of each array, by path.
     """
     writer = _Writer(arrays, one_by_one=is_imported)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, writer))
@@ -84,14 +84,14 @@ def _checkpointer(handler: type, **options: Any) -> ocp.Checkpointer:
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
-    """Writes arrays, takes their checksums, and reports the first failure when all have ended.
+    """Writes arrays with their checksums, and reports the first failure when all have ended.
 
-    Orbax alone gives up at once: the writes that go on then find its event loop closed, and print
-    that. It holds a copy of all arrays, and goes on in its threads when it is told to end.
+    Orbax alone raises at once, so the remaining writes find its event loop closed and print errors.
+    It also copies all arrays first, and its threads continue after a signal.
 
     Args:
       arrays: by path.
-      one_by_one: keep no more than one in memory, and stop between two of them when told to.
+      one_by_one: keep only one in memory, and stop between two of them after a signal.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], one_by_one: bool) -> None:
@@ -116,7 +116,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
             return
         try:
             if self.is_stopped:
-                raise InterruptedError("told to stop")
+                raise InterruptedError("stopped by a signal")
             # TensorStore is slow on views whose rows are far apart, such as transposed ones.
             array = np.ascontiguousarray(value).reshape(value.shape)
             self.leaves[self._names[id(value)]] = manifest.leaf_of(array)
@@ -127,7 +127,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 
 @contextlib.contextmanager
 def _stopping(handler: _Writer) -> Iterator[None]:
-    """Lets signals stop a handler between two arrays, and passes them on when it has ended."""
+    """Stops a writer between two arrays on a signal, and raises the signal again afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -149,7 +149,7 @@ def _stopping(handler: _Writer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Keeps Orbax from printing tracebacks of failures that are reported in our own words."""
+    """Silences tracebacks that Orbax logs for failures; the caller reports them."""
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Files and folders that outlive a crash: synced to the disk, and put in place in one step."""
+"""Files and folders that survive a crash: synced to disk, and renamed atomically."""
 
 import contextlib
 import ctypes
@@ -40,9 +40,9 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def put_in_place(partial: Path, place: Path, old: Path) -> None:
-    """Renames a synced folder to its place; what stood there is at `old` afterwards.
+    """Renames a synced folder to its place; a folder that was there is moved to `old`.
 
-    At every moment the place holds one of the two whole, where the system can swap them.
+    Where the system can swap paths, the place is never empty in between.
     """
     if not os.path.lexists(place):
         partial.rename(place)
@@ -64,7 +64,7 @@ def remove(path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
+    """Returns whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

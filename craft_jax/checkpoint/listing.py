@@ -22,11 +22,11 @@ _SET_ASIDE = re.compile(r"^\.\d+\.(tmp|trash)-|^\d+\.(corrupt|aside)(-\d+)?$")
 class Checkpoints:
     """The step folders of one run, without their arrays; needs no JAX.
 
-    A folder is a checkpoint if its name is a step and its manifest is whole; everything
-    else beside it is left alone.
+    A folder is a checkpoint if its name is a step and its manifest is intact; other entries are
+    ignored.
 
     Args:
-      folder: where the step folders stand.
+      folder: of the step folders.
     """
 
     def __init__(self, folder: Path):
@@ -131,11 +131,11 @@ class Checkpoints:
         return PARAMS if last or not self.has_average(step) else AVERAGE
 
     def has_average(self, step: int) -> bool:
-        """Whether the optimizer kept an average of the parameters."""
+        """Returns whether the optimizer kept an average of the parameters."""
         return (self.folder / str(step) / AVERAGE).is_dir()
 
     def has_optimizer(self, step: int) -> bool:
-        """Whether a checkpoint can be continued to the bit; an imported one has weights only."""
+        """Returns whether a checkpoint can be resumed exactly; imported ones have weights only."""
         return (self.folder / str(step) / OPTIMIZER).is_dir()
 
     def _read_json(self, step: int, name: str) -> dict:

@@ -1,8 +1,6 @@
-"""The policy of checkpoints: when they are written, which one is restored, what a failure does.
+"""The policy of checkpoints: one save at a time, tolerated failures, which one is restored.
 
-The trainer asks for a save or a restore, and `CheckpointStore` reads and writes. In between: one
-save at a time in the background, failures that do not end a run at once, and the search for the
-newest checkpoint that is intact.
+The trainer asks for a save or a restore; `CheckpointStore` reads and writes.
 """
 
 import contextlib
@@ -12,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from craft_jax.checkpoint import manifest
 from craft_jax.checkpoint.manifest import DamagedError
-from craft_jax.checkpoint.store import CheckpointConfig, CheckpointStore
+from craft_jax.checkpoint.settings import CheckpointConfig
+from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.errors import StorageError
 from craft_jax.parallel import sharding
 from craft_jax.parallel.processes import ALONE, ProcessGroup
@@ -46,7 +45,7 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class States(Protocol):
-    """What makes states: the train step that maps them."""
+    """Makes states; a train step does."""
 
     abstract_state: TrainState
 
@@ -111,7 +110,7 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def _tolerance(self) -> Iterator[None]:
-        """Turns failures into warnings, up to a number of them in a row."""
+        """Logs failures as warnings, until there are too many in a row."""
         written = self._store.written
         try:
             yield
@@ -251,5 +250,5 @@ def read_latest(
         return None
     raise StorageError(
         f"no checkpoint below {store.folder} can be read ({'; '.join(reasons)}); to begin again "
-        "from step 0 add --config.checkpoint.resume=none, or use another --run"
+        "from step 0 add `config.checkpoint.resume=none`, or use another `run`"
     )

@@ -1,12 +1,12 @@
-"""The manifest of a checkpoint: what makes a folder one, and the checksums that prove it whole.
+"""The manifest of a checkpoint: its files and arrays with their checksums.
 
     MANIFEST.json   format, step, bytes
                     files:  path -> size, crc32
                     leaves: path -> shape, dtype, crc32 (of the array in memory, before writing)
                     crc32 of the manifest itself
 
-It is written last. Orbax checks its indices alone, and loads a flipped bit of an array silently;
-these checksums cover every byte of every file.
+It is written last, so a folder without one is no checkpoint. Orbax only checks its indices and
+loads flipped bits of arrays silently; these checksums cover every byte of every file.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Level = Literal["full", "fast", "none"]
 
 
 class DamagedError(StorageError):
-    """A checkpoint is not as it was written. The message is the reason alone."""
+    """A checkpoint differs from what was written. The message is the reason alone."""
 
 
 class Leaf(NamedTuple):
@@ -42,7 +42,7 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint.
 
     Attributes:
       step: its number.
@@ -61,7 +61,7 @@ class Manifest:
 
 
 def leaf_of(array: Any) -> Leaf:
-    """Describes an array that is in memory."""
+    """Returns the shape, dtype and checksum of an array in memory."""
     return Leaf(tuple(array.shape), str(array.dtype), array_crc(array))
 
 
@@ -71,7 +71,7 @@ def array_crc(array: Any) -> int:
 
 
 def write(folder: Path, step: int, leaves: Mapping[str, Leaf]) -> None:
-    """Writes the manifest of a folder that holds everything else of a checkpoint."""
+    """Writes the manifest of a folder that is complete but for it."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": _hex(crc)}
@@ -95,7 +95,7 @@ def read(folder: Path) -> Manifest:
     """Reads the manifest of a checkpoint.
 
     Raises:
-      DamagedError: there is none, its own checksum is another, or a newer program wrote it.
+      DamagedError: it is missing, its own checksum is wrong, or a newer version wrote it.
     """
     try:
         text = (folder / NAME).read_bytes().decode("utf-8")
@@ -113,7 +113,7 @@ def read(folder: Path) -> Manifest:
             f"{FORMAT}"
         )
     if not folder.name.startswith(".") and folder.name != str(body["step"]):
-        raise DamagedError(f"{NAME} is that of step {body['step']}")
+        raise DamagedError(f"{NAME} belongs to step {body['step']}")
     return Manifest(
         step=body["step"],
         files={name: (e["size"], int(e["crc32"], 16)) for name, e in body["files"].items()},
@@ -125,15 +125,15 @@ def read(folder: Path) -> Manifest:
 
 
 def check(folder: Path, level: Level = "full") -> Manifest:
-    """Checks a checkpoint against its manifest, and returns that.
+    """Checks a checkpoint against its manifest, and returns the manifest.
 
     Args:
       folder: of the checkpoint.
-      level: `full` reads every byte, `fast` only those of small files and compares the sizes of
-        the others, `none` reads the manifest alone.
+      level: `full` reads every byte; `fast` reads small files and compares the sizes of others;
+        `none` reads the manifest alone.
 
     Raises:
-      DamagedError: names the first file that is not as it was written.
+      DamagedError: names the first file that differs.
     """
     manifest = read(folder)
     if level == "none":

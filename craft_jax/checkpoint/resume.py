@@ -1,4 +1,4 @@
-"""What it takes for a run to go on: the checkpoint, the data, and what has changed since."""
+"""Resuming a run: chooses the checkpoint, checks the data, reports changes since."""
 
 import dataclasses
 import logging
@@ -24,21 +24,21 @@ logger = logging.getLogger(__name__)
 
 
 def is_untrained(paths: RunPaths) -> bool:
-    """Whether a run has nothing to lose: its process was killed before the first checkpoint."""
+    """Returns whether a run has no checkpoint at all, not even a damaged one."""
     store = CheckpointStore(paths.checkpoints)
     return not (store.steps() or store.damaged() or store.corrupt())
 
 
 def choose(paths: RunPaths, config: ExperimentConfig) -> int | None:
-    """Returns the step to go on from, after clearing up what killed processes left.
+    """Removes unfinished saves, and returns the step to resume from; None to begin at step 0.
 
     Raises:
-      StorageError: there are checkpoints, but none that is as it was written.
+      StorageError: there are checkpoints, but all are damaged.
     """
     store = CheckpointStore(paths.checkpoints)
     removed = store.remove_leftovers()
     for name in store.foreign():
-        logger.warning("%s is no checkpoint; it is left alone", store.folder / name)
+        logger.warning("%s is not a checkpoint; it is left alone", store.folder / name)
     if config.checkpoint.resume == "none":
         for place in store.set_aside():
             logger.info("beginning again: the checkpoint is set aside as %s", place)
@@ -65,7 +65,7 @@ def _how_verified(level: str) -> str:
 
 
 def is_finished(paths: RunPaths, step: int, config: ExperimentConfig) -> bool:
-    """Whether nothing is left to do of a run: the last step is made, or a callback ended it."""
+    """Returns whether a run is complete: its last step is done, or a callback ended it."""
     store = CheckpointStore(paths.checkpoints)
     meta = store.meta(step)
     if meta.get("ended") and store.config(step) == lasting(config).to_json():
@@ -74,17 +74,17 @@ def is_finished(paths: RunPaths, step: int, config: ExperimentConfig) -> bool:
 
 
 def lasting(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns the config that a run keeps: how it was resumed is for once."""
+    """Returns the config to store: `checkpoint.resume` holds for one command only."""
     return dataclasses.replace(
         config, checkpoint=dataclasses.replace(config.checkpoint, resume="auto")
     )
 
 
 def check_tokenizer(paths: RunPaths, config: ExperimentConfig, own: Tokenizer) -> None:
-    """Checks that the tokenizer that a config names is still the one that the run has.
+    """Checks that the tokenizer file of a config is still the tokenizer of the run.
 
     Raises:
-      ConfigError: it is another one; names the digests of both.
+      ConfigError: it is not; names both digests.
     """
     name = config.data.tokenizer
     if not name or not is_tokenizer_path(name):
@@ -97,17 +97,17 @@ def check_tokenizer(paths: RunPaths, config: ExperimentConfig, own: Tokenizer) -
         raise ConfigError(
             f"data.tokenizer={name} has changed: its digest is {now.digest[:16]}, and that of the "
             f"tokenizer of run {paths.name} is {own.digest[:16]}; bring the old file back, or "
-            "start another --run"
+            "start another `run`"
         )
 
 
 def check_data(
     store: CheckpointStore, step: int, data: Dataset, config: ExperimentConfig, run: str
 ) -> dict[str, Any]:
-    """Checks that the data is that of a checkpoint, and returns the meta of the checkpoint.
+    """Checks that the data is the data of a checkpoint, and returns the checkpoint's meta.
 
     Raises:
-      ConfigError: it is not, and `data.allow_change` is not set.
+      ConfigError: it is other data, and `data.allow_change` is not set.
     """
     meta, saved = store.meta(step), store.config(step)["data"]
     shape = ("batch_size", "seq_len")
@@ -125,8 +125,8 @@ def check_data(
     if not fields.allow_change:
         raise ConfigError(
             f"{what}: the data of run {run} has changed since step {step}: its text, tokenizer or "
-            "split is another one; bring the old text back, start another --run, or accept it with "
-            "--config.data.allow_change"
+            "split is another one; bring the old text back, start another `run`, or accept it with "
+            "`config.data.allow_change`"
         )
     logger.warning(
         "%s: the data has changed since step %d; its batches are counted from 0 again", what, step
@@ -135,8 +135,8 @@ def check_data(
 
 
 def report_changes(paths: RunPaths, config: ExperimentConfig, step: int) -> None:
-    """Says what is different from the life of the run before this one."""
-    if not paths.config.exists():  # Its first process was killed before it wrote that.
+    """Logs the settings and the environment that changed since the run was last trained."""
+    if not paths.config.exists():  # The first process was killed before it wrote its config.
         return
     saved = runs.saved_config(paths)
     for part in configs.changes(saved, config):

@@ -6,17 +6,15 @@
                              meta.json       step, metrics, callback state, environment
                              config.json     the whole config
                              tokenizer.json
-                             MANIFEST.json   checksums of all of it (`manifests`), written last
+                             MANIFEST.json   checksums of all of it (`manifest`), written last
 
-A folder is written beside its place, synced, and renamed when it is whole. What flows in and out
-are flat dicts of arrays; the trainer's state is flattened here. Which folder is a checkpoint, which
-stay and which are damaged is decided here and in `outputs`, never by Orbax.
+A folder is written under a temporary name, synced, and renamed when it is complete. The trainer's
+state is flattened to dicts of arrays by path. This module and `listing` decide which folders are
+checkpoints, which are damaged and which are kept; Orbax only stores the arrays.
 """
 
 import contextlib
-import dataclasses
 import errno
-import fcntl
 import hashlib
 import importlib
 import logging
@@ -25,17 +23,16 @@ import os
 import re
 import shutil
 import time
-import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from craft_jax.checkpoint import atomic, manifest
+from craft_jax.checkpoint import atomic, lock, manifest
 from craft_jax.checkpoint.listing import (
     AVERAGE,
     OPTIMIZER,
@@ -43,12 +40,13 @@ from craft_jax.checkpoint.listing import (
     Checkpoints,
     write_beside_arrays,
 )
+from craft_jax.checkpoint.lock import Pin
 from craft_jax.checkpoint.manifest import DamagedError, Leaf
+from craft_jax.checkpoint.settings import DEFAULTS, CheckpointConfig
 from craft_jax.errors import ConfigError, StorageError
 from craft_jax.models.base import Params
 from craft_jax.parallel import sharding
 from craft_jax.runtime import fault_injection
-from craft_jax.schema import setting
 
 logger = logging.getLogger(__name__)
 
@@ -60,62 +58,19 @@ _FULL = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """How checkpoints are written, chosen and kept; how often and how many is in `training`."""
-
-    resume: Literal["auto", "must", "none"] = setting(
-        "auto",
-        "auto: continue from the newest good checkpoint; must: an error where there is none; none: "
-        "set those that are there aside and begin again",
-        resumable=True,
-    )
-    verify: Literal["full", "fast", "none"] = setting(
-        "full",
-        "before a checkpoint is used: full reads every byte, fast the sizes of large files",
-        resumable=True,
-    )
-    every_minutes: float = setting(
-        0.0,
-        "minutes between checkpoints, beside training.checkpoint_every; 0 for none",
-        minimum=0,
-        resumable=True,
-    )
-    best_metric: str = setting("val_loss", "the metric whose best evaluations stay", resumable=True)
-    best_mode: Literal["min", "max"] = setting(
-        "min", "whether lower or higher is better", resumable=True
-    )
-    keep_best: int = setting(1, "how many of the best stay", minimum=1, resumable=True)
-    keep_multiples: int = setting(
-        0,
-        "checkpoints whose step is a multiple of this stay forever; 0 for none",
-        minimum=0,
-        resumable=True,
-    )
-    background: bool = setting(True, "write while training goes on", resumable=True)
-    on_error: Literal["warn", "halt"] = setting(
-        "warn",
-        "when a checkpoint on the way cannot be written: warn goes on, and halts at the third "
-        "failure in a row; the last checkpoint of a run always halts",
-        resumable=True,
-    )
-
-
 class CheckpointStore(Checkpoints):
     """The checkpoints of one run, with their arrays.
 
     Args:
-      folder: where the step folders stand; made by the first save.
-      keep_last: how many of the newest stay.
-      config: which others stay.
+      folder: of the step folders; made by the first save.
+      keep_last: how many of the newest are kept.
+      config: which others are kept.
 
     Attributes:
       written: how many checkpoints this object has written.
     """
 
-    def __init__(
-        self, folder: Path, keep_last: int = 2, config: CheckpointConfig = CheckpointConfig()
-    ):
+    def __init__(self, folder: Path, keep_last: int = 2, config: CheckpointConfig = DEFAULTS):
         super().__init__(folder)
         self._keep_last, self._config = keep_last, config
         self._pool: ThreadPoolExecutor | None = None
@@ -136,20 +91,19 @@ class CheckpointStore(Checkpoints):
     ) -> None:
         """Writes a checkpoint, then removes those that are no longer kept.
 
+        All processes call it, since each holds a part of the state; the first one writes.
+
         Args:
           step: its number.
-          state: a tree of arrays with mappings `params` and `average`, the latter may be None; it
-            is copied before this returns.
-          meta: JSON to store beside it.
-          config: the config as JSON.
+          state: a tree of arrays with mappings `params` and `average`, which may be None; it is
+            copied before this returns.
+          meta, config: JSON to store beside it.
           tokenizer: the text of `tokenizer.json`, or None.
-          background: return at once; `poll` and `wait` tell how it went.
-
-        Of several processes all call it, since each holds a part of the state; the first writes.
+          background: return at once; `poll` and `wait` raise the error of a failure.
 
         Raises:
-          StorageError: it, or the one before in the background, could not be written; older
-            checkpoints are as they were.
+          StorageError: this checkpoint, or the previous one in the background, could not be
+            written; older checkpoints are unchanged.
         """
         self.wait()
         fault_injection.point("ckpt.begin")
@@ -171,20 +125,12 @@ class CheckpointStore(Checkpoints):
         self._under_way = self._pool.submit(write)
 
     def poll(self) -> None:
-        """Raises what went wrong in the background, if it has ended.
-
-        Raises:
-          StorageError: the checkpoint could not be written.
-        """
+        """Raises the StorageError of a save in the background that has failed."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for what is written in the background.
-
-        Raises:
-          StorageError: the checkpoint could not be written.
-        """
+        """Waits for the save in the background; raises its StorageError."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
@@ -224,7 +170,7 @@ class CheckpointStore(Checkpoints):
         self._prune()
 
     def _commit(self, partial: Path, step: int, leaves: Mapping[str, Leaf]) -> None:
-        """Makes a folder that holds everything a checkpoint: whatever happens, whole or absent."""
+        """Turns a complete folder into a checkpoint, atomically."""
         manifest.write(partial, step, leaves)
         atomic.sync_tree(partial)
         fault_injection.point("ckpt.before_commit")
@@ -237,7 +183,7 @@ class CheckpointStore(Checkpoints):
         atomic.remove(old)
 
     def _failed(self, step: int, error: Exception, num_bytes: int) -> StorageError:
-        """Says what went wrong with a save, and what is still safe."""
+        """Returns the error of a failed save, with the newest checkpoint that is safe."""
         reason = _full_disk(error)
         if reason is not None:
             with contextlib.suppress(OSError):
@@ -256,10 +202,9 @@ class CheckpointStore(Checkpoints):
         return self.folder / f".{step}.{what}-{os.getpid()}"
 
     def remove_leftovers(self) -> list[int]:
-        """Removes what saves of processes that were killed left behind; to be called under lock.
+        """Removes unfinished saves of killed processes, and returns their steps.
 
-        Returns:
-          The steps that were under way and are no checkpoints.
+        The caller holds the lock of the run.
         """
         found = set()
         if self.folder.is_dir():
@@ -271,14 +216,14 @@ class CheckpointStore(Checkpoints):
         return sorted(found - set(self.steps()))
 
     def mark_corrupt(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that it is looked at by people alone."""
+        """Renames a damaged checkpoint, so that it is kept but never loaded."""
         return self._rename(str(step), "corrupt")
 
     def set_aside(self, after: int | None = None) -> list[Path]:
-        """Renames checkpoints, so that a run can go another way without losing them.
+        """Renames checkpoints, so that a run can continue from an earlier step without losing them.
 
         Args:
-          after: only those of later steps than this one; None for all, damaged ones included.
+          after: rename later steps than this one; None for all, damaged ones included.
         """
         if after is not None:
             return [self._rename(str(step), "aside") for step in self.steps() if step > after]
@@ -298,7 +243,7 @@ class CheckpointStore(Checkpoints):
         if every := self._config.keep_multiples:
             keep |= {step for step in steps if step % every == 0}
         for step in steps:
-            if step not in keep and not self._is_pinned(step):
+            if step not in keep and not lock.is_pinned(self.folder / str(step) / manifest.NAME):
                 # Renamed first: a folder that is half removed is no checkpoint any more.
                 trash = self._aside(step, "trash")
                 atomic.remove(trash)
@@ -317,41 +262,16 @@ class CheckpointStore(Checkpoints):
 
     # Reading.
 
-    def pin(self, step: int) -> "Pin | None":
-        """Keeps a trainer from removing a checkpoint, for as long as what this returns is there.
-
-        Returns:
-          None if the checkpoint is gone.
-        """
-        file = self.folder / str(step) / manifest.NAME
-        try:
-            made = Pin(file)
-            if os.path.samestat(os.stat(file), os.fstat(made.handle)):
-                return made
-        except FileNotFoundError:
-            pass
-        return None
-
-    def _is_pinned(self, step: int) -> bool:
-        """Whether someone reads a checkpoint now; it is removed after a later save then."""
-        try:
-            with (self.folder / str(step) / manifest.NAME).open("rb") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+    def pin(self, step: int) -> Pin | None:
+        """Keeps trainers from removing a checkpoint while the pin exists; None if it is gone."""
+        return lock.pin(self.folder / str(step) / manifest.NAME)
 
     def read_state(self, step: int, abstract: Any) -> Any:
-        """Reads a whole state, and compares it with the checksums taken before it was written.
+        """Returns a whole state in numpy arrays, checked against the checksums of the arrays saved.
 
         Args:
-          step: which.
-          abstract: a tree of `jax.ShapeDtypeStruct`, as `state` was saved.
-
-        Returns:
-          The state in numpy arrays.
+          step: of the checkpoint.
+          abstract: the structure of the saved state, with `jax.ShapeDtypeStruct` leaves.
 
         Raises:
           DamagedError: it cannot be read, or has other bits.
@@ -364,12 +284,9 @@ class CheckpointStore(Checkpoints):
     def restore_params(
         self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct], *, last: bool = False
     ) -> Params:
-        """Reads the parameters alone onto devices; see `read_params`.
+        """Returns the parameters on devices, by the shardings of `shapes`; see `read_params`.
 
-        Args:
-          step: which.
-          shapes: with shardings; onto the default device where there is none.
-          last: see `read_params`.
+        A shape without a sharding goes to the default device.
         """
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = {
@@ -381,14 +298,12 @@ class CheckpointStore(Checkpoints):
     def read_params(
         self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct], *, last: bool = False
     ) -> dict[str, np.ndarray]:
-        """Reads the parameters alone, in the dtypes of `shapes`; their average where there is one.
-
-        An imported model may have been stored in other dtypes.
+        """Returns the parameters, or their average where there is one, in the dtypes of `shapes`.
 
         Args:
-          step: which.
-          shapes: by path.
-          last: those of the last update, even where there is an average of them.
+          step: of the checkpoint.
+          shapes: by path; an imported model may be stored in other dtypes.
+          last: return the parameters of the last update, even where there is an average.
 
         Raises:
           DamagedError: they cannot be read.
@@ -401,7 +316,7 @@ class CheckpointStore(Checkpoints):
     def _check_leaves(
         self, step: int, wanted: Mapping[str, Mapping[str, Any]], any_dtype: bool = False
     ) -> None:
-        """Checks that a checkpoint holds the arrays that are wanted: Orbax would cast silently."""
+        """Checks names, shapes and dtypes of the stored arrays; Orbax would cast silently."""
         stored = {
             name: leaf
             for name, leaf in manifest.read(self.folder / str(step)).leaves.items()
@@ -454,13 +369,11 @@ class CheckpointStore(Checkpoints):
         config: Mapping,
         tokenizer: str | None,
     ) -> Path:
-        """Writes a checkpoint of parameters alone, one array after the other.
-
-        Arrays may be views of mapped files: no more than one of them is in memory at a time.
+        """Writes a checkpoint of parameters alone, with one array at a time in memory.
 
         Args:
           step: its number.
-          params: by path, in the dtypes that are to be stored.
+          params: by path, in the dtypes to store; views of mapped files, for instance.
           meta, config, tokenizer: see `save`.
 
         Raises:
@@ -480,18 +393,18 @@ class CheckpointStore(Checkpoints):
 def _write_part(
     folder: Path, part: str, arrays: Mapping[str, np.ndarray], *, is_imported: bool = False
 ) -> dict[str, Leaf]:
-    """Writes one part of a checkpoint; returns what was in memory, by `part/path`."""
+    """Writes one part of a checkpoint; returns its leaves by `part/path`."""
     leaves = _array_files().write(folder / part, arrays, is_imported=is_imported)
     return {f"{part}/{name}": leaf for name, leaf in leaves.items()}
 
 
 def _array_files() -> ModuleType:
-    # With Orbax, which takes a while to import.
+    # Imports Orbax, which takes a while.
     return importlib.import_module("craft_jax.checkpoint.arrays")
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """Returns what a failure to write means, if the disk or a limit is the cause of it."""
+    """Returns words for a failure to write that a full disk or a limit has caused."""
     while error is not None:
         for number, words in _FULL.items():
             # TensorStore has only the text of the system's error.
@@ -501,18 +414,8 @@ def _full_disk(error: BaseException | None) -> str | None:
     return None
 
 
-class Pin:
-    """A checkpoint that is being read: while this object is there, no trainer removes it."""
-
-    def __init__(self, file: Path):
-        self.handle = os.open(file, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.handle)
-        with contextlib.suppress(OSError):  # Not every network disk has locks.
-            fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
 def _split(state: Any) -> dict[str, dict[str, Any]]:
-    """Returns the leaves of a state in flat dicts: by their path, for the rest in the state."""
+    """Returns the leaves of a state by path, in one dict for each part of a checkpoint."""
     parts = {PARAMS: dict(state.params)}
     if state.average is not None:
         parts[AVERAGE] = dict(state.average)
@@ -521,7 +424,7 @@ def _split(state: Any) -> dict[str, dict[str, Any]]:
 
 
 def _join(abstract: Any, parts: Mapping[str, dict[str, Any]]) -> Any:
-    """Returns the state that `_split` took apart."""
+    """Inverts `_split`."""
     empty, rest = abstract.replace(params={}, average=None), parts[OPTIMIZER]
     filled = jax.tree_util.tree_map_with_path(lambda path, _: rest[_name(path)], empty)
     return filled.replace(params=parts[PARAMS], average=parts.get(AVERAGE))
@@ -532,7 +435,7 @@ def _name(path: tuple) -> str:
 
 
 def digest(state: Any) -> str:
-    """Returns the SHA-256 over each leaf's path, dtype, shape and bytes: equal is bit-equal."""
+    """Returns the SHA-256 of the path, dtype, shape and bytes of each leaf."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)

@@ -1,4 +1,4 @@
-"""What `prepare`, `tokenizer` and `data` have in common: a config, from a file or from a run."""
+"""The config of `prepare`, `tokenizer` and `data`, from a file or from a run."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the commands print: header and ending of a training run, tables, names."""
+"""Output of the commands: header and ending of a training run, tables, names."""
 
 import importlib
 import importlib.metadata

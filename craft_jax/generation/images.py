@@ -54,7 +54,7 @@ class ImageGenerator:
 
     @property
     def reads_pixels(self) -> bool:
-        """Whether it goes on from pixels, so that it can complete an image."""
+        """Returns whether it goes on from pixels, so that it can complete an image."""
         return issubclass(self._class, LanguageModel)
 
     @property

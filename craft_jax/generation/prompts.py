@@ -54,7 +54,7 @@ class PromptReader:
 
     @functools.cached_property
     def has_source(self) -> bool:
-        """Whether the model reads a source for each prompt."""
+        """Returns whether the model reads a source for each prompt."""
         return isinstance(self.model_def.merge(self.model_def.shapes), EncoderDecoderModel)
 
     def check(
@@ -129,7 +129,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 class PromptRows(NamedTuple):
-    """What a generator is given for some texts.
+    """Encoded prompts, the input of a generator.
 
     Attributes:
       prompts: ids that new tokens follow.

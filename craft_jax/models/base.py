@@ -37,7 +37,7 @@ class Constant(nnx.Param):
 
 
 class Cache(Protocol):
-    """What decoding keeps between tokens: a named tuple of arrays whose first axis is the rows."""
+    """The state of decoding between tokens: a named tuple of arrays with rows as first axis."""
 
     @property
     def length_B(self) -> jax.Array:

@@ -29,7 +29,7 @@ class LossConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is added."""
+        """Returns whether nothing is added."""
         return not (self.label_smoothing or self.z_loss)
 
 

@@ -1,4 +1,4 @@
-"""Whether a model can fit: a lower bound of what a train step needs, beside what there is.
+"""Returns whether a model can fit: a lower bound of what a train step needs, beside what there is.
 
 Without it a model that is too large ends in XLA's allocator, or with the out-of-memory killer,
 after minutes. The bound leaves out all that a compiler may avoid: nothing is refused that works.

@@ -82,7 +82,7 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process owns the run's folder."""
+        """Returns whether this process owns the run's folder."""
         return self.index == 0
 
     def from_first(
@@ -301,7 +301,7 @@ def _detected(count: int | None, index: int | None) -> tuple:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an error of JAX means that another process is gone."""
+    """Returns whether an error of JAX means that another process is gone."""
     if isinstance(error, CraftError) or not isinstance(error, (ValueError, RuntimeError)):
         return False
     text = str(error).lower()

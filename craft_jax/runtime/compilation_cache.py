@@ -46,7 +46,7 @@ def enable_compilation_cache() -> None:
 _CACHE_BYTES = 1 << 30
 
 _CACHE_SECONDS = 0.1
-"""What compiles quicker is not worth a file."""
+"""Seconds; programs that compile faster are not cached."""
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its config and data: versions, devices, cores."""
+"""The environment that a run's numbers depend on: versions, devices, cores."""
 
 import contextlib
 import importlib

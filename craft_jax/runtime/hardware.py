@@ -1,7 +1,4 @@
-"""What a benchmark compares with: the work of a model, the rate of a device, memory, and start-up.
-
-Numbers of a model and devices flow in, FLOPs, bytes and seconds flow out.
-"""
+"""FLOPs of a model, the peak rate of a device, memory in use, and timing of work."""
 
 import contextlib
 import os

@@ -15,7 +15,7 @@ from craft_jax.errors import INTERRUPTED, KILLED, PREEMPTED, StoppedError
 
 
 class StopFlag(abc.ABC):
-    """Whether the run was asked to stop, and the exit code for it.
+    """Returns whether the run was asked to stop, and the exit code for it.
 
     Attributes:
       exit_code: 130 after Ctrl-C, 75 after SIGTERM, SIGUSR1 or SIGHUP, None before any.
@@ -28,7 +28,7 @@ class StopFlag(abc.ABC):
 
     @property
     def is_set(self) -> bool:
-        """Whether a signal arrived."""
+        """Returns whether a signal arrived."""
         return self.exit_code is not None
 
     @abc.abstractmethod

@@ -55,7 +55,7 @@ class StepRecord:
 
     @property
     def is_last(self) -> bool:
-        """Whether no step follows."""
+        """Returns whether no step follows."""
         return self.step >= self.num_steps
 
 
@@ -213,7 +213,7 @@ class CheckpointCallback(Every):
 
 
 def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether a value is better than the best one by more than `min_delta`.
+    """Returns whether a value is better than the best one by more than `min_delta`.
 
     Args:
       value, best: the latter is None before the first.

@@ -35,7 +35,7 @@ _STATUS_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written down beside the usual; a run may continue with other values."""
+    """What is logged in addition to the defaults."""
 
     exact: bool = setting(
         False,

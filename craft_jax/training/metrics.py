@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation are called and how they follow from sums. Plain Python."""
+"""Names of the metrics of an evaluation, and their values from sums. Plain Python."""
 
 import math
 

@@ -179,7 +179,7 @@ class Optimizer:
 
     @property
     def averages(self) -> bool:
-        """Whether an average of the parameters is kept."""
+        """Returns whether an average of the parameters is kept."""
         return self.is_schedule_free or self.ema_decay is not None
 
     def init(self, params: Mapping[str, jax.Array]) -> Any:

@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What both sections say of the metric that they watch."""
+    """The metric that a policy watches."""
 
     monitor: str = setting("val_loss", "the metric that should improve", resumable=True)
     mode: Literal["min", "max"] = setting(
@@ -36,7 +36,7 @@ class MonitorConfig:
     )
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Whether a value is better than the best one, None before the first."""
+        """Returns whether a value is better than the best one, None before the first."""
         return improves(value, best, self.mode, self.min_delta)
 
 
@@ -90,7 +90,7 @@ class PlateauConfig(MonitorConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """What the policy for plateaus knows; a new run's is `Plateau()`.
+    """The state of the policy for plateaus; a new run starts with `Plateau()`.
 
     Attributes:
       best: value so far; None before the first.
@@ -131,7 +131,7 @@ def after_evaluation(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spikes:
-    """What the policy for spikes knows; a new run's is `Spikes()`.
+    """The state of the policy for spikes; a new run starts with `Spikes()`.
 
     Attributes:
       average: moving average of the losses that are no spikes; None before the first.

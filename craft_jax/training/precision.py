@@ -33,7 +33,7 @@ class Policy:
 
     @property
     def scales(self) -> bool:
-        """Whether the loss is scaled, so that small gradients do not vanish."""
+        """Returns whether the loss is scaled, so that small gradients do not vanish."""
         return self.compute_dtype == jnp.float16
 
     def cast(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

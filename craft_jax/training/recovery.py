@@ -32,7 +32,7 @@ class Recovery:
     float32_after: int | None = None
 
     def is_in_float32(self, step: int) -> bool:
-        """Whether a step of a float16 run computes in float32."""
+        """Returns whether a step of a float16 run computes in float32."""
         return self.float32_after is not None and step > self.float32_after
 
     def to_meta(self) -> dict[str, Any]:

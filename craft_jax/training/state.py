@@ -1,4 +1,4 @@
-"""What a run is at one moment: a frozen value that a train step maps to the next."""
+"""The state of training: a frozen value that a train step maps to the next."""
 
 import dataclasses
 from typing import Any

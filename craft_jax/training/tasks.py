@@ -13,7 +13,7 @@ from craft_jax.training import metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the trainer knows of a kind of data.
+    """A kind of data, as the trainer sees it.
 
     Attributes:
       unit: what is counted for the throughput: `tokens`, `examples`.

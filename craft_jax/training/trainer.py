@@ -240,7 +240,7 @@ class Trainer:
         return self._callbacks.wanting_state(step, is_last=step == self._config.num_steps)
 
     def _must_sync(self) -> bool:
-        """Whether a signal or a callback's request needs the state now."""
+        """Returns whether a signal or a callback's request needs the state now."""
         if self._signal.is_set and not self._stop:
             self._stop = Stop(self._signal.name or "a signal")
         return bool(

@@ -146,7 +146,7 @@ class Stub:
 
     @property
     def fields(self) -> dict:
-        """What is known by name: keyword arguments, items, and attributes of state and slots."""
+        """Keyword arguments, items and attributes by name."""
         states = self.state if isinstance(self.state, tuple) else (self.state,)
         found = {**self.kwargs, **self.entries}
         for state in states:
@@ -155,7 +155,7 @@ class Stub:
 
 
 class DamagedError(Exception):
-    """What is wrong with a file, as a sentence that continues its name."""
+    """A file is damaged; the message continues a sentence that begins with its path."""
 
 
 class Reader:

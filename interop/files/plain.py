@@ -1,4 +1,4 @@
-"""What other libraries' objects in a pickle say, as plain data: OmegaConf, argparse, OrderedDict.
+"""Turns objects of other libraries in a pickle into plain data: OmegaConf, argparse, OrderedDict.
 
 Stubs flow in, dicts and lists flow out. A stub that is none of these stays as it is.
 """

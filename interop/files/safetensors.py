@@ -58,7 +58,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsFile:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
       path: where it is.
@@ -130,7 +130,7 @@ def _is_unicode(text: str) -> bool:
 
 
 class _DamagedError(Exception):
-    """What is wrong with a file, as a sentence that continues its name."""
+    """A file is damaged; the message continues a sentence that begins with its path."""
 
 
 class _RefusedError(Exception):
@@ -139,7 +139,7 @@ class _RefusedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Version:
-    """What tells one content of a path from another."""
+    """Identifies the content of a file: it changes when the file is rewritten."""
 
     size: int
     inode: int

@@ -43,7 +43,7 @@ _MAX_PLACES = 2_000_000
 
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
       value: dicts, lists, tuples, sets, numbers, text, None, `StoredTensor` and `Stub`.

@@ -1,4 +1,4 @@
-"""What a model is, apart from its weights: the attributes that a target must be able to express.
+"""The architecture of a model: the attributes that a target must be able to express.
 
 A spec comes from the `model` section of a craft_jax config, or from a target's own config, and goes
 into either. It carries every attribute that changes a number, and nothing else: `ModelSpec` those
@@ -63,7 +63,7 @@ FAMILIES: dict[str, Family] = {
 
 
 class Spec:
-    """What all specs can do."""
+    """Methods of all specs."""
 
     is_of_tokens: ClassVar[bool]
     same_numbers: ClassVar[tuple[str, ...]]

@@ -16,7 +16,7 @@ KINDS: dict[str, type[Stack]] = {
     "craft-e": CraftE,
     "craft-f": CraftF,
 }
-"""What `build` makes."""
+"""The names that `build` takes."""
 
 
 def build(kind: str, model: Model) -> nn.Module:

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Stack(nn.Module):
-    """What all kinds share: embedded tokens in, and the arithmetic of training all the way.
+    """Shared by all kinds: takes embedded tokens, and computes as training does.
 
     Without gradients, `torch.nn` may replace a whole layer by one kernel that rounds otherwise and
     calls no submodule; that is switched off here.
@@ -68,7 +68,7 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def layer_options(model: Model) -> dict[str, Any]:
-    """What every layer of `torch.nn` is built with."""
+    """Arguments of every layer of `torch.nn`."""
     return {
         "d_model": model["d_model"],
         "nhead": model["num_heads"],

@@ -1,4 +1,4 @@
-"""What the configs of Hugging Face have in common: names of activations, and settings to refuse."""
+"""Configs of Hugging Face: names of activations, and settings to refuse."""
 
 from collections.abc import Mapping
 from typing import Any

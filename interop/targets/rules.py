@@ -1,4 +1,4 @@
-"""What the tables of targets with `torch.nn.Linear` layers have in common.
+"""Rules shared by the tables of targets with `torch.nn.Linear` layers.
 
 Their weights are (out, in): every kernel is transposed. A `Layout` says how a target names the
 parts of a block; the functions turn names into rules.

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from craft_jax.checkpoint.manager import CheckpointManager
-from craft_jax.checkpoint.store import CheckpointConfig, CheckpointStore
+from craft_jax.checkpoint.settings import CheckpointConfig
+from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.errors import StorageError
 from craft_jax.models import base
 from craft_jax.models.gpt import GPT, GPTConfig

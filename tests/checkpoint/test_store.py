@@ -230,7 +230,7 @@ def test_a_copy_under_another_name_is_no_checkpoint(tmp_path, state):
     save(store, state, 3)
     shutil.copytree(tmp_path / "3", tmp_path / "8")
     assert store.steps() == [3]
-    assert store.damaged() == {8: "MANIFEST.json is that of step 3"}
+    assert store.damaged() == {8: "MANIFEST.json belongs to step 3"}
 
 
 def test_arrays_are_compared_with_what_was_in_memory(tmp_path, state):

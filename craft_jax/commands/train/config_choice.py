@@ -39,7 +39,7 @@ def existing(name: str | None, workdir: Path) -> RunPaths | None:
 
 
 class Origin(NamedTuple):
-    """What a new run begins with."""
+    """Weights that a new run begins with."""
 
     run: runs.Run
     given: Weights

@@ -43,7 +43,7 @@ _STATES = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What process 0 decides before the data is opened.
+    """Decisions of process 0 before the data is opened.
 
     The other processes receive `config`, `tokenizer` and `is_finished`.
     """

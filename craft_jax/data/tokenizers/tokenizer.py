@@ -143,7 +143,7 @@ class Tokenizer:
 
     @functools.cached_property
     def drops_space(self) -> bool:
-        """Whether a piece cut before a space must be encoded without it, for the ids of the whole.
+        """Returns whether a chunk that begins with a space must be encoded without that space.
 
         SentencePiece, for example, adds a space to the start of every text.
         """
