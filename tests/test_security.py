@@ -11,7 +11,7 @@ from tests.conftest import ROOT, micro
 # Who may do what, and why.
 ALLOWED = {
     # The user's own config file and classes.
-    ("craft_jax/config.py", "exec_module"),
+    ("craft_jax/config_file.py", "exec_module"),
     ("craft_jax/plugins.py", "exec_module"),
     # Sends datasets to worker processes that the same program started, through a pipe.
     ("craft_jax/data/workers.py", "ForkingPickler.loads"),

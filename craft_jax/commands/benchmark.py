@@ -41,10 +41,10 @@ _DECODE_ROUNDS = 3
 def run(args: argparse.Namespace) -> int:
     """Measures the train step, loading, sampling, memory and start-up of a config."""
     if not args.config:
-        raise UsageError("benchmark needs a config: --config=configs/gpt.py")
+        raise UsageError("benchmark needs a config: `config=configs/gpt.py`")
     if args.steps < 1 or min(args.decode_batches) < 1:
         raise UsageError(
-            f"--steps={args.steps} and --decode_batches={args.decode_batches} must be at least 1"
+            f"`steps={args.steps}` and `decode_batches={args.decode_batches}` must be at least 1"
         )
     workdir = Path(args.workdir).expanduser().absolute()
     config = configs.load(args.config, args.overrides)
@@ -91,7 +91,7 @@ def _training(
     start: dict[str, float | None],
 ) -> dict[str, Any]:
     """Measures the step, and its parts in turns with it."""
-    optimizer, training = optim.make_optimizer(config.optim), config.training
+    optimizer, training = optim.make_optimizer(config.optim, model_def.constants), config.training
     policy = Policy.named(training.precision)
     host_batch = loading.read_batch(data, 0)
     batch = sharding.put_batch(host_batch, mesh)

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer, workdir = data_config.choose(args)
     data, seed = config.data, config.training.seed
     if args.step < 0 or args.rows < 0:
-        raise UsageError(f"--step={args.step} and --rows={args.rows} count from 0")
+        raise UsageError(f"`step={args.step}` and `rows={args.rows}` count from 0")
     if not (data.dataset or data.pairs or pipeline.is_of_images(data)):
         prepared = pipeline.prepare(data, workdir, tokenizer)
         found = pipeline.open_text(data, prepared, seed)
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
         _describe(config, found)
     split = getattr(found, args.split)
     if split is None:
-        raise DataError(f"--split={args.split}: nothing is held out for it; the config has none")
+        raise DataError(f"`split={args.split}`: nothing is held out for it; the config has none")
     if args.split != "train" and args.step >= len(split):
-        raise UsageError(f"--step={args.step}: the {args.split} split has {len(split)} batches")
+        raise UsageError(f"`step={args.step}`: the {args.split} split has {len(split)} batches")
     batch = loading.read_batch(split, args.step)
     _describe_batch(batch, args.split, args.step)
     if split.image_format is not None and split.image_format.palette and "targets" in batch:

@@ -26,7 +26,7 @@ def choose(args: argparse.Namespace) -> tuple[ExperimentConfig, Tokenizer | None
         found = run.config, run.tokenizer
     else:
         raise UsageError(
-            f"{args.command} needs to know the data: --config=configs/gpt.py, or --run"
+            f"{args.command} needs to know the data: `config=configs/gpt.py`, or `run`"
         )
     setup_logging()
     return *found, workdir

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
     data = opened.config.data
     if args.text and opened.image_format is not None:
-        raise UsageError(f"--text: run {opened.paths.name} is one of images; give a --split")
+        raise UsageError(f"`text`: run {opened.paths.name} is one of images; give a `split`")
     if args.text and opened.config.reads_pairs:
         return _file_of_pairs(opened, args.text)
     if args.text:
@@ -85,14 +85,14 @@ def _data(opened: Run, args: argparse.Namespace, workdir: Path) -> Dataset:
     if held_out is None:
         field = f"data.{args.split}_fraction"
         words = {"val": "validation", "test": "test"}[args.split]
-        raise DataError(f"{field}=0: the run has no {words} split; use --split=train")
+        raise DataError(f"{field}=0: the run has no {words} split; use `split=train`")
     return held_out
 
 
 def _file_of_pairs(opened: Run, path: str) -> Dataset:
     if not pair_sources.has_pairs_name(path):
         raise UsageError(
-            f"--text={path}: run {opened.paths.name} reads pairs; name a .tsv or .jsonl file"
+            f"`text={path}`: run {opened.paths.name} reads pairs; name a .tsv or .jsonl file"
         )
     data = opened.config.data
     return pairs.from_file(

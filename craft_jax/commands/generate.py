@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """
     workdir = Path(args.workdir).expanduser().absolute()
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise UsageError(f"--max_new_tokens={args.max_new_tokens} must be at least 1")
+        raise UsageError(f"`max_new_tokens={args.max_new_tokens}` must be at least 1")
     if args.num_samples is not None and not 1 <= args.num_samples <= _MAX_SAMPLES:
         raise UsageError(
-            f"--num_samples={args.num_samples} must be at least 1 and at most {_MAX_SAMPLES}"
+            f"`num_samples={args.num_samples}` must be at least 1 and at most {_MAX_SAMPLES}"
         )
     given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
     beam_search.check_beams(args.num_beams, args.length_penalty, given)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if not prompts:
         if is_pair:
-            raise UsageError("a model of pairs needs a source: give --prompt=TEXT")
+            raise UsageError("a model of pairs needs a source: give `prompt=TEXT`")
         prompts = [""]
     rows = encode_prompts(tokenizer, prompts, is_pair=is_pair)
     context = opened.model_def.config.max_seq_len
@@ -258,7 +258,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         lines = _read(args.prompt_file).splitlines()
         if not lines:
             raise UsageError(
-                f"--prompt_file={args.prompt_file} holds no line; give a prompt in each"
+                f"`prompt_file={args.prompt_file}` holds no line; give a prompt in each"
             )
         prompts += lines
     for prompt in prompts:
@@ -281,12 +281,12 @@ def _read(file: str) -> str:
         return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"--prompt_file={file} is not UTF-8 text: byte {error.object[error.start]:#04x} at "
+            f"`prompt_file={file}` is not UTF-8 text: byte {error.object[error.start]:#04x} at "
             f"offset {error.start}; convert it to UTF-8 (iconv -f ... -t utf-8)"
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"--prompt_file={file} cannot be read: {why}") from None
+        raise DataError(f"`prompt_file={file}` cannot be read: {why}") from None
 
 
 def _short(prompt: str) -> str:

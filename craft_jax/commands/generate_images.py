@@ -88,9 +88,9 @@ def _completed(
     """Returns a picture of given images, their upper half, completions of it, and words for it."""
     images = opened.image_generator.images
     if images.height < 2:
-        raise UsageError("--image: the images of this run are one pixel high, and have no half")
+        raise UsageError("`image`: the images of this run are one pixel high, and have no half")
     if len(labels) > 1:
-        raise UsageError("--image takes one --label for all images, or none")
+        raise UsageError("`image` takes one `label` for all images, or none")
     given = [one for place in args.image for one in _read(place, opened)]
     if labels:
         given = [one._replace(label=labels[0]) for one in given]
@@ -117,7 +117,7 @@ def _completed(
 def _check_count(args: argparse.Namespace, count: int, num_rows: int) -> None:
     if count < 1 or count * num_rows > _MAX_IMAGES:
         raise UsageError(
-            f"--num_samples={args.num_samples} must be at least 1, and with {num_rows} rows at "
+            f"`num_samples={args.num_samples}` must be at least 1, and with {num_rows} rows at "
             f"most {_MAX_IMAGES // num_rows}"
         )
 
@@ -129,7 +129,7 @@ def _read(place: str, opened: runs.Run) -> list[_Given]:
       DataError: there is none, it cannot be read, or it has another size.
     """
     images = opened.image_generator.images
-    field = f"--image={place}"
+    field = f"`image={place}`"
     if place in _SPLITS:
         return _of_split(place, opened)
     path = Path(place).expanduser()
@@ -173,7 +173,7 @@ def _of_split(name: str, opened: runs.Run) -> list[_Given]:
     )
     data = getattr(datasets, name)
     if data is None:
-        raise DataError(f"--image={name}: the run has no such split (data.{name}_fraction=0)")
+        raise DataError(f"`image={name}`: the run has no such split (data.{name}_fraction=0)")
     source = data.images if hasattr(data, "images") else data
     source = source.one_pass()
     found: Sequence[int] = source.indices[:_OF_A_SPLIT].tolist()

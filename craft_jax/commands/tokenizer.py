@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(pipeline.NO_TOKENIZER)
     out = Path(args.out).expanduser() if args.out else None
     if out and os.path.lexists(out):
-        raise OutputError(f"--out={out}: it exists; name another file, or remove it")
+        raise OutputError(f"`out={out}`: it exists; name another file, or remove it")
     sources = [found["train"] for _, found in pipeline.open_sources(data)]
     made = tokenizer or pipeline.make_tokenizer(data, workdir, sources)
     kind = data.tokenizer if data.tokenizer in KINDS else "as it came"

@@ -28,7 +28,7 @@ from craft_jax.data.sources.documents import Source, one_line
 from craft_jax.data.tokenizers import KINDS, Tokenizer, vocabulary
 from craft_jax.errors import ConfigError, CraftError, DataError, UsageError
 
-NO_TOKENIZER = "the model has no tokenizer; name one with --tokenizer=PATH"
+NO_TOKENIZER = "the model has no tokenizer; name one with `tokenizer=PATH`"
 _MAX_NAME = 60
 
 

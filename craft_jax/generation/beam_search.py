@@ -85,9 +85,9 @@ class BeamSearch:
           UsageError: an impossible value, or a prompt or a source as for `Generator.stream`.
         """
         if not 1 <= num_beams <= MAX_BEAMS:
-            raise UsageError(f"--num_beams={num_beams} must be from 1 (greedy) to {MAX_BEAMS}")
+            raise UsageError(f"`num_beams={num_beams}` must be from 1 (greedy) to {MAX_BEAMS}")
         if not 0 <= length_penalty < float("inf"):
-            raise UsageError(f"--length_penalty={length_penalty} must be 0 (none) or more")
+            raise UsageError(f"`length_penalty={length_penalty}` must be 0 (none) or more")
         texts = [list(map(int, prompt)) for prompt in prompts]
         self._reader.check(texts, sources)
         if max_new_tokens <= 0 or not texts:

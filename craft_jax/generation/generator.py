@@ -114,7 +114,7 @@ class Generator:
         """
         config.check(self._reader.vocab_size)
         if not 0 <= seed < 2**32:
-            raise UsageError(f"--seed={seed} must be from 0 to {2**32 - 1}")
+            raise UsageError(f"`seed={seed}` must be from 0 to {2**32 - 1}")
         texts = [list(map(int, prompt)) for prompt in prompts]
         self._reader.check(texts, sources)
         if max_new_tokens <= 0 or not texts:

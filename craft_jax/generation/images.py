@@ -138,7 +138,7 @@ class ImageGenerator:
 
     def _check(self, labels: Sequence[int], seed: int, options: Mapping[str, Any]) -> None:
         if not 0 <= seed < 2**32:
-            raise UsageError(f"--seed={seed} must be from 0 to {2**32 - 1}")
+            raise UsageError(f"`seed={seed}` must be from 0 to {2**32 - 1}")
         if not labels:
             raise UsageError("no image is asked for: give labels")
         most = max(1, self.images.num_classes)

@@ -254,17 +254,17 @@ def _join(coordinator: str, count: int | None, index: int | None) -> ProcessGrou
         coordinator, count, index, local_device_ids = _detected(count, index)
     if count is None or index is None:
         raise UsageError(
-            f"--coordinator={coordinator} needs --num_processes, and --process_id from 0"
+            f"`coordinator={coordinator}` needs `num_processes`, and `process_id` from 0"
         )
     if not 0 <= index < count:
         raise UsageError(
-            f"--process_id={index} is not one of --num_processes={count}, which are 0 to "
+            f"`process_id={index}` is not one of `num_processes={count}`, which are 0 to "
             f"{count - 1}"
         )
     try:
         host, _ = rendezvous.split(coordinator)
     except ValueError as error:
-        raise UsageError(f"--coordinator={coordinator}: {error}, nor {AUTO}") from None
+        raise UsageError(f"`coordinator={coordinator}`: {error}, nor {AUTO}") from None
     rendezvous.meet(coordinator, count, index)
     try:
         jax.distributed.initialize(
@@ -294,8 +294,8 @@ def _detected(count: int | None, index: int | None) -> tuple:
     )
     if found[0] is None:
         raise UsageError(
-            f"--coordinator={AUTO}: this is neither a TPU pod nor a job of SLURM or Open MPI; name "
-            "--coordinator=HOST:PORT, --num_processes and --process_id"
+            f"`coordinator={AUTO}`: this is neither a TPU pod nor a job of SLURM or Open MPI; name "
+            "`coordinator=HOST:PORT`, `num_processes` and `process_id`"
         )
     return found
 

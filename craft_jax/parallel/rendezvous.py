@@ -79,10 +79,10 @@ def _listen(host: str, port: int, count: int, deadline: float, seconds: float) -
             match hello:
                 case {"process": int(other), "of": int(others)} if others != count:
                     problem = (
-                        f"process {other} says --num_processes={others}, and process 0 says {count}"
+                        f"process {other} says `num_processes={others}`, and process 0 says {count}"
                     )
                 case {"process": int(other), "of": _} if other in there or not 0 < other < count:
-                    problem = f"two processes say --process_id={other}"
+                    problem = f"two processes say `process_id={other}`"
                 case {"process": int(other), "of": _}:
                     there[other] = peer
                     continue
@@ -106,11 +106,11 @@ def _bound(host: str, port: int) -> socket.socket:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise LostPeerError(
-                    f"port {port} of --coordinator={host}:{port} is in use on this machine; choose "
+                    f"port {port} of `coordinator={host}:{port}` is in use on this machine; choose "
                     "another one, in all processes"
                 ) from error
             reason = error
-    raise LostPeerError(f"--coordinator={host}:{port}: cannot listen there: {reason}")
+    raise LostPeerError(f"`coordinator={host}:{port}`: cannot listen there: {reason}")
 
 
 def _call(host: str, port: int, count: int, index: int, deadline: float, seconds: float) -> None:
@@ -150,6 +150,6 @@ def _write(peer: socket.socket, value: Any) -> None:
 
 def _with_remedy(problem: str) -> str:
     return (
-        f"{problem}; start every process with the same --coordinator and --num_processes, and each "
-        "with a --process_id of its own"
+        f"{problem}; start every process with the same `coordinator` and `num_processes`, and each "
+        "with a `process_id` of its own"
     )

@@ -86,6 +86,6 @@ def from_mean(*, loss: float, weight: float) -> dict:
 def _check_weight(weight: float) -> None:
     if not weight:
         raise DataError(
-            "all target weights in this split are 0; check data.learned_roles or the `weights` of "
+            "all target weights in this split are 0; check data.learned_roles or the weights of "
             "the dataset"
         )

@@ -5,8 +5,9 @@ can be logged, and scaled while a run goes on.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -213,8 +214,11 @@ class Optimizer:
         return jax.tree.map(lambda a, p: a + (1 - decay).astype(p.dtype) * (p - a), average, params)
 
 
-def make_optimizer(config: OptimConfig) -> Optimizer:
+def make_optimizer(config: OptimConfig, constants: Collection[str] = ()) -> Optimizer:
     """Returns the optimizer that a config names.
+
+    `constants` are the paths of parameters that never train, `ModelDef.constants`; they do not
+    decay.
 
     Weight decay is decoupled, and applies to parameters of two or more dimensions: kernels and
     embeddings, not biases, norms and constants; `decay_multipliers` change that by path.
@@ -233,9 +237,9 @@ def make_optimizer(config: OptimConfig) -> Optimizer:
         steps = []
         if config.clip_norm is not None:
             steps.append(optax.clip_by_global_norm(config.clip_norm))
-        inner = [_direction(config)]
+        inner = [_direction(config, constants)]
         if config.weight_decay:
-            inner.append(_decay(config))
+            inner.append(_decay(config, constants))
         if config.lr_multipliers:
             inner.append(_multiply(config.lr_multipliers))
         inner.append(optax.scale(-learning_rate))
@@ -246,7 +250,7 @@ def make_optimizer(config: OptimConfig) -> Optimizer:
     return Optimizer(at, config.ema_decay, is_schedule_free=config.name == "schedule_free_adamw")
 
 
-def _direction(config: OptimConfig) -> optax.GradientTransformation:
+def _direction(config: OptimConfig, constants: Collection[str]) -> optax.GradientTransformation:
     dtype = config.moment_dtype
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=dtype)
     match config.name:
@@ -265,7 +269,8 @@ def _direction(config: OptimConfig) -> optax.GradientTransformation:
         case "muon":
             muon = contrib.scale_by_muon(mu_dtype=dtype, weight_dimension_numbers=_matrices)
             muon = optax.chain(muon, optax.stateless(_like_adamw))
-            return optax.partition({"muon": muon, "adamw": adam}, _muon_or_adamw)
+            kinds = functools.partial(_muon_or_adamw, constants)
+            return optax.partition({"muon": muon, "adamw": adam}, kinds)
         case "schedule_free_adamw":
             # Momentum is what the average replaces.
             return optax.scale_by_rms(
@@ -273,9 +278,10 @@ def _direction(config: OptimConfig) -> optax.GradientTransformation:
             )
 
 
-def _muon_or_adamw(params: Mapping[str, Any]) -> dict[str, str]:
+def _muon_or_adamw(constants: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
     def is_inner(path: str, value: Any) -> bool:
-        return value.ndim == 2 and not re.search(r"embedding$|^head\.|\.constant$", path)
+        is_outer = re.search(r"embedding$|^head\.", path) or path in constants
+        return value.ndim == 2 and not is_outer
 
     return {path: "muon" if is_inner(path, v) else "adamw" for path, v in params.items()}
 
@@ -290,15 +296,13 @@ def _like_adamw(updates: Any, params: Any) -> Any:
     return jax.tree.map(lambda u: u * (0.2 * max(u.shape) ** 0.5), updates)
 
 
-def _decay(config: OptimConfig) -> optax.GradientTransformation:
+def _decay(config: OptimConfig, constants: Collection[str]) -> optax.GradientTransformation:
     def add(updates: Any, params: Any) -> Any:
-        factors = by_path(config.decay_multipliers, params, decays(params))
-
-        def moves(path: str) -> bool:
-            return factors[path] > 0 and not path.endswith(".constant")
-
+        is_matrix = {path: value.ndim >= 2 for path, value in params.items()}
+        factors = by_path(config.decay_multipliers, params, is_matrix)
+        factors |= dict.fromkeys(constants, 0)
         return {
-            path: u + config.weight_decay * factors[path] * params[path] if moves(path) else u
+            path: u + config.weight_decay * factors[path] * params[path] if factors[path] > 0 else u
             for path, u in updates.items()
         }
 
@@ -338,10 +342,3 @@ def _find_schedule_free(opt_state: Any) -> contrib.ScheduleFreeState:
         return isinstance(node, contrib.ScheduleFreeState)
 
     return next(filter(is_it, jax.tree.leaves(opt_state, is_leaf=is_it)))
-
-
-def decays(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns, for each parameter path, whether it decays: matrices do, but for constants."""
-    return {
-        path: value.ndim >= 2 and not path.endswith(".constant") for path, value in params.items()
-    }

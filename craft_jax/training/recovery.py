@@ -107,7 +107,7 @@ def after_step(
                 f"training diverged: the loss or gradient of the last {count} steps, up to step "
                 f"{record.step}, was not finite and their updates were skipped; lower "
                 "optim.learning_rate or optim.clip_norm, or warm up longer; to look at the last of "
-                f"them add --replay_step={record.step} to --run=NAME"
+                f"them add `replay_step={record.step}` to `run=NAME`"
             )
         )
     return known, requests

@@ -207,7 +207,7 @@ def test_benchmark(kind, tmp_path, workdir):
         ("flow", {"model.height": 16}, "model.height=16 is not 8, which the data has"),
         ("flow", {"data.image_colors": 17}, "reads images, and the data holds none"),
         ("flow", {"model.times": "cosine"}, "model.times"),
-        ("flow", {"loss.z_loss": 0.1}, "takes no `config`"),
+        ("flow", {"loss.z_loss": 0.1}, "takes no argument config"),
     ],
 )  # fmt: skip
 def test_data_and_models_that_do_not_fit(file, values, message, workdir, capsys):

@@ -263,7 +263,7 @@ def test_from_a_notebook(trained):
     assert run.generate("seven") == "7"
     assert run.generate(["seven", "two"], num_beams=4, length_penalty=0.5) == ["7", "2"]
     assert run.generate("seven", temperature=30.0, seed=1) != "7"
-    with pytest.raises(UsageError, match="leave --temperature, --seed out"):
+    with pytest.raises(UsageError, match="leave `temperature`, `seed` out"):
         run.generate("seven", num_beams=2, temperature=1.0, seed=3)
 
 

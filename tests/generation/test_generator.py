@@ -413,9 +413,9 @@ def test_beams_without_an_end_token():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("gpt", {"num_beams": 0}, "--num_beams=0 must be from 1"),
-        ("gpt", {"length_penalty": -1.0}, "--length_penalty=-1.0 must be 0"),
-        ("gpt", {"length_penalty": float("nan")}, "--length_penalty=nan"),
+        ("gpt", {"num_beams": 0}, "`num_beams=0` must be from 1"),
+        ("gpt", {"length_penalty": -1.0}, "`length_penalty=-1.0` must be 0"),
+        ("gpt", {"length_penalty": float("nan")}, "`length_penalty=nan`"),
         ("gpt", {"sources": [[1]]}, "reads no source"),
         ("seq2seq", {}, "reads a source for each prompt"),
         ("seq2seq", {"sources": [[1], [2]]}, "2 sources for 1 prompts"),

@@ -102,7 +102,7 @@ def test_a_missing_label_is_drawn_by_its_likelihood():
         ("gpt", [], {}, "no image is asked for"),
         ("gpt", [0], {"num_steps": 3}, "--num_steps is nothing that model.name=gpt knows"),
         ("gpt", [0], {"top_k": 4}, "from 1 to the vocabulary's 3"),
-        ("gpt", [0], {"seed": -1}, "--seed=-1"),
+        ("gpt", [0], {"seed": -1}, "seed=-1"),
         ("flow", [0], {"temperature": 1.0}, "--temperature is nothing that model.name=flow knows"),
         ("flow", [0], {"solver": "rk4"}, "is not one of euler, heun"),
         ("flow", [0], {"num_steps": 0}, "num_steps=0"),

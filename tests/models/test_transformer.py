@@ -151,7 +151,7 @@ def test_a_sinusoidal_table_never_moves(tokens_BT):
     table = params["position_embedding.constant"]
     np.testing.assert_allclose(table, sinusoids(10, 24), atol=1e-7)
     batch = {"tokens": tokens_BT, "targets": tokens_BT}
-    optimizer = optim.make_optimizer(OptimConfig(weight_decay=0.5))
+    optimizer = optim.make_optimizer(OptimConfig(weight_decay=0.5), definition.constants)
 
     @jax.jit
     def moved_from(params):

@@ -369,7 +369,7 @@ def test_bad_steps_are_skipped_and_too_many_end_the_run():
     assert [np.isfinite(loss) for loss in diary.losses.values()] == [
         step not in (4, 5) for step in range(1, 9)
     ]
-    with pytest.raises(DivergedError, match=r"3 steps, up to step 5.*--replay_step=5"):
+    with pytest.raises(DivergedError, match=r"3 steps, up to step 5.*`replay_step=5`"):
         trainer(bad=range(2, 8)).fit()
 
 

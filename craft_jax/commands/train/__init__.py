@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> int:
     """Trains a new run, or continues the one that `--run` names."""
     if args.coordinator is None and (args.num_processes, args.process_id) != (None, None):
-        raise UsageError("--num_processes and --process_id need --coordinator=HOST:PORT")
+        raise UsageError("`num_processes` and `process_id` need `coordinator=HOST:PORT`")
     if args.replay_step is not None:
         return replay.run(args)
     with Session.open(args) as session:

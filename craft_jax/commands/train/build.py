@@ -36,7 +36,7 @@ def build_train_step(
     wrap: StepWrapper | None = None,
 ) -> CompiledStep:
     """Returns the train step; `wrap` adds to it what several processes exchange."""
-    optimizer, training = optim.make_optimizer(config.optim), config.training
+    optimizer, training = optim.make_optimizer(config.optim, model_def.constants), config.training
     schedule = optim.make_schedule(config.optim, training.num_steps)
 
     def make_step(policy: Policy) -> StepFunction:

@@ -28,7 +28,9 @@ def check_feasible(
     _check_loss(config)
     policy = Policy.named(config.training.precision)
     need = memory.least(
-        states.abstract_state(model_def, optim.make_optimizer(config.optim), mesh, policy),
+        states.abstract_state(
+            model_def, optim.make_optimizer(config.optim, model_def.constants), mesh, policy
+        ),
         model_def.config,
         batch_size=config.data.batch_size,
         seq_len=_row_length(config, model_def, datasets.train),
@@ -44,7 +46,7 @@ def _check_loss(config: ExperimentConfig) -> None:
     if options and not config.model_class.takes_loss_config:
         raise ConfigError(
             f"loss.{options[0]} is set, and the loss of model.name={config.model.name} takes no "
-            "`config`; leave it out, or add that argument and set `takes_loss_config`"
+            "argument config; leave it out, or add the argument and set `takes_loss_config`"
         )
 
 

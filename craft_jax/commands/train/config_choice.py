@@ -33,7 +33,7 @@ def existing(name: str | None, workdir: Path) -> RunPaths | None:
     folder, step = runs.locate(name, workdir)
     if step is not None:
         raise UsageError(
-            f"--run={name} is a checkpoint; training continues from the newest: --run={folder.name}"
+            f"`run={name}` is a checkpoint; training continues from the newest: `run={folder.name}`"
         )
     return outputs.open_run(folder)
 
@@ -62,7 +62,7 @@ def choose_config(
         return config, Origin(*runs.weights(config.init_from, workdir)) if begins_again else None
     if found is None and args.config is None:
         missing = f"there is no run {args.run} below {args.workdir}; " if args.run else ""
-        raise UsageError(f"{missing}a new run needs a config: --config=configs/gpt.py")
+        raise UsageError(f"{missing}a new run needs a config: `config=configs/gpt.py`")
     if found is None and args.run is not None:
         outputs.check_name(args.run)
     saved = runs.saved_config(found) if args.config is None else None
@@ -104,7 +104,7 @@ def _config_of(found: RunPaths, file: str | None, overrides: list[Override]) -> 
         raise ConfigError(
             [
                 f"{c.field}={c.now} differs from {c.saved}, with which run {found.name} began; "
-                "leave it, or start another --run"
+                "leave it, or start another `run`"
                 for c in refused
             ]
         )

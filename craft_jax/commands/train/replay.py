@@ -47,14 +47,14 @@ def run(args: argparse.Namespace) -> int:
     setup_logging()
     compilation_cache.enable_compilation_cache()
     if args.coordinator:
-        raise UsageError("--replay_step is for one process; leave --coordinator out")
+        raise UsageError("`replay_step` is for one process; leave `coordinator` out")
     paths = config_choice.existing(args.run, workdir)
     config, origin = config_choice.choose_config(args, paths, workdir)
     if paths is None:
-        raise UsageError(f"--replay_step={number} needs the --run whose step it is")
+        raise UsageError(f"`replay_step={number}` needs the `run` whose step it is")
     if not 1 <= number <= config.training.num_steps:
         raise UsageError(
-            f"--replay_step={number}: run {paths.name} has steps 1 to {config.training.num_steps}"
+            f"`replay_step={number}`: run {paths.name} has steps 1 to {config.training.num_steps}"
         )
     store = CheckpointStore(paths.checkpoints)
     newest, _ = store.newest_good()

@@ -94,9 +94,9 @@ class ImageFormat:
         if name.isdecimal() and int(name) < self.num_classes:
             return int(name)
         if not self.label_names:
-            raise UsageError(f"--label={name}: the images of this run have no labels; leave it out")
+            raise UsageError(f"`label={name}`: the images of this run have no labels; leave it out")
         shown = ", ".join(self.label_names[:20]) + (", ..." if self.num_classes > 20 else "")
-        raise UsageError(f"--label={name} is no class of this run; there are {shown}")
+        raise UsageError(f"`label={name}` is no class of this run; there are {shown}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns this as plain JSON."""

@@ -91,7 +91,7 @@ def test_as_json():
 
 def test_labels():
     assert [FORMAT.label(name) for name in ("a", "b", "7", "0")] == [0, 1, 2, 0]
-    with pytest.raises(UsageError, match="--label=x is no class of this run; there are a, b, 7"):
+    with pytest.raises(UsageError, match="`label=x` is no class of this run; there are a, b, 7"):
         FORMAT.label("x")
     with pytest.raises(UsageError, match="no labels"):
         ImageFormat(height=1, width=1, channels=1).label("3")
