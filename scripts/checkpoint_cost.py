@@ -39,13 +39,17 @@ from craft_jax.training.precision import Policy
 VOCAB = 1024
 
 
-def main() -> None:
-    """Measures, and prints a line for each pair of segments."""
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--rounds", type=int, default=6)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, and prints a line for each pair of segments."""
+    args = _parse()
     overrides = [Override("data.batch_size", str(args.batch_size))]
     config = configs.load(str(ROOT / "configs" / "gpt.py:small"), overrides)
     model_def = base.define(

@@ -61,28 +61,15 @@ def our_step(args: argparse.Namespace, shape: tuple[int, ...]) -> Step:
     from craft_jax.training.precision import Policy
     from craft_jax.training.step import make_train_step
 
-    layers, heads, width, context, _, vocabulary = shape
-    config = GPTConfig(
-        vocab_size=vocabulary,
-        num_layers=layers,
-        num_heads=heads,
-        d_model=width,
-        max_seq_len=context,
-    )
+    names = ("num_layers", "num_heads", "d_model", "max_seq_len")
+    config = GPTConfig(vocab_size=shape[-1], **dict(zip(names, shape[:4], strict=True)))
     optim_config = OptimConfig(schedule="constant", warmup_steps=0, beta2=0.95)
     optimizer = optim.make_optimizer(optim_config)
     mesh = sharding.make_mesh(ParallelConfig(), jax.devices()[:1])
     policy = Policy.named(args.dtype)
-    train_step = sharding.compile_step(
-        make_train_step(
-            base.define(GPT, config),
-            optimizer,
-            optim.make_schedule(optim_config, 1000),
-            policy,
-            seed=0,
-        ),
-        mesh,
-    )
+    schedule, model_def = optim.make_schedule(optim_config, 1000), base.define(GPT, config)
+    train_step = make_train_step(model_def, optimizer, schedule, policy, seed=0)
+    train_step = sharding.compile_step(train_step, mesh)
     state = states.init_state(GPT, config, optimizer, seed=0, mesh=mesh, policy=policy)
 
     def step(tokens: np.ndarray, targets: np.ndarray) -> float:

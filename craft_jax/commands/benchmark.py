@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from craft_jax import config as configs
-from craft_jax import outputs, runs
+from craft_jax import outputs, runs, schema
 from craft_jax.commands import report
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
@@ -132,8 +132,8 @@ def _training(
     return _summary(config, model_def, host_batch, times, mesh) | {
         "compile_seconds": compile_seconds,
         "memory": {
-            "step_temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-            "step_argument_bytes": getattr(memory, "argument_size_in_bytes", None),
+            "step_temporary_bytes": memory.temp_size_in_bytes if memory else None,
+            "step_argument_bytes": memory.argument_size_in_bytes if memory else None,
         },
     }
 
@@ -172,8 +172,8 @@ def _summary(
         "tokens_per_second": items / seconds["step"],
         "mfu": None,
     }
-    model = model_def.config
-    if "tokens" in batch and all(hasattr(model, n) for n in ("num_layers", "num_heads", "d_model")):
+    model, sizes = model_def.config, schema.values(model_def.config)
+    if "tokens" in batch and {"num_layers", "num_heads", "d_model"} <= sizes.keys():
         flops = profiling.flops_per_token(
             model_def.num_params,
             num_layers=model.num_layers,
@@ -183,7 +183,7 @@ def _summary(
         )
         peak, origin = profiling.peak_flops(jax.devices()[0])
         # Several devices of a host's CPU are one machine.
-        count = 1 if jax.default_backend() == "cpu" else mesh.size
+        count = 1 if mesh.devices.flat[0].platform == "cpu" else mesh.size
         found["flops_per_token"] = flops
         found["peak_flops"] = {"per_device": peak, "devices": count, "origin": origin}
         found["mfu"] = flops * found["tokens_per_second"] / (peak * count)

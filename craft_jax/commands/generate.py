@@ -44,14 +44,7 @@ def run(args: argparse.Namespace) -> int:
     images, see `generate_images`.
     """
     workdir = Path(args.workdir).expanduser().absolute()
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise UsageError(f"`max_new_tokens={args.max_new_tokens}` must be at least 1")
-    if args.num_samples is not None and not 1 <= args.num_samples <= _MAX_SAMPLES:
-        raise UsageError(
-            f"`num_samples={args.num_samples}` must be at least 1 and at most {_MAX_SAMPLES}"
-        )
-    given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
-    beam_search.check_beams(args.num_beams, args.length_penalty, given)
+    _check_numbers(args)
     compilation_cache.enable_compilation_cache()
     opened = runs.open(
         args.run or "latest",
@@ -76,15 +69,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = [""]
     rows = encode_prompts(tokenizer, prompts, is_pair=is_pair)
     context = opened.model_def.config.max_seq_len
-    sampling = SamplingConfig(
-        temperature=_temperature(args, is_pair),
-        top_k=args.top_k,
-        **{
-            name: value
-            for name in ("top_p", "min_p", "repetition_penalty")
-            if (value := getattr(args, name)) is not None
-        },
-    )
+    sampling = _sampling(args, is_pair)
     sampling.check(tokenizer.vocab_size)
     rows, notes = _fit(rows, prompts, context, may_cut=args.num_beams == 1)
     _say(f"run {opened.paths.name}, step {opened.step}")
@@ -109,13 +94,30 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UsageError(f"`max_new_tokens={args.max_new_tokens}` must be at least 1")
+    if args.num_samples is not None and not 1 <= args.num_samples <= _MAX_SAMPLES:
+        raise UsageError(
+            f"`num_samples={args.num_samples}` must be at least 1 and at most {_MAX_SAMPLES}"
+        )
+    given = [name for name, unset in _UNSET.items() if getattr(args, name) not in unset]
+    beam_search.check_beams(args.num_beams, args.length_penalty, given)
+
+
+def _sampling(args: argparse.Namespace, is_pair: bool) -> SamplingConfig:
+    options = {name: getattr(args, name) for name in ("top_p", "min_p", "repetition_penalty")}
+    given = {name: value for name, value in options.items() if value is not None}
+    return SamplingConfig(temperature=_temperature(args, is_pair), top_k=args.top_k, **given)
+
+
 def _refuse(args: argparse.Namespace, unset: dict[str, Any], what: str) -> None:
     """Checks that no flag is given that means nothing to a run.
 
     Raises:
       UsageError: one is.
     """
-    given = [f"--{name}" for name, value in unset.items() if getattr(args, name) != value]
+    given = [f"`{name}`" for name, value in unset.items() if getattr(args, name) != value]
     if given:
         raise UsageError(f"the model of this run {what}; leave {', '.join(given)} out")
 

@@ -13,6 +13,7 @@ from craft_jax import outputs, runs
 from craft_jax.data import pipeline
 from craft_jax.data.images import sources
 from craft_jax.data.images.conversion import shown
+from craft_jax.data.images.datasets import PixelTokens
 from craft_jax.data.images.format import ImageFormat
 from craft_jax.data.images.pixels import ImageProcessor, decode, save_png
 from craft_jax.errors import OK, DataError, UsageError
@@ -174,7 +175,7 @@ def _of_split(name: str, opened: runs.Run) -> list[_Given]:
     data = getattr(datasets, name)
     if data is None:
         raise DataError(f"`image={name}`: the run has no such split (data.{name}_fraction=0)")
-    source = data.images if hasattr(data, "images") else data
+    source = data.images if isinstance(data, PixelTokens) else data
     source = source.one_pass()
     found: Sequence[int] = source.indices[:_OF_A_SPLIT].tolist()
     return [

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from craft_jax import schema
 from craft_jax.errors import ConfigError
 from craft_jax.parallel import sharding
 
@@ -44,9 +45,10 @@ def least(
     """
     held = sharding.bytes_on_one_device((state, state.params))
     rows = batch_size // (accumulate * mesh.shape["data"] * mesh.shape["fsdp"])
-    wide = (getattr(model, "vocab_size", None) or 0) * 4 // mesh.shape["tensor"]
-    deep = getattr(model, "num_layers", 0) * getattr(model, "d_model", 0) * 2
-    return Need(held, rows * seq_len * (wide + deep))
+    sizes = schema.values(model)
+    logits = (sizes.get("vocab_size") or 0) * 4 // mesh.shape["tensor"]
+    blocks = sizes.get("num_layers", 0) * sizes.get("d_model", 0) * 2
+    return Need(held, rows * seq_len * (logits + blocks))
 
 
 def available(mesh: Mesh) -> int:
