@@ -1,7 +1,7 @@
-"""Returns whether a model can fit: a lower bound of what a train step needs, beside what there is.
+"""Compares a lower bound of a train step's memory with the memory of a device.
 
-Without it a model that is too large ends in XLA's allocator, or with the out-of-memory killer,
-after minutes. The bound leaves out all that a compiler may avoid: nothing is refused that works.
+A model that is too large is refused at once, instead of failing in XLA's allocator or by the
+out-of-memory killer after minutes. The bound leaves out everything that a compiler may avoid.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Need(NamedTuple):
-    """Bytes that one device holds at least.
+    """A lower bound of the bytes on one device.
 
     Attributes:
       state: parameters, their gradients, and what the optimizer keeps.
@@ -34,13 +34,12 @@ class Need(NamedTuple):
 def least(
     state: Any, model: Any, *, batch_size: int, seq_len: int, accumulate: int, mesh: Mesh
 ) -> Need:
-    """Returns the least that a train step needs.
+    """Returns a lower bound of the memory of a train step.
 
     Args:
       state: a tree of `jax.ShapeDtypeStruct` with shardings, which has a mapping `params`.
-      model: its config; what it does not have (`vocab_size`, `num_layers`, `d_model`) counts
-        nothing.
-      batch_size, seq_len, accumulate: rows and columns of a batch, and its parts.
+      model: its config; missing sizes (`vocab_size`, `num_layers`, `d_model`) count as 0.
+      batch_size, seq_len, accumulate: rows and columns of a batch, and its micro-batches.
       mesh: the devices.
     """
     held = sharding.bytes_on_one_device((state, state.params))
@@ -67,7 +66,7 @@ def check(need: Need, mesh: Mesh) -> None:
     """Checks that a train step can fit.
 
     Raises:
-      ConfigError: it cannot; names what is needed, what there is, and what to change.
+      ConfigError: it cannot; names the need, the memory of a device, and what to change.
     """
     there = available(mesh)
     if sum(need) <= there:

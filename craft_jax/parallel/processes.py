@@ -1,10 +1,9 @@
 """Several processes that train one model, each with its own devices.
 
-Process 0 owns the run's folder: the lock, the checkpoints, the logs. The others compute. What one
-process alone knows, and what only one of them meets, reaches the others through JAX's coordination
-service, with time limits and before they start a program in which all take part: in a collective
-who waits for a dead process hangs. What all must answer at the same step, such as a signal that
-reached one of them, travels with the batch (`SharedStop`).
+Process 0 owns the run's folder: the lock, the checkpoints, the logs. The others only compute. A
+collective hangs if a peer has died, so decisions and failures are exchanged before each collective,
+through JAX's coordination service and with time limits. A signal to one process is exchanged inside
+the train step (`SharedStop`), so that all processes stop at the same step.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What `jax.distributed` keeps and asks; it has no public names.
+# The state of `jax.distributed` has no public names.
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -44,19 +43,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AUTO = "auto"
-"""`--coordinator` where the cluster tells a process who it is: TPU pods, SLURM, Open MPI."""
+"""The `coordinator` of TPU pods and of jobs of SLURM and Open MPI, where JAX detects it."""
 
-# A process that sends no heartbeat for so long is dead; JAX's default is 100 s.
+# A process without a heartbeat for this long is dead; JAX's default is 100 s.
 _HEARTBEAT_SECONDS = 20
 _SHUTDOWN_SECONDS = 300
-# For what one process does while the others wait, such as tokenizing.
+# The longest work of process 0 while the others wait, such as tokenizing.
 _PATIENCE_SECONDS = 1800.0
 
 _POLL_MS = 1000
 _FAILURE = "craft_jax/failure"
-# Who hosts the coordination service stays so long, to be heard.
+# Process 0 hosts the coordination service, and stays until the others have read its failure.
 _LINGER_SECONDS = 3.0
-# The main thread of a process meets most failures itself, and then has better words for them.
+# Time for the main thread to meet a failure itself, where its error is more specific.
 _GRACE_SECONDS = 1.5
 
 _VOTES, _AGREED = "votes", "agreed"
@@ -64,13 +63,13 @@ _SIGNS_OF_LOSS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "un
 
 
 class ProcessGroup:
-    """The processes of a run; one alone where there is no `client`.
+    """The processes of a run; a single one if there is no `client`.
 
     Attributes:
       index: of this process, from 0.
-      count: how many there are.
-      on_failure: called with a reason and an exit code before another one's failure ends this
-        process.
+      count: the number of processes.
+      on_failure: called with a reason and an exit code before the failure of another process ends
+        this one.
     """
 
     def __init__(self, client: Any = None, index: int = 0, count: int = 1):
@@ -88,38 +87,38 @@ class ProcessGroup:
     def from_first(
         self,
         get: Callable[[], T],
-        tell: Callable[[T], Any] = lambda value: value,
-        hear: Callable[[Any], T] = lambda told: told,
+        encode: Callable[[T], Any] = lambda value: value,
+        decode: Callable[[Any], T] = lambda sent: sent,
     ) -> T:
-        """Returns `get()` of process 0, in all of them; to be called by all, in the same order.
+        """Returns `get()` of process 0 in all processes, which all call it in the same order.
 
         Args:
           get: called in process 0 alone.
-          tell: what the others need of it, as JSON.
-          hear: turns that into what they return.
+          encode: returns the JSON that is sent to the others.
+          decode: returns the result in the others from the JSON.
 
         Raises:
-          LostPeerError: process 0 is gone, or takes too long.
+          LostPeerError: process 0 has died, or takes too long.
         """
         self._turn += 1
         key = f"craft_jax/{self._turn}"
         if not self.is_first:
-            return hear(json.loads(self._hear(key)))
+            return decode(json.loads(self._wait_for(key)))
         value = get()
         if self.count > 1:
-            self._client.key_value_set(key, json.dumps(tell(value)))
+            self._client.key_value_set(key, json.dumps(encode(value)))
         return value
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Returns `work()`, done in process 0 before the others begin: they find what it wrote."""
+        """Returns `work()`, which process 0 ends before the others begin; they find its files."""
         done = self.from_first(work, lambda _: None)
         return done if self.is_first else work()
 
     def confirm(self) -> None:
-        """Makes process 0 wait until all others have come here: none of them has failed before.
+        """Makes process 0 wait until all others have come here without a failure.
 
         Raises:
-          LostPeerError, CraftError: one has.
+          LostPeerError, CraftError: one has failed.
         """
         self._turn += 1
         key = f"craft_jax/{self._turn}"
@@ -127,16 +126,16 @@ class ProcessGroup:
             self._client.key_value_set(f"{key}/{self.index}", "")
             return
         for other in range(1, self.count):
-            self._hear(f"{key}/{other}")
+            self._wait_for(f"{key}/{other}")
 
-    def _hear(self, key: str) -> str:
+    def _wait_for(self, key: str) -> str:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             if self._failure is not None:
                 raise _PeerFailedError(*self._failure)
             try:
                 return self._client.blocking_key_value_get(key, _POLL_MS)
-            except Exception as error:  # It has several kinds, in different versions.
+            except Exception as error:  # Its type differs between versions of JAX.
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise LostPeerError(_lost_words(self.index, error)) from error
             if time.monotonic() > deadline:
@@ -146,50 +145,50 @@ class ProcessGroup:
                 )
 
     def shared(self, stop_signal: StopSignal) -> StopFlag:
-        """Returns a stop flag on which all processes agree; that of a single process is its own."""
+        """Returns a stop flag that all processes share; a single process keeps its own."""
         return stop_signal if self.count == 1 else SharedStop(stop_signal)
 
     # Failures.
 
     def named(self, error: BaseException) -> BaseException:
-        """Returns an error, in words where it means that another process is gone."""
+        """Returns an error, as LostPeerError if it means that another process has died."""
         if self.count > 1 and _is_loss(error):
             return LostPeerError(_lost_words(self.index, error))
         return error
 
     def _watch(self) -> None:
-        """Ends this process when another one has failed and said so."""
+        """Ends this process when another one has reported a failure."""
         while not self._ended.is_set():
             try:
-                told = json.loads(self._client.blocking_key_value_get(_FAILURE, _POLL_MS))
+                failure = json.loads(self._client.blocking_key_value_get(_FAILURE, _POLL_MS))
             except Exception as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
                 return  # The coordination service is gone: JAX ends this process.
-            if told["process"] == self.index:
+            if failure["process"] == self.index:
                 return
-            words = f"process {told['process']} failed: {told['reason']}"
-            self._failure = (words, told["code"])
+            words = f"process {failure['process']} failed: {failure['reason']}"
+            self._failure = (words, failure["code"])
             if self._ended.wait(_GRACE_SECONDS) or self._is_leaving:
                 return
             with contextlib.suppress(Exception):
                 self.on_failure(*self._failure)
                 print(words, file=sys.stderr, flush=True)
-            os._exit(told["code"])
+            os._exit(failure["code"])
 
     def _leave(self, error: BaseException) -> BaseException:
-        """Tells the others that this process fails; returns the error in the words of this page."""
+        """Reports a failure of this process to the others; returns the error to raise."""
         self._is_leaving = True
         named = self.named(error)
         if named is not error:
-            # Whoever caused it may have said why.
+            # The process that caused it may have reported why.
             time.sleep(_GRACE_SECONDS)
             if self._failure is not None:
                 return _PeerFailedError(*self._failure)
             error = named
         code = exit_code_of(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        with contextlib.suppress(Exception):  # Another one was quicker, or the service is gone.
+        with contextlib.suppress(Exception):  # Reported by another one, or no service.
             failure = {"process": self.index, "reason": reason, "code": code}
             self._client.key_value_set(_FAILURE, json.dumps(failure))
             if self.is_first:
@@ -198,7 +197,7 @@ class ProcessGroup:
 
 
 ALONE = ProcessGroup()
-"""One process that trains by itself."""
+"""A single process."""
 
 
 class _PeerFailedError(CraftError):
@@ -211,17 +210,17 @@ class _PeerFailedError(CraftError):
 def joined(coordinator: str | None, count: int | None, index: int | None) -> Iterator[ProcessGroup]:
     """Joins the other processes of a run, for as long as the context lasts.
 
-    It begins before JAX does, and ends when all of them have come to its end. An error that leaves
-    it ends the others as well, with its first line and its exit code; one that is no answer to a
-    user is printed, and ends this process.
+    Enter it before JAX starts; it ends when all processes have come to its end. An error that
+    leaves the context ends the other processes too, with its first line and its exit code. An error
+    that is not meant for users is printed, and ends this process.
 
     Args:
-      coordinator: `HOST:PORT` of process 0, `auto`, or None for a process alone.
-      count, index: how many processes there are, and which one this is; None where `auto` tells.
+      coordinator: `HOST:PORT` of process 0, `auto`, or None for a single process.
+      count, index: the number of processes, and of this one; None for `auto`.
 
     Raises:
       LostPeerError: the others were not found.
-      UsageError: the numbers make no sense.
+      UsageError: the arguments contradict each other.
     """
     if coordinator is None:
         yield ProcessGroup()
@@ -231,14 +230,14 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
     watcher.start()
     try:
         yield group
-        group.from_first(lambda: None)  # What process 0 had to write is written.
+        group.from_first(lambda: None)  # Process 0 has written everything.
         group._ended.set()
         watcher.join()
         jax.distributed.shutdown()
     except BaseException as error:
-        told = group._leave(error)
-        if told is not error:
-            raise told from error
+        reported = group._leave(error)
+        if reported is not error:
+            raise reported from error
         if isinstance(error, (CraftError, StoppedError, OSError, KeyboardInterrupt)):
             raise
         traceback.print_exc()
@@ -247,7 +246,7 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
 
 
 def _join(coordinator: str, count: int | None, index: int | None) -> ProcessGroup:
-    # It would take the handler of SIGTERM; how the processes agree to stop is `SharedStop`.
+    # It would replace the handler of SIGTERM; `SharedStop` does its work.
     jax.config.update("jax_enable_preemption_service", False)
     local_device_ids = None
     if coordinator == AUTO:
@@ -279,7 +278,7 @@ def _join(coordinator: str, count: int | None, index: int | None) -> ProcessGrou
             # By default it listens on all addresses of the machine.
             coordinator_bind_address=coordinator if host in ("127.0.0.1", "localhost") else None,
         )
-        jax.devices()  # A meeting as well: who has which.
+        jax.devices()  # Exchanges the topology, which fails if a process is missing.
     except RuntimeError as error:
         raise LostPeerError(_lost_words(index, error)) from error
     if index:
@@ -301,7 +300,7 @@ def _detected(count: int | None, index: int | None) -> tuple:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Returns whether an error of JAX means that another process is gone."""
+    """Returns whether an error of JAX means that another process has died."""
     if isinstance(error, CraftError) or not isinstance(error, (ValueError, RuntimeError)):
         return False
     text = str(error).lower()
@@ -317,7 +316,7 @@ def _lost_words(index: int, error: BaseException) -> str:
     )
 
 
-# What all processes know at the same step.
+# The stop flag of several processes.
 
 
 @final
@@ -327,7 +326,7 @@ class SharedStop(StopFlag):
     Each process attaches its exit code to its shard of a batch; the step reduces them.
 
     Args:
-      own: that of this process.
+      own: the flag of this process.
     """
 
     def __init__(self, own: StopSignal):
@@ -339,7 +338,7 @@ class SharedStop(StopFlag):
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        # The other processes are in the same step: one that left it here would leave them alone.
+        # Not interruptible: the other processes would hang in the collectives of this step.
         yield
 
     def attach(
@@ -354,7 +353,7 @@ class SharedStop(StopFlag):
 
     @staticmethod
     def reducing(train_step: Callable) -> Callable:
-        """Returns a train step that also reduces what `attach` added."""
+        """Returns a train step that also reduces the values of `attach`."""
 
         def step(state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, dict]:
             own = {name: array for name, array in batch.items() if name != _VOTES}

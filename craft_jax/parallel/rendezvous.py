@@ -1,9 +1,9 @@
-"""Where the processes of a run meet before JAX starts, so that a missing one is named in one line.
+"""The rendezvous of the processes of a run, before JAX starts; a missing process is named.
 
-JAX's own meeting ends a process with SIGABRT when another does not come, with SIGSEGV when its port
-is taken, and does not notice that two disagree about how many they are. So they meet here first, at
-the address that JAX's coordinator takes afterwards: process 0 listens until each of the others has
-said which one it is, and answers all of them at once.
+`jax.distributed.initialize` aborts with SIGABRT if a process is missing, with SIGSEGV if the port
+is taken, and does not notice different process counts. So the processes first meet here, at the
+address that JAX's coordinator uses afterwards: process 0 listens until each other process has sent
+its index, and then answers all of them.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 from craft_jax.errors import LostPeerError
 
 SECONDS = 60.0
-"""How long the processes wait for each other."""
+"""Time limit of the rendezvous."""
 
 _POLL_SECONDS = 0.25
 _HELLO_SECONDS = 5.0
@@ -24,16 +24,16 @@ _LONGEST_LINE = 4096
 
 
 def meet(address: str, count: int, index: int, seconds: float = SECONDS) -> None:
-    """Returns when all processes of a run are there.
+    """Returns when all processes of a run have connected.
 
     Args:
       address: `HOST:PORT` of process 0.
-      count: how many processes there are.
-      index: which one this is, from 0.
-      seconds: how long to wait for the others.
+      count: the number of processes.
+      index: the number of this one, from 0.
+      seconds: time limit.
 
     Raises:
-      LostPeerError: one did not come, two disagree, or the port is taken.
+      LostPeerError: a process is missing, two disagree, or the port is taken.
     """
     host, port = split(address)
     deadline = time.monotonic() + seconds
@@ -86,19 +86,19 @@ def _listen(host: str, port: int, count: int, deadline: float, seconds: float) -
                 case {"process": int(other), "of": _}:
                     there[other] = peer
                     continue
-                case _:  # Somebody else.
+                case _:  # Not a process of this run.
                     continue
             _write(peer, {"problem": problem})
         for peer in there.values():
             _write(peer, {"problem": problem})
-        for peer in there.values():  # Who closes first keeps the port busy for a while.
+        for peer in there.values():  # The side that closes first keeps the port busy for a while.
             _read(peer)
         if problem:
             raise LostPeerError(_with_remedy(problem))
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Returns a listening socket, on the host's own address where it is one of this machine's."""
+    """Returns a listening socket, on the host's address if this machine has it, else on all."""
     for own in (host, ""):
         try:
             family = socket.getaddrinfo(own or None, port, type=socket.SOCK_STREAM)[0][0]

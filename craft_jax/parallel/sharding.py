@@ -1,7 +1,7 @@
-"""Which device holds what: rules from parameter paths to mesh axes, and the sharding of batches.
+"""Sharding rules from parameter paths to mesh axes, and the sharding of batches.
 
 Mesh axes: `data` splits the batch, `fsdp` splits batch and parameters, `tensor` splits the hidden
-dimensions of a layer. Models know nothing of this.
+dimensions of a layer. Models do not depend on it.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from craft_jax.schema import Contradiction, setting
 
 AXES = ("data", "fsdp", "tensor")
 AXIS_NAME = "data"
-"""Of pmap."""
+"""The axis of pmap."""
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
-# The first pattern found in a path decides; what none matches is replicated.
+# The first pattern that matches a path decides; other parameters are replicated.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec("fsdp", None)),
     (
@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the devices share the work; the sizes multiply to the number of devices."""
+    """The mesh: the product of its axes is the number of devices."""
 
     mode: Literal["jit", "pmap"] = setting(
         "jit",
@@ -131,7 +131,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Returns shardings for a tree that holds parameters, or moments like them, by path.
+    """Returns shardings for a tree of parameters, or of moments like them, by path.
 
     A leaf below a dict key that is a parameter path is sharded as that parameter; others, such as
     counters, are replicated.
@@ -145,7 +145,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def bytes_on_one_device(tree: Any) -> int:
-    """Returns how many bytes of a tree of arrays, or of their descriptions, one device holds."""
+    """Returns the bytes that one device holds of a tree of arrays or of their shapes."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -153,11 +153,7 @@ def bytes_on_one_device(tree: Any) -> int:
 
 
 def own_rows(batch_size: int, mesh: Mesh) -> slice:
-    """Returns the rows of a batch that the devices of this process hold, where they are adjacent.
-
-    Returns:
-      All rows where they are not.
-    """
+    """Returns the rows of a batch on this process's devices; all rows if they are not adjacent."""
     places = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))
     spans = sorted({index.indices(batch_size)[:2] for (index,) in places.values()})
     if any(stop != start for (_, stop), (start, _) in itertools.pairwise(spans)):
@@ -175,12 +171,12 @@ def put_batch(
 ) -> dict[str, jax.Array]:
     """Puts a batch on the devices, its first axis split over `data` and `fsdp`.
 
-    Under pmap there is an axis before it, with one entry for each device.
+    For pmap an axis of devices is added before it.
 
     Args:
       batch: arrays with the batch as their first axis.
-      mesh, mode: how the devices share it.
-      rows, batch_size: which rows of how many `batch` has, if not all; see `own_rows`.
+      mesh, mode: the devices, and `jit` or `pmap`.
+      rows, batch_size: the rows in `batch`, and their total number, if not all; see `own_rows`.
     """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     if mode == "pmap":
@@ -202,21 +198,21 @@ def put_batch(
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts an array on devices; where they are those of several processes, all of these have it."""
+    """Puts an array on devices; if several processes own them, each passes the whole array."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def spread(arrays: Any | None, abstract: Any) -> Any:
-    """Puts a tree of arrays of the host, which process 0 has, on the devices of all processes.
+    """Puts a tree of numpy arrays of process 0 on the devices of all processes.
 
     Args:
-      arrays: numpy arrays; None in the other processes.
-      abstract: a tree of shapes and dtypes with shardings, for all of which every process calls.
+      arrays: None in the other processes, which call it too.
+      abstract: shapes and dtypes with shardings.
 
     Returns:
-      Arrays that share no memory with those of the host, so that a train step may donate them.
+      Arrays that share no memory with the host's, so that a train step may donate them.
     """
 
     def spread_leaf(struct: jax.ShapeDtypeStruct, array: np.ndarray | None = None) -> jax.Array:
@@ -241,11 +237,7 @@ def _from_first(array: np.ndarray | None, struct: jax.ShapeDtypeStruct) -> np.nd
 
 
 def to_host(leaf: jax.Array) -> np.ndarray | None:
-    """Returns a copy of an array in the host's memory, in process 0; every process is to call it.
-
-    Returns:
-      None in the other processes.
-    """
+    """Returns a numpy copy of an array in process 0, else None; all processes call it."""
     if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = _replicating(leaf.sharding.mesh)(leaf)
     if jax.process_index() != 0:
@@ -254,7 +246,7 @@ def to_host(leaf: jax.Array) -> np.ndarray | None:
 
 
 def on_one_device(tree: Any) -> Any:
-    """Returns arrays on the first device of this process; every process is to call it."""
+    """Returns arrays on the first device of this process; all processes call it."""
     device = jax.local_devices()[0]
 
     def move(leaf: jax.Array) -> jax.Array:
@@ -269,15 +261,15 @@ def on_one_device(tree: Any) -> Any:
 
 @functools.cache
 def _replicating(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Returns a program that gives each device the whole of an array."""
+    """Returns a compiled function that replicates an array on all devices."""
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def compile_step(train_step: Callable, mesh: Mesh, mode: str = "jit") -> Callable:
-    """Compiles a train step for the devices of a mesh; the state that it is given is used up.
+    """Compiles a train step for a mesh; it donates the state.
 
     Args:
-      train_step: from (state, batch) to (state, metrics); for pmap made with `AXIS_NAME`.
+      train_step: from (state, batch) to (state, metrics); pmap needs one made with `AXIS_NAME`.
       mesh, mode: as for `put_batch`.
     """
     if mode == "jit":

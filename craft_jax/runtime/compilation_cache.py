@@ -15,15 +15,15 @@ import jax
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in a folder of the user's own, so that the next start is quick.
+    """Keeps compiled programs in a folder of the user, so that the next start is faster.
 
-    It is `craft_jax/xla-...` below `$XDG_CACHE_HOME` (else `~/.cache`), mode 0700, for what lies in
-    it is run; its name holds what the processor can do, since XLA compiles for that. What was used
-    longest ago is removed above `_CACHE_BYTES`. Where JAX_COMPILATION_CACHE_DIR names a folder, JAX
-    has that one instead, and with JAX_ENABLE_COMPILATION_CACHE=false none. A folder that cannot be
-    had, or is another's, is done without: only time is lost.
+    The folder is `craft_jax/xla-...` below `$XDG_CACHE_HOME` (else `~/.cache`), with mode 0700,
+    since its files are executed. Its name depends on the features of the processor, for which XLA
+    compiles. Above `_CACHE_BYTES` the least recently used files are removed. JAX's own variables
+    JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE take precedence. Nothing is cached if
+    the folder cannot be created, or belongs to another user.
     """
-    # Of an entry that was cut off, JAX says so, and compiles.
+    # JAX warns of a truncated entry, and compiles again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
@@ -33,7 +33,7 @@ def enable_compilation_cache() -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         info = folder.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
-            raise PermissionError(f"{folder} is another's")
+            raise PermissionError(f"{folder} belongs to another user")
         folder.chmod(0o700)
         keep_newest(folder, _CACHE_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home.
@@ -50,7 +50,7 @@ _CACHE_SECONDS = 0.1
 
 
 def _processor() -> str:
-    """Returns a word for what the processor can do."""
+    """Returns a hash of the features of the processor."""
     words = [platform.machine()]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,7 @@ def _processor() -> str:
 
 
 def keep_newest(folder: Path, limit: int) -> None:
-    """Removes the files of a folder that were used longest ago, until the rest fits a limit."""
+    """Removes the least recently used files of a folder until the others fit a limit."""
     found = sorted(
         ((max(i.st_atime, i.st_mtime), i.st_size, path) for path, i in _files(folder)), reverse=True
     )
@@ -72,5 +72,5 @@ def keep_newest(folder: Path, limit: int) -> None:
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # Another process was quicker.
+        with contextlib.suppress(FileNotFoundError):  # Removed by another process.
             yield path, path.stat()

@@ -54,12 +54,12 @@ class StepMemory:
         self._dispatched, self._steps = time.monotonic(), 0
 
     def before_step(self, previous: Any) -> None:
-        """Waits until the step before has freed its scratch memory.
+        """Waits until the previous step has freed its scratch memory.
 
-        A step dispatched earlier would allocate its own at once: twice as much.
+        A step dispatched earlier would allocate a second one.
 
         Args:
-          previous: outputs of the step before; None if there is none.
+          previous: outputs of the previous step; None if there is none.
         """
         if self._is_cpu and previous is not None:
             jax.block_until_ready(previous)
@@ -74,6 +74,6 @@ class StepMemory:
             trim_malloc()
 
     def after_compiling(self) -> None:
-        """Returns what compiling used: no step needs it."""
+        """Returns the memory that compiling used, which no step needs."""
         if self._is_cpu:
             trim_malloc()

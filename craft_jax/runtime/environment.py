@@ -13,7 +13,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers",
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what a run's numbers depend on."""
+    """Returns the versions of the packages that a run's numbers depend on."""
     installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what the bits of a run's numbers depend on beside its config and data."""
+    """Returns the environment that decides the exact bits of a run, with config and data."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
     return {

@@ -1,10 +1,10 @@
-"""Faults on purpose: how the tests make a process die, hang or fail at a chosen place.
+"""Fault injection: makes a process die, hang or fail at a chosen point, for tests.
 
 `CRAFT_FAULT=POINT:NTH:ACTION` in the environment arms one point; the NTH time that the process
 passes it, the action happens. Several are separated by commas. Without the variable `point` does
 nothing. docs/reliability.md lists the points.
 
-`CRAFT_POISON=KIND:STEPS` spoils the gradients of some steps (`nan:12`, `inf:5-9`), see `poisoned`.
+`CRAFT_POISON=KIND:STEPS` corrupts gradients in some steps (`nan:12`, `inf:5-9`), see `poisoned`.
 """
 
 import errno
@@ -84,10 +84,10 @@ _POISONS = _poisons(os.environ.get("CRAFT_POISON", ""))
 
 
 def poisoned(gradients: Callable) -> Callable:
-    """Wraps a gradient function: spoils the gradients of the steps that `CRAFT_POISON` names.
+    """Wraps a gradient function: corrupts the gradients of the steps that `CRAFT_POISON` names.
 
-    Without the variable the function is returned as it is. With it the program is the same for
-    every step, named or not: `nan:0` gives the reference.
+    Without the variable the function itself is returned. With it the program is the same for every
+    step, corrupted or not: `nan:0` gives the reference.
 
     Args:
       gradients: from (state, batch) to (loss, grads); `state.step` is the number of updates before
@@ -96,17 +96,17 @@ def poisoned(gradients: Callable) -> Callable:
     if not _POISONS:
         return gradients
 
-    def spoilt(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    def corrupted(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         loss, grads = gradients(state, batch)
-        return loss, _spoil(grads, state.step)
+        return loss, _corrupt(grads, state.step)
 
-    return spoilt
+    return corrupted
 
 
-def _spoil(grads: dict[str, Any], step: Any) -> dict[str, Any]:
+def _corrupt(grads: dict[str, Any], step: Any) -> dict[str, Any]:
     for kind, first, last in _POISONS:
         is_bad = (first <= step + 1) & (step + 1 <= last)
-        # One element of one array: in a layer that several devices share, that of one of them.
+        # One element of one array: if devices split the layer, only one of them has it.
         path = sorted(grads)[len(grads) // 2]
         flat = grads[path].reshape(-1)
         place = (1 - is_bad.astype("int32")) * flat.size  # Beyond the end nothing is set.

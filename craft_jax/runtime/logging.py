@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PLAIN_ONLY = {"plain_only": True}
-"""`extra=` of a log message that a terminal shows as the live line instead."""
+"""`extra=` of a message that a terminal shows in its live line instead."""
 
 FILE_ONLY = {"file_only": True}
-"""`extra=` of a log message that `main` shows in its own way."""
+"""`extra=` of a message that `main` prints itself."""
 
 
 class _Terminal(logging.StreamHandler):
@@ -39,7 +39,7 @@ class _Terminal(logging.StreamHandler):
     def progress(self, line: str) -> None:
         if not self.is_live:
             return
-        with self.lock:  # Checkpoints are announced from a thread of their own.
+        with self.lock:  # Checkpoints log from a thread of their own.
             try:
                 self._erase()
                 self.live = line
@@ -48,7 +48,7 @@ class _Terminal(logging.StreamHandler):
                 self._go_silent()
 
     def _go_silent(self) -> None:
-        """The reader is gone, as behind `| head`: the run goes on, and its log has everything."""
+        """Stops writing after the reader has closed, as `| head` does; the log file continues."""
         self.stream, self.is_live, self.live = io.StringIO(), False, ""
         self.setLevel(logging.CRITICAL + 1)
 

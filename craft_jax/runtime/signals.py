@@ -15,7 +15,7 @@ from craft_jax.errors import INTERRUPTED, KILLED, PREEMPTED, StoppedError
 
 
 class StopFlag(abc.ABC):
-    """Returns whether the run was asked to stop, and the exit code for it.
+    """A request to stop the run, with its exit code.
 
     Attributes:
       exit_code: 130 after Ctrl-C, 75 after SIGTERM, SIGUSR1 or SIGHUP, None before any.
@@ -33,22 +33,22 @@ class StopFlag(abc.ABC):
 
     @abc.abstractmethod
     def defer(self) -> None:
-        """Only notes signals from now on: there is something to save first."""
+        """Records signals instead of raising from now on, since there is state to save."""
 
     @abc.abstractmethod
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which a signal raises StoppedError: nothing is lost by that."""
+        """Returns a context in which a signal raises StoppedError, where no work is lost."""
 
     @abc.abstractmethod
     def attach(self, batch: Mapping[str, Any], mesh: Any, elapsed: float) -> Mapping[str, Any]:
-        """Returns a batch with what this process tells the others in the same step."""
+        """Returns a batch with the values that processes exchange in this step."""
 
     @abc.abstractmethod
     def agree(self, metrics: dict[str, Any]) -> float | None:
-        """Removes from a step's metrics what the processes have exchanged, and acts on it.
+        """Removes the exchanged values from the metrics of a step, and sets the flag from them.
 
         Returns:
-          The seconds that the run has taken, where the processes exchange them.
+          The seconds that the run has taken, where processes exchange them.
         """
 
 
@@ -57,7 +57,7 @@ class StopSignal(StopFlag):
     """The stop flag of one process, set by its signals.
 
     Attributes:
-      on_deferred: called inside the signal handler when a signal was noted.
+      on_deferred: called inside the signal handler when a signal was recorded.
       on_abort: called with the exit code before a second signal ends the process.
     """
 
@@ -85,7 +85,7 @@ class StopSignal(StopFlag):
         return None
 
     def receive(self, number: int) -> None:
-        """Notes a signal.
+        """Records a signal.
 
         Raises:
           StoppedError: there is nothing to save, or the process waits.
@@ -155,7 +155,7 @@ def stop_signals() -> Iterator[StopSignal]:
 
 
 def _watch(reader: int, numbers: Collection[int], flag: StopSignal) -> None:
-    """Logs that a signal was noted, and ends the process at the second one."""
+    """Logs that a signal was recorded, and ends the process at the second one."""
     first: float | None = None
     while byte := os.read(reader, 1):
         if byte == _DEFERRED:

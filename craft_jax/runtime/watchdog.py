@@ -1,4 +1,4 @@
-"""The watchdog: ends a process whose training does not get on, and says where it hangs."""
+"""The watchdog: ends a process that makes no progress, with the stacks of its threads."""
 
 import contextlib
 import faulthandler
@@ -22,14 +22,14 @@ _SLOW_SECONDS = 1800.0
 
 
 class Watchdog:
-    """Expects to be told of progress, and ends the process with exit code 76 when it is not.
+    """Ends the process with exit code 76 when it is not notified of progress in time.
 
-    A step may take 20 times as long as the steps before it took in the median, and at least a
-    minute. What compiles programs or does other work of unknown length may take half an hour.
+    A step may take 20 times the median of the steps before it, and at least a minute. Compiling and
+    other work of unknown length may take half an hour.
 
     Args:
-      limit: seconds without progress that are too many; None for the above, 0 for never.
-      log: a file that gets the stacks of all threads, as standard error does.
+      limit: seconds without progress; None for the limits above, 0 for none.
+      log: a file for the stacks of all threads, which also go to standard error.
       on_stall: called with the reason before the process ends.
     """
 
@@ -62,19 +62,19 @@ class Watchdog:
             thread.join()
 
     def step(self) -> None:
-        """A step has ended."""
+        """Notifies of the end of a step."""
         now = time.monotonic()
         if self._has_stepped:
             self._intervals.append(now - self._last)
         self._last, self._has_stepped = now, True
 
     def restart(self) -> None:
-        """Something else than a step has ended."""
+        """Notifies of other progress."""
         self._last = time.monotonic()
 
     @contextlib.contextmanager
     def slow_work(self) -> Iterator[None]:
-        """Allows for work whose length is not known, such as compiling, while the context lasts."""
+        """Allows half an hour for work such as compiling, while the context lasts."""
         self._slow += 1
         self.restart()
         try:
@@ -85,7 +85,7 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        """Seconds without progress that are too many now."""
+        """The limit of seconds without progress now."""
         if self._slow or not self._has_stepped:
             return max(_SLOW_SECONDS, self._limit or 0)
         if self._limit is not None:

@@ -302,7 +302,7 @@ class Target(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Returns whether a model fits into a target.
+    """Says whether a model fits into a target.
 
     Attributes:
       target: its name.

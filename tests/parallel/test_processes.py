@@ -175,7 +175,7 @@ def test_each_process_makes_its_own_rows(workdir, text_file):
 def test_alone_nothing_is_shared():
     group = ProcessGroup()
     assert group.is_first
-    assert group.from_first(lambda: {1: 2}, tell=pytest.fail) == {1: 2}
+    assert group.from_first(lambda: {1: 2}, encode=pytest.fail) == {1: 2}
     assert group.in_turn(lambda: 3) == 3
     group.confirm()
     signals = object()

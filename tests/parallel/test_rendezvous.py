@@ -43,8 +43,8 @@ def test_one_alone_waits_for_nobody(address):
 @pytest.mark.parametrize(
     ("who", "words"),
     [
-        ([(0, 2), (1, 3)], "process 1 says --num_processes=3, and process 0 says 2"),
-        ([(0, 3), (1, 3), (1, 3)], "two processes say --process_id=1"),
+        ([(0, 2), (1, 3)], "process 1 says `num_processes=3`, and process 0 says 2"),
+        ([(0, 3), (1, 3), (1, 3)], "two processes say `process_id=1`"),
     ],
 )
 def test_those_who_disagree_all_hear_it(address, who, words):
