@@ -170,7 +170,10 @@ class Run:
                 self.compute_params, rows.prompts, config=config, seed=seed, **options
             )
         before = [""] * len(texts) if is_pair else texts
-        texts = [text + tokenizer.decode(new) for text, new in zip(before, made, strict=True)]
+        texts = [
+            text + tokenizer.continuation(new, ids, text)
+            for text, ids, new in zip(before, rows.prompts, made, strict=True)
+        ]
         return texts[0] if isinstance(prompt, str) else texts
 
     @functools.cached_property

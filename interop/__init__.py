@@ -30,13 +30,19 @@ _HOMES = {
     "InteropError": "interop.errors",
 }
 
+_MODULES = {"source": "interop.sources", "live": "interop.sources.live"}
+"""Modules under the names that they had in release 0.1."""
+
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOMES | _MODULES:
         raise AttributeError(f"module 'interop' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    else:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

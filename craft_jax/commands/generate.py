@@ -75,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
     _say(f"run {opened.paths.name}, step {opened.step}")
     for note in notes:
         _say(note)
-    texts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    writer = _Writer(
-        [""] * len(texts) if is_pair else texts,
-        [tokenizer.stream() for _ in texts],
-        has_headings=len(texts) > 1 and not is_pair,
-    )
+    shown = [""] * len(prompts) if is_pair else prompts
+    texts = [
+        (prompt, tokenizer.stream(ids, prompt))
+        for prompt, ids in zip(shown, rows.prompts, strict=True)
+        for _ in range(args.num_samples)
+    ]
+    writer = _Writer(texts, has_headings=len(texts) > 1 and not is_pair)
     if args.num_beams > 1:
         made = _search(opened, rows, args, writer)
     else:
@@ -209,11 +210,11 @@ def _temperature(args: argparse.Namespace, is_pair: bool) -> float:
 class _Writer:
     """Shows the first text while it grows, and the others, in order, when all are whole."""
 
-    def __init__(self, prompts: list[str], streams: list[TextStream], *, has_headings: bool):
-        self._texts, self._streams = list(prompts), streams
+    def __init__(self, rows: list[tuple[str, TextStream]], *, has_headings: bool):
+        self._texts, self._streams = [prompt for prompt, _ in rows], [stream for _, stream in rows]
         self._has_headings = has_headings
         self._notes: set[str] = set()
-        self._show(self._heading(0) + prompts[0])
+        self._show(self._heading(0) + self._texts[0])
 
     def push(self, new: list[list[int]]) -> None:
         """Takes the new tokens of every row."""

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers.decoders import DecodeStream
 
 from craft_jax.data.tokenizers import files, sentencepiece_models
 from craft_jax.errors import UsageError
@@ -203,9 +202,16 @@ class Tokenizer:
         """Returns the characters of `text` that cannot be encoded."""
         return [] if self._characters is None else sorted(set(text) - self._characters)
 
-    def stream(self) -> "TextStream":
-        """Returns a decoder for ids that arrive one by one."""
-        return TextStream(self._inner)
+    def stream(self, prompt_ids: Iterable[int] = (), prompt: str = "") -> "TextStream":
+        """Returns a decoder for ids that follow a prompt and arrive one by one."""
+        return TextStream(self._inner, prompt_ids, prompt)
+
+    def continuation(
+        self, new: Iterable[int], prompt_ids: Iterable[int] = (), prompt: str = ""
+    ) -> str:
+        """Returns the text of ids that follow a prompt, as `stream` shows it."""
+        stream = self.stream(prompt_ids, prompt)
+        return "".join(map(stream.push, new)) + stream.finish()
 
 
 def _restored(text: str, encoder: Any) -> Tokenizer:
@@ -265,24 +271,48 @@ def _byte_characters() -> list[str]:
 
 
 class TextStream:
-    """Decodes ids one by one, yielding only complete characters."""
+    """Decodes the ids after a prompt one by one, yielding only complete characters.
 
-    def __init__(self, inner: tokenizers.Tokenizer):
+    The ids are decoded together with those before them: many tokenizers write the space before a
+    word into its token, and drop it at the beginning of a text.
+
+    Args:
+      inner: the tokenizer of the library.
+      prompt_ids: the ids before the first one.
+      prompt: the text that they encode; empty if it is not shown.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, prompt_ids: Iterable[int] = (), prompt: str = ""
+    ):
         self._inner = inner
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._written = 0
+        self._ids = [int(i) for i in prompt_ids]
+        self._num_shown, self._shown = len(self._ids), self._decode()
+        # Some tokenizers drop the spaces at the end of a text, and the next token brings one.
+        spaces = prompt[len(prompt.rstrip()) :]
+        self._surplus = "" if self._shown.endswith(spaces) else spaces
 
     def push(self, token: int) -> str:
         """Returns the text completed by this id; empty within a character."""
         self._ids.append(int(token))
-        text = self._stream.step(self._inner, int(token)) or ""
-        self._written += len(text)
-        return text
+        text = self._decode()
+        return "" if text.endswith("\ufffd") else self._rest(text)
 
     def finish(self) -> str:
         """Returns the remaining text: an incomplete character becomes U+FFFD."""
-        return self._inner.decode(self._ids, skip_special_tokens=True)[self._written :]
+        return self._rest(self._decode())
+
+    def _rest(self, text: str) -> str:
+        """Returns the part of a text that was not shown; its ids become the context of the next."""
+        rest = text[len(self._shown) :]
+        if rest:
+            rest, self._surplus = rest.removeprefix(self._surplus), ""
+            self._ids = self._ids[self._num_shown :]
+            self._num_shown, self._shown = len(self._ids), self._decode()
+        return rest
+
+    def _decode(self) -> str:
+        return self._inner.decode(self._ids, skip_special_tokens=True)
 
 
 def characters(alphabet: Iterable[str], end_token: bool, special: Iterable[str] = ()) -> Tokenizer:

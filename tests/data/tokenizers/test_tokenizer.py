@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from craft_jax.data import tokenizers
@@ -86,6 +87,73 @@ def test_a_stream_that_stops_within_a_character():
     ids = tokenizer.encode("a\U0001f642")[:-1]
     assert "".join(stream.push(i) for i in ids) == "a"
     assert stream.finish() == "\ufffd"
+
+
+def _sentencepiece_like() -> hf.Tokenizer:
+    pieces = ["<unk>", "\u2581", *"thequickbrownfxjmps", "\u2581the", "\u2581fox", "\u2581quick"]
+    inner = hf.Tokenizer(hf.models.Unigram([(p, -float(len(p) == 1)) for p in pieces], 0))
+    inner.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    inner.decoder = hf.decoders.Metaspace()
+    return inner
+
+
+def _words_of(model: str) -> hf.Tokenizer:
+    vocabulary = {word: n for n, word in enumerate("[UNK] the quick br fox jumps".split())}
+    vocabulary |= {"brown": 6, "##own": 7, ".": 8}
+    if model == "WordPiece":
+        inner = hf.Tokenizer(hf.models.WordPiece(vocabulary, unk_token="[UNK]"))
+        inner.decoder = hf.decoders.WordPiece()
+    else:
+        inner = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    return inner
+
+
+def _with_ends_of_words() -> hf.Tokenizer:
+    letters = sorted(set("thequickbrownfxjmps."))
+    vocabulary = {c: n for n, c in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
+    inner = hf.Tokenizer(hf.models.BPE(vocabulary, [], end_of_word_suffix="</w>"))
+    inner.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    inner.decoder = hf.decoders.BPEDecoder()
+    return inner
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        _sentencepiece_like(),
+        _words_of("WordPiece"),
+        _words_of("WordLevel"),
+        _with_ends_of_words(),
+    ],
+    ids=["metaspace", "wordpiece", "wordlevel", "ends of words"],
+)
+def test_a_continuation_neither_loses_nor_adds_a_space(inner):
+    tokenizer = Tokenizer(inner)
+    whole = "the quick brown fox jumps the fox"
+    ids = tokenizer.encode(whole).tolist()
+    assert tokenizer.decode(ids) == whole
+    for word in range(1, 7):
+        prompt = " ".join(whole.split()[:word])
+        before = tokenizer.encode(prompt).tolist()
+        assert ids[: len(before)] == before
+        rest = tokenizer.continuation(ids[len(before) :], before, prompt)
+        assert prompt + rest == whole
+        # A space at the end of the prompt, which the ids do not have, is not shown twice.
+        if tokenizer.encode(f"{prompt} ").tolist() == before:
+            rest = tokenizer.continuation(ids[len(before) :], before, f"{prompt} ")
+            assert f"{prompt} {rest}" == whole
+
+
+def test_a_continuation_within_a_word_and_within_bytes():
+    pieces = Tokenizer(_words_of("WordPiece"))
+    assert pieces.continuation([7, 4], pieces.encode("the br").tolist(), "the br") == "own fox"
+    for tokenizer in kinds().values():
+        ids = tokenizer.encode(HARD).tolist()
+        for prompt in (HARD[:n] for n in range(0, len(HARD), 3)):
+            before = tokenizer.encode(prompt).tolist()
+            if ids[: len(before)] == before:
+                assert prompt + tokenizer.continuation(ids[len(before) :], before, prompt) == HARD
 
 
 def test_pieces_encode_as_alone():
