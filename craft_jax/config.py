@@ -201,8 +201,8 @@ def load(
       ConfigError: one line for each mistake.
     """
     is_saved = file is None
-    values = dict((saved or {}) if is_saved else read_file(file))
     given = {override.field: override.text for override in overrides}
+    values = dict((saved or {}) if is_saved else read_file(file, given))
     init_from = values.get("init_from")
     if "init_from" in given:
         with contextlib.suppress(ValueError):  # The check of all fields names it.

@@ -1,9 +1,11 @@
 """Runs a config file, and names the file and line of an error in it."""
 
+import contextlib
 import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ from ml_collections import ConfigDict
 
 from craft_jax.errors import ConfigError
 from craft_jax.messages import one_line, shorten
+from craft_jax.values import parse
 
 
-def read_file(reference: str) -> dict[str, Any]:
+def read_file(reference: str, overrides: Mapping[str, str] = {}) -> dict[str, Any]:
     """Runs `get_config` of a config file and returns its values as a dict.
 
     Args:
       reference: `path.py`, or `path.py:preset`; the preset is the argument of `get_config`.
+      overrides: texts by field, for the fields that others refer to with `get_ref`.
 
     Raises:
       ConfigError: the file is missing, fails, or returns something else.
@@ -41,6 +45,7 @@ def read_file(reference: str) -> dict[str, Any]:
         if not isinstance(config, ConfigDict):
             kind = type(config).__name__
             raise ConfigError(f"{here}: get_config() returned {kind}, not ConfigDict")
+        _follow(config, overrides)
         return config.to_dict()
     except ConfigError:
         raise
@@ -52,6 +57,19 @@ def read_file(reference: str) -> dict[str, Any]:
         raise ConfigError(one_line(f"{here}: {_line_of(error, path)}{what}")) from error
     finally:
         sys.dont_write_bytecode = before
+
+
+def _follow(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Sets overridden fields, so that references to them take the new values.
+
+    Values that cannot be read are left to the check of all fields.
+    """
+    for field, text in overrides.items():
+        section, _, name = field.rpartition(".")
+        part = config.get(section) if section else config
+        if isinstance(part, ConfigDict) and name in part and part[name] is not None:
+            with contextlib.suppress(ValueError), part.ignore_type():
+                part[name] = parse(text, type(part[name]) | None)
 
 
 def _line_of(error: BaseException, path: str) -> str:

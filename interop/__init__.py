@@ -30,7 +30,7 @@ _HOMES = {
     "InteropError": "interop.errors",
 }
 
-_MODULES = {"source": "interop.sources", "live": "interop.sources.live"}
+_MODULES = {"source": "interop.sources.opening", "live": "interop.sources.live"}
 """Modules under the names that they had in release 0.1."""
 
 __all__ = list(_HOMES)

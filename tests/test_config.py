@@ -401,3 +401,23 @@ def test_every_field_has_a_help_text():
     for value in (*sections, *(model_class(name).Config for name in MODELS)):
         for field in dataclasses.fields(value):
             assert field.metadata["help"], f"{value}: {field.name}"
+
+
+def test_a_reference_follows_an_override(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import config_dict\n"
+        "def get_config():\n"
+        "    rate = config_dict.FieldReference(1e-3)\n"
+        "    config = config_dict.ConfigDict({'optim': {'learning_rate': rate}})\n"
+        "    config.optim.min_learning_rate = rate * 0.1\n"
+        "    config.training = {'num_steps': 10}\n"
+        "    config.optim.decay_steps = config.training.get_ref('num_steps')\n"
+        "    return config\n",
+        encoding="utf-8",
+    )
+    given = [Override("optim.learning_rate", "2"), Override("training.num_steps", "50")]
+    config = configs.load(str(tmp_path / "mine.py"), given)
+    assert (config.optim.learning_rate, config.optim.min_learning_rate) == (2.0, 0.2)
+    assert (config.training.num_steps, config.optim.decay_steps) == (50, 50)
+    with pytest.raises(ConfigError, match=r"num_steps='many' is not a whole number"):
+        configs.load(str(tmp_path / "mine.py"), [Override("training.num_steps", "many")])

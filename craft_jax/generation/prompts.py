@@ -125,7 +125,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         return tokenizer.encode(prompt, "the prompt").tolist()
     if tokenizer.end_id is not None:
         return [tokenizer.end_id]
-    return [0] if tokenizer.unknown_characters("\n") else tokenizer.encode("\n").tolist()
+    if tokenizer.unknown_characters("\n"):
+        return [0]
+    return tokenizer.encode("\n").tolist() or [0]  # Some tokenizers drop line breaks.
 
 
 class PromptRows(NamedTuple):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from craft_jax.messages import one_line
+
 PLAIN_ONLY = {"plain_only": True}
 """`extra=` of a message that a terminal shows in its live line instead."""
 
@@ -84,6 +86,16 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+@contextlib.contextmanager
+def side_task(name: str) -> Iterator[None]:
+    """Logs an error of work that training does not depend on, such as a sample or a picture."""
+    try:
+        yield
+    except Exception as error:  # A run is worth more than any of its side tasks.
+        reason = one_line(str(error)) or type(error).__name__
+        logging.getLogger(__name__).warning("%s failed: %s; training goes on", name, reason)
 
 
 def progress(line: str) -> None:

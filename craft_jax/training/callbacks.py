@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from craft_jax.errors import ConfigError
+from craft_jax.runtime.logging import side_task
 from craft_jax.training.state import TrainState
 
 
@@ -252,7 +253,7 @@ class Sample:
 
 
 class SampleCallback(Every):
-    """Shows what the model produces, every `every` steps.
+    """Shows what the model produces, every `every` steps; a failure is a warning.
 
     Args:
       every: steps between samples; 0 for none.
@@ -275,4 +276,5 @@ class SampleCallback(Every):
 
     def on_sync(self, record: StepRecord) -> None:
         assert record.state is not None
-        self._show(record.step, self._sample(record.state))
+        with side_task(f"the sample of step {record.step}"):
+            self._show(record.step, self._sample(record.state))

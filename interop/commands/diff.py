@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from interop.commands import Result, add_models, add_reading, reading_options
+from interop.commands import Result, add_models
+from interop.commands.reading import add_reading, reading_options
 from interop.mapping import pipeline
 from interop.mapping.tensors import LazyTensor, bits
 from interop.sources import opening

@@ -17,8 +17,9 @@ from typing import Any
 
 from craft_jax import outputs
 from craft_jax.errors import UsageError
-from interop.commands import Result, add_reading, add_writing, path, reading_options
+from interop.commands import Result, add_writing, path
 from interop.commands.plan import Plan, as_source, plan
+from interop.commands.reading import add_reading, reading_options
 from interop.craft import tokenizers
 from interop.errors import ParityError, listed
 from interop.files import atomic, hugging_face

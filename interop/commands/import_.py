@@ -20,9 +20,10 @@ from craft_jax.checkpoint.listing import PARAMS, Checkpoints
 from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.errors import StorageError, UsageError
 from interop import commands
-from interop.commands import Result, reading_options
+from interop.commands import Result
 from interop.commands.export import PROBE, PROBE_LIMIT, check_choice, model_digest
 from interop.commands.plan import memory_size
+from interop.commands.reading import add_reading, reading_options
 from interop.errors import DiskSpaceError, ParityError, listed
 from interop.files import atomic, orbax
 from interop.mapping import dtypes, pipeline
@@ -270,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=commands.path, help="the run to make, outputs/models/NAME")
     commands.add_writing(parser)
     add("--verify", default="bits", help="none or bits (default)")
-    commands.add_reading(parser)
+    add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> Result:

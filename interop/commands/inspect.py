@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interop.commands import Result, add_models, add_reading, reading_options
+from interop.commands import Result, add_models
+from interop.commands.reading import add_reading, reading_options
 from interop.errors import InteropError
 from interop.files.weights import open_weights
 from interop.mapping.tensors import LazyTensor, Tensors

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from interop.commands import Result, add_models, add_reading, reading_options
+from interop.commands import Result, add_models
+from interop.commands.reading import add_reading, reading_options
 from interop.mapping.spec import Spec
 from interop.sources import opening
 from interop.targets import registry

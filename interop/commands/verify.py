@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from craft_jax.errors import FAILED_CHECK, OK, UsageError
-from interop.commands import Result, add_models, add_reading, reading_options, torch_process
+from interop.commands import Result, add_models, torch_process
 from interop.commands.diff import describe, differences
+from interop.commands.reading import add_reading, reading_options
 from interop.errors import InteropError, listed
 from interop.mapping import dtypes, folds
 from interop.mapping.spec import FlowSpec, ModelSpec, Spec

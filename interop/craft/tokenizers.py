@@ -58,17 +58,22 @@ def of_vocabulary(
 
 
 def of_container(container: Mapping[Any, Any]) -> Tokenizer | None:
-    """Returns the tokenizer of a checkpoint, or of a data file: `char_to_idx`, `idx_to_char`.
+    """Returns the tokenizer of a checkpoint, or of a data file.
 
-    They stand at the top, or in a dict such as `tokenizer_data` there. One of the two is enough.
+    It is `char_to_idx`, `idx_to_char` or both, at the top or in a dict such as `tokenizer_data`
+    there; nanoGPT's `meta.pkl` calls them `stoi` and `itos`.
 
     Raises:
       CorruptFileError: they contradict each other, or are no vocabulary of characters.
     """
     for place in (container, *(container.get(name) for name in _PLACES)):
         fields = place.fields if isinstance(place, Stub) else place
-        if isinstance(fields, Mapping) and (fields.get("char_to_idx") or fields.get("idx_to_char")):
-            return _of_maps(fields)
+        if not isinstance(fields, Mapping):
+            continue
+        for there, back in (("char_to_idx", "idx_to_char"), ("stoi", "itos")):
+            if fields.get(there) or fields.get(back):
+                maps = {"char_to_idx": fields.get(there), "idx_to_char": fields.get(back)}
+                return _of_maps({**fields, **maps})
     return None
 
 

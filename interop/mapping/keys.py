@@ -32,6 +32,11 @@ class Renamed(NamedTuple):
     original: dict[str, str]
 
 
+def is_ignored(name: str, ignore: Collection[str]) -> bool:
+    """Returns whether one of the glob patterns matches a name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+
+
 def cleaned(
     tensors: Mapping[str, V],
     anchors: Sequence[tuple[str, str]],
@@ -50,11 +55,7 @@ def cleaned(
       CollidingKeysError: two names become one, or only some carry the prefix.
       AmbiguousSourceError: several prefixes lead to a whole model.
     """
-    kept = {
-        name: value
-        for name, value in tensors.items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
-    }
+    kept = {name: value for name, value in tensors.items() if not is_ignored(name, ignore)}
     names = {name: name for name in kept}
     if strip_prefix:
         names = {

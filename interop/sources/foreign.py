@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from interop.files.pickles import Stub
 from interop.files.plain import plain
 from interop.files.weights import Weights, open_weights
 from interop.mapping import folds
-from interop.mapping.keys import cleaned
+from interop.mapping.keys import cleaned, is_ignored
 from interop.mapping.shapes import leaves
 from interop.mapping.spec import Spec
 from interop.mapping.tensors import LazyTensor, Tensors
@@ -138,7 +138,7 @@ def _folder_contents(folder: Path, options: Options) -> _Contents:
 
 def _file_contents(file: Path, options: Options) -> _Contents:
     weights = open_weights(file, options.allow_globals)
-    tensors, found = _state_dict(weights, file)
+    tensors, found = _state_dict(weights, file, options.ignore_keys)
     around = plain(found or {})
     manifest = manifest_of(file)
     target, config = _of_file(tensors, around, manifest, file, options)
@@ -239,7 +239,9 @@ def _declared(config: Mapping[str, Any], place: Path, options: Options) -> Targe
     )
 
 
-def _state_dict(weights: Weights, place: Path) -> tuple[Tensors, Mapping[str, Any] | None]:
+def _state_dict(
+    weights: Weights, place: Path, ignore: Collection[str]
+) -> tuple[Tensors, Mapping[str, Any] | None]:
     """Finds the tensors in a file, and the dict around them if there is one."""
     if weights.tensors:
         return weights.tensors, None
@@ -256,6 +258,8 @@ def _state_dict(weights: Weights, place: Path) -> tuple[Tensors, Mapping[str, An
         raise AmbiguousSourceError(
             f"{place} holds several sets of weights: {', '.join(found)}; save one of them alone"
         )
+    if not found and 2 * sum(isinstance(v, LazyTensor) for v in value.values()) > len(value):
+        return _tensors_among(value, place, ignore), None
     if not found:
         ema = [name for name in _EMA if _is_state_dict(value.get(name))]
         also = f" (averaged weights alone: {', '.join(ema)})" if ema else ""
@@ -264,6 +268,20 @@ def _state_dict(weights: Weights, place: Path) -> tuple[Tensors, Mapping[str, An
             + listed(map(str, value))
         )
     return value[found[0]], value
+
+
+def _tensors_among(
+    value: Mapping[Any, Any], place: Path, ignore: Collection[str]
+) -> dict[str, LazyTensor]:
+    """Returns the tensors of a state dict that holds other entries too, if those are ignored."""
+    tensors = {str(name): item for name, item in value.items() if isinstance(item, LazyTensor)}
+    others = [str(name) for name in value if str(name) not in tensors]
+    if wrong := [name for name in others if not is_ignored(name, ignore)]:
+        raise CorruptFileError(
+            f"{place}: {listed(wrong)} of its state dict is no tensor; leave it out with "
+            f"`ignore_keys={wrong[0]}`"
+        )
+    return tensors
 
 
 def _is_state_dict(value: Any) -> bool:

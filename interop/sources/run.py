@@ -38,6 +38,8 @@ def run_folder(place: Path) -> tuple[Path, int | None] | None:
 def looks_like_checkpoint(place: Path) -> bool:
     """Returns whether a folder has parts of a checkpoint, but belongs to no run."""
     inside = ("_METADATA", "_CHECKPOINT_METADATA", "params", "optimizer", "checkpoints")
+    if any(next(place.glob(f"*.{ending}"), None) for ending in ("safetensors", "bin")):
+        return False  # A folder of another library, which may have such folders too.
     return place.is_dir() and bool(
         any((place / name).exists() for name in inside) or re.match(r"\.\d+\.tmp-", place.name)
     )

@@ -9,6 +9,7 @@ TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"
 _FROM_HF = {
     **{hf: ours for ours, hf in TO_HF.items()},
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python": "gelu",
     "swish": "silu",
 }
 # Other roundings or polynomials of what `gelu_tanh` computes.
@@ -17,19 +18,20 @@ _NEARLY = {"gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "quick_gelu":
 # What says nothing about the logits.
 HARMLESS = frozenset(
     """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
-    bad_words_ids begin_suppress_tokens bos_token_id chat_template cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label init_std
-    initializer_range is_decoder keys_to_ignore_at_inference label2id length_penalty max_length
-    min_length model_type n_ctx n_special name_or_path no_repeat_ngram_size num_beam_groups
-    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past
+    _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
+    attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chat_template
+    cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label init_std initializer_range is_decoder
+    keys_to_ignore_at_inference label2id length_penalty mask_token_id max_length min_length
+    model_type n_ctx n_special name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_past
     output_scores pad_token_id predict_special_tokens prefix problem_type remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
+    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
     """.split()
 )
 

@@ -9,6 +9,9 @@ import pytest
 
 from craft_jax import main as cli
 from craft_jax import outputs, runs
+from craft_jax.commands import visualize
+from craft_jax.errors import UsageError
+from craft_jax.generation.previews import TextSampler
 from craft_jax.runtime import fault_injection
 from craft_jax.training.loggers import read_json_lines
 from tests.conftest import micro
@@ -224,3 +227,16 @@ def test_factors_of_paths_with_brackets(train, workdir):
         "blocks.0.attn.query.kernel",
         "blocks.0.attn.key.kernel",
     }
+
+
+def test_a_side_task_that_fails_ends_no_run(train, workdir, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise UsageError("a prompt\nhas no tokens")
+
+    monkeypatch.setattr(TextSampler, "__call__", fail)
+    monkeypatch.setattr(visualize, "draw_runs", fail)
+    assert train("mine", training__num_steps=4, training__sample_every=2) == 0
+    said = capsys.readouterr().out
+    for name in ("the sample of step 2", "the last sample", "the picture of the curves"):
+        assert said.count(f"{name} failed: a prompt has no tokens; training goes on") == 1
+    assert runs.open("mine", workdir=workdir).step == 4

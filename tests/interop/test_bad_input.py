@@ -412,7 +412,7 @@ def test_an_imported_run_has_no_text_until_it_is_named(tmp_path):
     opened = runs.open(run)
     assert opened.tokenizer is None and opened.config.data.path is None
     assert opened.config.model.num_layers == 2
-    with pytest.raises(UsageError, match="--tokenizer"):
+    with pytest.raises(UsageError, match="`tokenizer=PATH`"):
         opened.generate("x")
 
 
@@ -429,3 +429,44 @@ def test_a_checkpoint_of_nanogpt_brings_its_step(tmp_path, capsys):
     opened = open_source(tmp_path / "models" / "new")
     assert opened.step == 250 and opened.metrics["val_loss"] == 1.25
     assert runs.open(tmp_path / "models" / "new").step == 0
+
+
+def test_a_state_dict_with_another_entry(tmp_path, capsys):
+    config = json.dumps(TARGETS["gpt2"].write_config(SPEC))
+    file = write_pt(tmp_path / "flat.pt", {**tensors(), "step": 5, "note": "x"})
+    code, said = bring(capsys, tmp_path, file, "--config", config)
+    assert code == 65
+    assert "step, note of its state dict is no tensor; leave it out with --ignore-keys=step" in said
+    words = ("--config", config, "--ignore-keys", "step", "--ignore-keys", "n*te")
+    assert bring(capsys, tmp_path, file, *words)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "optimizer", "params"])
+def test_a_folder_of_another_library_with_folders_like_ours(tmp_path, capsys, name):
+    folder = write_folder(tmp_path / "hf", tensors())
+    (folder / name).mkdir()
+    assert bring(capsys, tmp_path, folder)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"_num_labels": 1, "activation_function": "gelu_python", "summary_activation": None},
+        {"mask_token_id": 50257, "cls_token_id": 50258, "pad_token_id": 50259},
+        {"n_ctx": 24, "task_specific_params": {"text-generation": {"do_sample": True}}},
+    ],
+)
+def test_harmless_settings_of_published_configs(tmp_path, capsys, setting):
+    assert bring(capsys, tmp_path, write_folder(tmp_path / "hf", tensors(), **setting))[0] == 0
+
+
+@pytest.mark.parametrize("names", [["stoi"], ["itos"], ["stoi", "itos"]])
+def test_the_vocabulary_of_nanogpt(tmp_path, capsys, names):
+    alphabet = [chr(0x30 + n) for n in range(SPEC.vocab_size)]
+    maps = {"stoi": {c: n for n, c in enumerate(alphabet)}, "itos": dict(enumerate(alphabet))}
+    meta = tmp_path / "meta.pkl"
+    meta.write_bytes(pickle.dumps({"vocab_size": 97} | {name: maps[name] for name in names}))
+    folder = write_folder(tmp_path / "hf", tensors())
+    assert bring(capsys, tmp_path, folder, "--tokenizer", str(meta))[0] == 0
+    tokenizer = runs.open(tmp_path / "models" / "new").need_tokenizer()
+    assert tokenizer.encode("0A~").tolist() == [0, 17, 78]

@@ -18,6 +18,7 @@ from craft_jax.generation import previews
 from craft_jax.generation.previews import Sampler
 from craft_jax.outputs import RunPaths
 from craft_jax.parallel import sharding
+from craft_jax.runtime.logging import side_task
 from craft_jax.training.state import TrainState
 from craft_jax.training.trainer import Trainer
 
@@ -86,7 +87,10 @@ def _finish(
             previews.look_on(state)
         return
     if sampler:
-        report.sample(int(state.step), sampler(state, is_last=True), paths.samples)
-    picture = visualize.draw_runs([paths])
+        with side_task("the last sample"):
+            report.sample(int(state.step), sampler(state, is_last=True), paths.samples)
+    picture = None
+    with side_task("the picture of the curves"):
+        picture = visualize.draw_runs([paths])
     source = sampler.source if sampler else None
     report.ending(metrics, session.config.training.num_steps, paths, picture, shell_command, source)

@@ -219,13 +219,43 @@ def _first_invalid(batch: Any, invalid: type[Exception]) -> int:
 
 
 def _values(column: Any, arrow: types.ModuleType) -> list[Any]:
-    values = column.to_pylist()
     kinds = arrow.types
+    without_times = _without_times(column.type, arrow)
+    if without_times != column.type:
+        column = column.cast(without_times)
+    values = column.to_pylist()
     if kinds.is_struct(column.type):
         inner = [column.type.field(i).type for i in range(column.type.num_fields)]
         if inner and all(kinds.is_list(t) or kinds.is_large_list(t) for t in inner):
             return [_transposed(value) for value in values]
     return values
+
+
+def _without_times(kind: Any, arrow: types.ModuleType) -> Any:
+    """Returns a type with text in place of times, and integers in place of durations.
+
+    Python has no values for times and durations of nanoseconds.
+    """
+    kinds = arrow.types
+    if kinds.is_duration(kind):
+        return arrow.int64()
+    if kinds.is_temporal(kind) and not kinds.is_interval(kind):
+        return arrow.string()
+    if kinds.is_struct(kind):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return arrow.struct([f.with_type(_without_times(f.type, arrow)) for f in fields])
+    for is_kind, make in (
+        (kinds.is_list, arrow.list_),
+        (kinds.is_large_list, arrow.large_list),
+        (kinds.is_fixed_size_list, lambda field: arrow.list_(field, kind.list_size)),
+    ):
+        if is_kind(kind):
+            item = kind.value_field
+            return make(item.with_type(_without_times(item.type, arrow)))
+    if kinds.is_map(kind):
+        item = _without_times(kind.item_type, arrow)
+        return arrow.map_(_without_times(kind.key_type, arrow), item)
+    return kind
 
 
 def _transposed(value: dict[str, list[Any]] | None) -> Any:

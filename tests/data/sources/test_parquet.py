@@ -166,3 +166,29 @@ def test_rows_that_the_footer_does_not_count_are_noticed(tmp_path):
     part = first(**vars(second) | {"num_rows": 499})
     with pytest.raises(DataError, match="has 500 rows from row 0 on, where its footer says 499"):
         list(part.documents())
+
+
+def test_times_inside_other_values(tmp_path):
+    moment = 1_700_000_000_123_456_789
+    kinds = {"when": pa.timestamp("ns"), "took": pa.duration("ns"), "at": pa.time64("ns")}
+    value = dict.fromkeys(kinds, moment % 86_400_000_000_000) | {"when": moment, "text": "a"}
+    struct = pa.struct([pa.field("text", pa.string()), *(pa.field(*k) for k in kinds.items())])
+    table = {
+        "text": pa.array(["x"]),
+        "one": pa.array([value], struct),
+        "list": pa.array([[value]], pa.list_(struct)),
+        "large": pa.array([[value]], pa.large_list(struct)),
+        "two": pa.array([[moment, None]], pa.list_(pa.timestamp("ns"), 2)),
+        "map": pa.array([[("k", moment)]], pa.map_(pa.string(), pa.timestamp("ns"))),
+    }
+    (document,) = documents(write(tmp_path / "a.parquet", table))
+    when = "2023-11-14 22:13:20.123456789"
+    read = {"text": "a", "when": when, "took": value["took"], "at": "22:13:20.123456789"}
+    assert document.fields == {
+        "text": "x",
+        "one": read,
+        "list": [read],
+        "large": [read],
+        "two": [when, None],
+        "map": [("k", when)],
+    }
