@@ -31,7 +31,7 @@ from interop.mapping.spec import Spec
 from interop.mapping.tensors import LazyTensor, Tensors
 from interop.sources.manifest import as_recorded, manifest_in, manifest_of, without_synthetic
 from interop.sources.source import Options, Source, check_layers, images_of
-from interop.targets import torch_stacks
+from interop.targets import nanogpt, torch_stacks
 from interop.targets.base import Allowed, Reading
 from interop.targets.registry import TARGETS, Target
 
@@ -194,11 +194,8 @@ def _check_given(target: Target, options: Options) -> None:
     """
     given = options.given_config() or {}
     if unknown := target.unknown_settings(given):
-        known = [
-            n
-            for n in (*torch_stacks.FIELDS, *lineages.SETTINGS)
-            if not target.unknown_settings({n: None})
-        ]
+        names = dict.fromkeys((*torch_stacks.FIELDS, *lineages.SETTINGS, *nanogpt.SETTINGS))
+        known = [name for name in names if not target.unknown_settings({name: None})]
         raise UsageError(
             f"`config`: {unknown[0]!r} is no setting of {target.name}{nearest(unknown[0], known)}; "
             f"there are {', '.join(known)}"
@@ -309,8 +306,9 @@ def _of_file(
     else:
         declared = _declared(config, place, options) if config and "model_type" in config else None
         target = declared or _recognised_target(raw, place, options)
-    if config is None:
-        config = target.config_in(around)
+    own = target.config_in(around)
+    if own is not None:  # A given config may name single settings.
+        config = {**own, **(config or {})}
     if config is None and manifest is not None and written_by == target.name:
         config = manifest.get("spec") if target.container == "torch" else None
     return target, config

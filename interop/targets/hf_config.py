@@ -8,6 +8,7 @@ from interop.errors import UnknownArchitectureError
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 _FROM_HF = {
     **{hf: ours for ours, hf in TO_HF.items()},
+    "gelu_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python": "gelu",
     "swish": "silu",

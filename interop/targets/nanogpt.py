@@ -11,6 +11,8 @@ from typing import Any
 from interop.mapping.ops import Concat, Tie, Transpose
 from interop.mapping.spec import ModelSpec
 from interop.mapping.table import Buffer, Rule, Table, Tap, rule
+from interop.mapping.tensors import Tensors
+from interop.targets import hf_config
 from interop.targets.base import (
     ONE_EPS,
     Facts,
@@ -21,6 +23,15 @@ from interop.targets.base import (
     parallel_biases,
 )
 from interop.targets.gpt2 import GPT2_LIMITS, guessed_sizes, is_causal_mask
+
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SETTINGS = (*_SIZES, "bias", "dropout", "activation")
+"""Those of nanoGPT's `GPTConfig`, and the activation, which is in its code."""
+
+_ACTIVATION_NOTE = (
+    "activation: the file does not say; exact GELU is taken, as in nanoGPT since June 2023. Older "
+    """files and build-nanogpt have the tanh form: `config='{"activation": "gelu_tanh"}'`"""
+)
 
 
 class NanoGPT(Target):
@@ -113,6 +124,17 @@ class NanoGPT(Target):
             "dropout": spec.dropout,
         }
 
+    def complete_config(
+        self, config: Mapping[str, Any] | None, tensors: Tensors, num_heads: int | None
+    ) -> Mapping[str, Any]:
+        if config is None or set(_SIZES) <= config.keys():
+            return super().complete_config(config, tensors, num_heads)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        return self.guess_config(shapes, config.get("n_head", num_heads)) | dict(config)
+
+    def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
+        return [name for name in config if name not in SETTINGS]
+
     def config_in(self, around: Mapping[str, Any]) -> Mapping[str, Any] | None:
         described = around.get("model_args")
         return described if isinstance(described, Mapping) else None
@@ -139,9 +161,10 @@ class NanoGPT(Target):
         }
 
     def read_config(self, config: Mapping[str, Any]) -> Reading:
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        sizes = demand(config, "model_args", *names)
+        sizes = demand(config, "model_args", *_SIZES)
         num_layers, num_heads, d_model, max_seq_len, vocab_size = sizes
+        crossed: dict[str, str] = {}
+        hf_config.check_settings(config, frozenset(SETTINGS), {}, crossed)
         spec = ModelSpec(
             vocab_size=vocab_size,
             num_layers=num_layers,
@@ -150,9 +173,9 @@ class NanoGPT(Target):
             d_ff=4 * d_model,
             max_seq_len=max_seq_len,
             dropout=config.get("dropout", 0.0),
-            activation="gelu",
+            activation=hf_config.activation(config, "activation", "gelu", crossed),
             bias=config.get("bias", True),
             tie_embeddings=True,
             norm_eps=1e-5,
         )
-        return Reading(spec)
+        return Reading(spec, crossed, () if "activation" in config else (_ACTIVATION_NOTE,))

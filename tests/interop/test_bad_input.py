@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import pickle
+import re
+import shutil
 import zipfile
 
 import ml_dtypes
@@ -470,3 +472,36 @@ def test_the_vocabulary_of_nanogpt(tmp_path, capsys, names):
     assert bring(capsys, tmp_path, folder, "--tokenizer", str(meta))[0] == 0
     tokenizer = runs.open(tmp_path / "models" / "new").need_tokenizer()
     assert tokenizer.encode("0A~").tolist() == [0, 17, 78]
+
+
+def test_the_activation_of_a_nanogpt_file(tmp_path, capsys):
+    file = write_pt(
+        tmp_path / "ckpt.pt",
+        {"model": tensors("nanogpt"), "model_args": TARGETS["nanogpt"].write_config(SPEC)},
+    )
+    code, said = bring(capsys, tmp_path, file)
+    assert code == 0
+    (remedy,) = re.findall(
+        r"activation: the file does not say; .* tanh form: --config='(.*)'$", said, re.M
+    )
+    assert open_source(tmp_path / "models" / "new").spec.activation == "gelu"
+    shutil.rmtree(tmp_path / "models")
+    code, said = bring(capsys, tmp_path, file, "--config", remedy)
+    assert code == 0 and "the file does not say" not in said
+    assert open_source(tmp_path / "models" / "new").spec.activation == "gelu_tanh"
+    bare = write_pt(tmp_path / "bare.pt", {"model": tensors("nanogpt")})
+    shutil.rmtree(tmp_path / "models")
+    assert bring(capsys, tmp_path, bare, "--config", remedy, "--n-head", "6")[0] == 0
+    assert open_source(tmp_path / "models" / "new").spec.activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize("name", ["foo", "activation_function", "n_layers"])
+def test_an_unknown_setting_of_nanogpt(tmp_path, capsys, name):
+    config = TARGETS["nanogpt"].write_config(SPEC)
+    file = write_pt(tmp_path / "a.pt", {"model": tensors("nanogpt"), "model_args": config})
+    code, said = bring(capsys, tmp_path, file, "--config", json.dumps({name: 3}))
+    assert code == 2 and f"--config: {name!r} is no setting of nanogpt" in said
+    config |= {name: 3}
+    file = write_pt(tmp_path / "b.pt", {"model": tensors("nanogpt"), "model_args": config})
+    code, said = bring(capsys, tmp_path, file)
+    assert code == 78 and f"{name}=3 means nothing to craft_jax" in said
