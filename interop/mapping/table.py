@@ -343,7 +343,7 @@ class Mapping:
                 except InteropError as error:
                     raise type(error)(
                         f"{alias.name} and {alias.of} are one tensor by the config, but the {error}"
-                        "; set them as not tied in the config, or leave one out with `ignore_keys`",
+                        "; set them as not tied in the config",
                         **error.details,
                     ) from None
         for buffer in self.buffers:

@@ -80,6 +80,10 @@ def open_foreign(place: Path, options: Options) -> Source:
     complete, reading = _understood(target, config, names.tensors, options, place)
     _check_heads(reading.spec, options, place)
     notes += reading.notes
+    if config and config.get("tie_word_embeddings", True) != complete.get(
+        "tie_word_embeddings", True
+    ):
+        notes.append(f"config: {' and '.join(target.tied)} differ, so both are kept, not tied")
     if config is None:
         notes.append(f"no config: {json.dumps(complete)}, the rest as {target.name} has it")
     check_layers(reading.spec, len(names.tensors), place)

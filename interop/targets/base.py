@@ -13,7 +13,7 @@ from interop.errors import CorruptFileError, NotRepresentableError
 from interop.mapping import table as mapping
 from interop.mapping.spec import ModelSpec, Spec
 from interop.mapping.table import Table
-from interop.mapping.tensors import Tensors
+from interop.mapping.tensors import Tensors, same_bits
 
 Container = Literal["hf", "craft-torch", "nanogpt", "torch", "craft"]
 FILES = ("nanogpt", "torch", "craft")
@@ -166,6 +166,7 @@ class Target(abc.ABC):
       other_anchors: anchors of other kinds of models.
       optional_prefix: a prefix that the names in some files lack.
       model_type: as in its `config.json`; None where it has no such file.
+      tied: the head and the embedding, which are one tensor unless `tie_word_embeddings` is false.
       specs: the kinds of models that it holds.
       limits: the limits among those.
     """
@@ -177,6 +178,7 @@ class Target(abc.ABC):
     other_anchors: ClassVar[tuple[str, ...]] = ()
     optional_prefix: ClassVar[str] = ""
     model_type: ClassVar[str | None] = None
+    tied: ClassVar[tuple[str, ...]] = ()
     specs: ClassVar[tuple[type[Spec], ...]] = (ModelSpec,)
     limits: ClassVar[tuple[Limit, ...]] = ()
 
@@ -227,9 +229,13 @@ class Target(abc.ABC):
           UsageError: see `guess_config`.
           CorruptFileError: config and tensors contradict each other.
         """
-        if config is not None:
-            return config
-        return self.guess_config({n: t.shape for n, t in tensors.items()}, num_heads)
+        if config is None:
+            config = self.guess_config({n: t.shape for n, t in tensors.items()}, num_heads)
+        if self.tied and set(self.tied) <= tensors.keys():
+            head, embedding = (tensors[name].read() for name in self.tied)
+            if not same_bits(head, embedding):
+                return {**config, "tie_word_embeddings": False}
+        return config
 
     def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
         """Returns the settings of a user's config that this target does not know."""

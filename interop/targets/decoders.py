@@ -108,6 +108,7 @@ class BioGPT(Target):
     anchor = "biogpt.layers.0.self_attn.q_proj.weight"
     optional_prefix = "biogpt."
     model_type = "biogpt"
+    tied = ("output_projection.weight", "biogpt.embed_tokens.weight")
     limits = (
         LANGUAGE_MODEL,
         PRE_NORM,
@@ -194,6 +195,7 @@ class OPT(Target):
     anchor = "model.decoder.layers.0.self_attn.q_proj.weight"
     optional_prefix = "model."
     model_type = "opt"
+    tied = ("lm_head.weight", "model.decoder.embed_tokens.weight")
     limits = (
         LANGUAGE_MODEL,
         Limit(

@@ -98,6 +98,7 @@ class GPT2(Target):
     anchor = "transformer.h.0.attn.c_attn.weight"
     optional_prefix = "transformer."
     model_type = "gpt2"
+    tied = ("lm_head.weight", "transformer.wte.weight")
     limits = GPT2_LIMITS
 
     def table(self, spec: ModelSpec) -> Table:

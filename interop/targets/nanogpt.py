@@ -25,12 +25,18 @@ from interop.targets.base import (
 from interop.targets.gpt2 import GPT2_LIMITS, guessed_sizes, is_causal_mask
 
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-SETTINGS = (*_SIZES, "bias", "dropout", "activation")
-"""Those of nanoGPT's `GPTConfig`, and the activation, which is in its code."""
+SETTINGS = (*_SIZES, "bias", "dropout", "activation", "tie_word_embeddings")
+"""Those of nanoGPT's `GPTConfig`, and two that its code decides."""
 
 _ACTIVATION_NOTE = (
     "activation: the file does not say; exact GELU is taken, as in nanoGPT since June 2023. Older "
     """files and build-nanogpt have the tanh form: `config='{"activation": "gelu_tanh"}'`"""
+)
+
+
+_UNTIED_NOTE = (
+    "activation: the file does not say; its head is not its embedding, as in minGPT, so the tanh "
+    """form of GELU is taken: `config='{"activation": "gelu"}'` for the exact one"""
 )
 
 
@@ -42,6 +48,7 @@ class NanoGPT(Target):
     container = "nanogpt"
     anchor = "transformer.h.0.attn.c_attn.weight"
     optional_prefix = "transformer."
+    tied = ("lm_head.weight", "transformer.wte.weight")
     limits = (
         *GPT2_LIMITS,
         *parallel_biases(),
@@ -85,11 +92,14 @@ class NanoGPT(Target):
             weight = rule(f"{source}.scale", f"{target}.weight")
             return [weight, rule(f"{source}.bias", f"{target}.bias")] if spec.bias else [weight]
 
+        embedding, head = "transformer.wte.weight", "lm_head.weight"
+        if spec.tie_embeddings:
+            above = [rule("token_embedding.embedding", (embedding, head), Tie())]
+        else:  # minGPT's.
+            above = [rule("token_embedding.embedding", embedding), rule("head.embedding", head)]
         return Table(
             rules=(
-                rule(
-                    "token_embedding.embedding", ("transformer.wte.weight", "lm_head.weight"), Tie()
-                ),
+                *above,
                 rule("position_embedding.embedding", "transformer.wpe.weight"),
                 *norm(f"{ours}attn_norm", f"{theirs}ln_1"),
                 *dense(qkv, f"{theirs}attn.c_attn"),
@@ -127,10 +137,10 @@ class NanoGPT(Target):
     def complete_config(
         self, config: Mapping[str, Any] | None, tensors: Tensors, num_heads: int | None
     ) -> Mapping[str, Any]:
-        if config is None or set(_SIZES) <= config.keys():
-            return super().complete_config(config, tensors, num_heads)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return self.guess_config(shapes, config.get("n_head", num_heads)) | dict(config)
+        if config is not None and not set(_SIZES) <= config.keys():
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            config = self.guess_config(shapes, config.get("n_head", num_heads)) | dict(config)
+        return super().complete_config(config, tensors, num_heads)
 
     def unknown_settings(self, config: Mapping[str, Any]) -> list[str]:
         return [name for name in config if name not in SETTINGS]
@@ -164,6 +174,8 @@ class NanoGPT(Target):
         sizes = demand(config, "model_args", *_SIZES)
         num_layers, num_heads, d_model, max_seq_len, vocab_size = sizes
         crossed: dict[str, str] = {}
+        is_tied = config.get("tie_word_embeddings", True)
+        note = _ACTIVATION_NOTE if is_tied else _UNTIED_NOTE
         hf_config.check_settings(config, frozenset(SETTINGS), {}, crossed)
         spec = ModelSpec(
             vocab_size=vocab_size,
@@ -173,9 +185,11 @@ class NanoGPT(Target):
             d_ff=4 * d_model,
             max_seq_len=max_seq_len,
             dropout=config.get("dropout", 0.0),
-            activation=hf_config.activation(config, "activation", "gelu", crossed),
+            activation=hf_config.activation(
+                config, "activation", "gelu" if is_tied else "gelu_new", crossed
+            ),
             bias=config.get("bias", True),
-            tie_embeddings=True,
+            tie_embeddings=is_tied,
             norm_eps=1e-5,
         )
-        return Reading(spec, crossed, () if "activation" in config else (_ACTIVATION_NOTE,))
+        return Reading(spec, crossed, () if "activation" in config else (note,))
