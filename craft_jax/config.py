@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from craft_jax import models, plugins, schema
+from craft_jax import fields, models, plugins, schema
 from craft_jax.checkpoint.settings import CheckpointConfig
 from craft_jax.config_file import read_file
 from craft_jax.data import pipeline
@@ -305,6 +305,11 @@ def from_values(
     if assigned.mistakes:
         raise ConfigError(assigned.mistakes)
     return config
+
+
+def find_field(name: str, *, is_exact: bool) -> str | None:
+    """Returns the field of a config with a GPT that a name means; see `fields.find_field`."""
+    return fields.find_field(name, _assigned({}, (), "")[0].types, is_exact=is_exact)
 
 
 def _assigned(

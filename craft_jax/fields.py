@@ -48,13 +48,14 @@ class Assignments:
       types: the type of each field by its full name, `section.field`, or `field` outside of one.
 
     Attributes:
+      types: as given.
       values: by full name.
       bad_fields: the fields that have mistakes.
       mistakes: the lines.
     """
 
     def __init__(self, types: Mapping[str, Any]):
-        self._types = types
+        self.types = types
         self.values: dict[str, Any] = {}
         self.bad_fields: set[str] = set()
         self.mistakes: list[str] = []
@@ -74,11 +75,11 @@ class Assignments:
           read: `values.coerce` or `values.parse`.
           source: where the value comes from, for messages.
         """
-        if field not in self._types:
-            self.add_mistakes(field, f"{source}: {_unknown(field, self._types)}")
+        if field not in self.types:
+            self.add_mistakes(field, f"{source}: {_unknown(field, self.types)}")
             return
         try:
-            self.values[field] = read(raw, self._types[field])
+            self.values[field] = read(raw, self.types[field])
         except ValueError as error:
             self.add_mistakes(field, f"{field}={shown(raw)} {error} (in {source})")
 
@@ -97,7 +98,7 @@ def _unknown(field: str, types: Mapping[str, Any]) -> str:
         section, dot, name = full_name.rpartition(".")
         if dot:
             sections.setdefault(section, []).append(name)
-    full_names = {name: f"{section}.{name}" for section, own in sections.items() for name in own}
+    full_names = _by_short_name(types)
     section, dot, name = field.rpartition(".")
     if not dot:
         section, name = name, ""
@@ -113,6 +114,27 @@ def _unknown(field: str, types: Mapping[str, Any]) -> str:
     else:
         return f"{section} is a section: name one of its fields, {', '.join(sections[section])}"
     return f"{field} is no field; {f'did you mean `{close}`?' if close else hint}"
+
+
+def find_field(name: str, types: Mapping[str, Any], *, is_exact: bool) -> str | None:
+    """Returns the full name of the field that a short name, or one of another framework, means.
+
+    Args:
+      name: with or without a section.
+      types: of each field by its full name.
+      is_exact: whether to leave out names that are only similar.
+    """
+    if name in types:
+        return name
+    full_names, short = _by_short_name(types), _alias(name.rpartition(".")[2])
+    if short in full_names or is_exact:
+        return full_names.get(short)
+    return full_names.get(nearest(short, full_names) or "")
+
+
+def _by_short_name(types: Mapping[str, Any]) -> dict[str, str]:
+    """Returns full names; where several sections have a field, the one of the first."""
+    return {name.rpartition(".")[2]: name for name in reversed(types)}
 
 
 def _alias(name: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
+from craft_jax import unknown_flags
 from craft_jax.checkpoint import lock
 from craft_jax.commands import arguments
 from craft_jax.errors import (
@@ -129,14 +130,19 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if rest and not rest[0].startswith("-"):
         command, *rest = rest
         if command not in COMMANDS:
-            hint = suggest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            if ".py" in command:
+                hint = f"; did you mean --config={command}?"
+            else:
+                hint = suggest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
             raise UsageError(f"{command!r} is no command{hint}")
     elif rest and rest[0] in ("-h", "--help"):
         _overview().print_help()
         raise SystemExit(0)
     else:
         command = "train"
-    args = _parser(command).parse_args(rest)
+    args, unknown = _parser(command).parse_known_args(rest)
+    if unknown or "=" in rest:
+        raise UsageError(unknown_flags.explain(unknown or ["="], command, _options()))
     args.command, args.overrides = command, overrides
     if "://" in args.workdir:
         raise UsageError(
@@ -189,8 +195,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _with_flags(message: str) -> str:
     """Spells the options and the fields of the config that a message names as flags."""
-    options = {name for command in COMMANDS for name in vars(_parser(command).parse_args([]))}
+    options = {name for names in _options().values() for name in names}
     return with_flags(message, [*options, r"config\.[\w.]+"])
+
+
+def _options() -> dict[str, list[str]]:
+    """Returns the names of the options of each command."""
+    return {command: list(vars(_parser(command).parse_args([]))) for command in COMMANDS}
 
 
 def _load(command: str) -> ModuleType:

@@ -32,7 +32,7 @@ from craft_jax.generation.generator import Generator
 from craft_jax.generation.images import ImageGenerator
 from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
-from craft_jax.models.base import LanguageModel, ModelDef, Params
+from craft_jax.models.base import ModelDef, Params, TokenModel
 from craft_jax.outputs import RunPaths
 from craft_jax.training.precision import Policy
 
@@ -156,13 +156,8 @@ class Run:
         options = {"max_new_tokens": max_new_tokens, "sources": rows.sources}
         beam_search.check_beams(num_beams, length_penalty, [*sampling, *(["seed"] if seed else [])])
         if num_beams > 1:
-            found = self.generator.beam_search(
-                self.compute_params,
-                rows.prompts,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                **options,
-            )
+            options |= {"num_beams": num_beams, "length_penalty": length_penalty}
+            found = self.generator.beam_search(self.compute_params, rows.prompts, **options)
             made = [new for new, _ in found]
         else:
             config = SamplingConfig(**({"temperature": 0.0} if is_pair else {}) | sampling)
@@ -170,10 +165,8 @@ class Run:
                 self.compute_params, rows.prompts, config=config, seed=seed, **options
             )
         before = [""] * len(texts) if is_pair else texts
-        texts = [
-            text + tokenizer.continuation(new, ids, text)
-            for text, ids, new in zip(before, rows.prompts, made, strict=True)
-        ]
+        parts = zip(before, rows.prompts, made, strict=True)
+        texts = [text + tokenizer.continuation(new, ids, text) for text, ids, new in parts]
         return texts[0] if isinstance(prompt, str) else texts
 
     @functools.cached_property
@@ -222,7 +215,7 @@ def make_generator(
     Raises:
       UsageError: the model is no language model.
     """
-    if not issubclass(config.model_class, LanguageModel):
+    if not issubclass(config.model_class, TokenModel):
         raise UsageError(f"model.name={config.model.name} is not a model that generates text")
     model = model_def.config
     return Generator(

@@ -27,6 +27,7 @@ LAYERS = [
     "runs",
     "checkpoint.resume generation.previews",
     "commands",
+    "unknown_flags",
     "main launch",
 ]
 _RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -41,7 +41,7 @@ def test_every_command_has_help(name, capsys):
         (["evalute"], "'evalute' is no command; did you mean 'evaluate'?"),
         (["xyzzy"], "there are train, evaluate"),
         ([], "a new run needs a config: --config=configs/gpt.py"),
-        (["--confg=x.py"], "unrecognized arguments: --confg=x.py"),
+        (["--confg=x.py"], "did you mean --config=x.py?"),
         (["generate", "--top_k=many"], "--top_k: invalid int value: 'many'"),
         (["generate", "--num_samples=0"], "must be at least 1"),
         (["evaluate", "--split=tests"], "invalid choice: 'tests'"),

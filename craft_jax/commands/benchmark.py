@@ -23,7 +23,7 @@ from craft_jax.data.base import Batch, Dataset, sizes_of
 from craft_jax.errors import OK, UsageError
 from craft_jax.generation.sampling import SamplingConfig
 from craft_jax.models import base
-from craft_jax.models.base import EncoderDecoderModel, LanguageModel, ModelDef
+from craft_jax.models.base import EncoderDecoderModel, ModelDef, TokenModel
 from craft_jax.parallel import sharding
 from craft_jax.runtime import cpu_memory, environment
 from craft_jax.runtime import hardware as profiling
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     measured = _training(config, model_def, data, mesh, args.steps, start)
     measured["loader"] = _loader(config, data)
     measured["start_up_seconds"] = start
-    is_text = issubclass(config.model_class, LanguageModel)
+    is_text = issubclass(config.model_class, TokenModel)
     if is_text and not issubclass(config.model_class, EncoderDecoderModel):
         measured["sampling"] = _sampling(config, model_def, args.decode_batches)
     device = jax.devices()[0]

@@ -16,7 +16,7 @@ from craft_jax.generation.beam_search import BeamSearch
 from craft_jax.generation.prompts import Padded, PromptReader
 from craft_jax.generation.sampling import SamplingConfig, choose
 from craft_jax.models import base, kernels
-from craft_jax.models.base import Cache, LanguageModel, ModelDef, Params
+from craft_jax.models.base import Cache, ModelDef, Params, TokenModel
 
 CHUNK = 16
 """Tokens decoded on the device between two looks at them on the host."""
@@ -57,7 +57,7 @@ class Generator:
 
     def __init__(
         self,
-        model_def: ModelDef[LanguageModel],
+        model_def: ModelDef[TokenModel],
         *,
         max_len: int,
         vocab_size: int,
@@ -284,7 +284,7 @@ class Generator:
 
 
 def generate(
-    model: LanguageModel,
+    model: TokenModel,
     prompts: Sequence[Sequence[int]],
     *,
     sources: Sequence[Sequence[int]] | None = None,

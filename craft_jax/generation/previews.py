@@ -11,7 +11,7 @@ from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.generation import prompts
 from craft_jax.generation.images import ImageGenerator
 from craft_jax.generation.sampling import SamplingConfig
-from craft_jax.models.base import ImageModel, LanguageModel, ModelDef, Params
+from craft_jax.models.base import ImageModel, ModelDef, Params, TokenModel
 from craft_jax.parallel import sharding
 from craft_jax.training.callbacks import Sample
 from craft_jax.training.precision import Policy
@@ -117,12 +117,12 @@ Sampler = TextSampler | PairSampler | ImageSampler
 
 def make(config: ExperimentConfig, model_def: ModelDef, datasets: Datasets) -> Sampler | None:
     """Returns a sampler, or None where nothing can be shown, or the model does not generate."""
-    if not issubclass(config.model_class, (ImageModel, LanguageModel)):
+    if not issubclass(config.model_class, (ImageModel, TokenModel)):
         return None
     images, tokenizer = datasets.train.image_format, datasets.train.tokenizer
     if images is not None:
         return ImageSampler(config, model_def, images)
-    if tokenizer is None or not issubclass(config.model_class, LanguageModel):
+    if tokenizer is None or not issubclass(config.model_class, TokenModel):
         return None
     if config.reads_pairs:
         return PairSampler(config, model_def, datasets, tokenizer)

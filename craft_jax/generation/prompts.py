@@ -14,7 +14,7 @@ import numpy as np
 
 from craft_jax.data.tokenizers import Tokenizer
 from craft_jax.errors import UsageError
-from craft_jax.models.base import Cache, EncoderDecoderModel, LanguageModel, ModelDef, Params
+from craft_jax.models.base import Cache, EncoderDecoderModel, ModelDef, Params, TokenModel
 
 
 class Padded(NamedTuple):
@@ -48,7 +48,7 @@ class PromptReader:
       vocab_size: ids from here on are never chosen (rows that only pad the embedding).
     """
 
-    model_def: ModelDef[LanguageModel]
+    model_def: ModelDef[TokenModel]
     max_len: int
     vocab_size: int
 

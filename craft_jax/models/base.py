@@ -115,13 +115,11 @@ class ImageModel(Model):
         """
 
 
-class LanguageModel(Model):
+class TokenModel(Model):
     """A model of token sequences: hidden states, and a head that turns them into logits.
 
     The two are apart because a prompt needs the logits of its last position only.
     """
-
-    takes_loss_config = True
 
     @abc.abstractmethod
     def init_cache(self, batch_size: int, max_len: int, dtype: Any) -> Cache:
@@ -178,6 +176,12 @@ class LanguageModel(Model):
         x_BTD, cache = self.hidden(tokens_BT, cache, key=key, **inputs)
         return self.logits(x_BTD), cache
 
+
+class LanguageModel(TokenModel):
+    """A model whose targets are the next tokens of its input."""
+
+    takes_loss_config = True
+
     def loss(
         self,
         batch: Mapping[str, jax.Array],
@@ -226,8 +230,8 @@ class LanguageModel(Model):
         return min(math.ceil(math.prod(shape_BTV) / MAX_LOGITS), shape_BTV[1])
 
 
-class EncoderDecoderModel(LanguageModel):
-    """A language model of targets that each belong to a source.
+class EncoderDecoderModel(TokenModel):
+    """A model of targets that each belong to a source.
 
     Without a cache, `hidden` and the call take the source as `source_BS` (int32) and
     `source_mask_BS` (bool, false for padding); a cache that `init_cache_from` made holds it. Its

@@ -49,6 +49,13 @@ def path(text: str) -> str:
     return text
 
 
+def count(text: str) -> int:
+    """Returns a number of the command line that is at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
 def add_models(parser: argparse.ArgumentParser, *names: str) -> None:
     """Declares positional arguments that are models."""
     for name in names:
@@ -63,5 +70,5 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the model that is there")
     add("--probe", default="auto", help="auto (default: up to 200M parameters), none or always")
     add("--strict-finite", action="store_true", help="refuse NaN and infinities")
-    add("--workers", type=int, help="threads (default: up to 4)")
+    add("--workers", type=count, help="threads (default: up to 4)")
     add("--max-memory", help="of arrays in flight at once (default: 256MiB)")

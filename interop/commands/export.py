@@ -375,8 +375,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Runs the command."""
-    if args.workers is not None and args.workers < 1:
-        raise UsageError(f"`workers={args.workers}` must be at least 1")
     plan_options = {
         "family": args.family,
         "dtype": args.dtype,
