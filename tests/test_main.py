@@ -45,7 +45,7 @@ def test_every_command_has_help(name, capsys):
         (["generate", "--top_k=many"], "--top_k: invalid int value: 'many'"),
         (["generate", "--num_samples=0"], "must be at least 1"),
         (["evaluate", "--split=tests"], "invalid choice: 'tests'"),
-        (["prepare"], "needs to know the data"),
+        (["prepare"], "needs a config"),
         (["--run=a b", "--config=x.py"], "is no name for a run"),
     ],
 )

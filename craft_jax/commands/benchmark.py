@@ -14,9 +14,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from craft_jax import config as configs
 from craft_jax import outputs, runs, schema
-from craft_jax.commands import report
+from craft_jax.commands import data_config, report
 from craft_jax.config import ExperimentConfig
 from craft_jax.data import loading, pipeline
 from craft_jax.data.base import Batch, Dataset, sizes_of
@@ -27,7 +26,6 @@ from craft_jax.models.base import EncoderDecoderModel, ModelDef, TokenModel
 from craft_jax.parallel import sharding
 from craft_jax.runtime import cpu_memory, environment
 from craft_jax.runtime import hardware as profiling
-from craft_jax.runtime.logging import setup_logging
 from craft_jax.training import optim
 from craft_jax.training import state as states
 from craft_jax.training import step as steps
@@ -40,21 +38,19 @@ _DECODE_ROUNDS = 3
 
 def run(args: argparse.Namespace) -> int:
     """Measures the train step, loading, sampling, memory and start-up of a config."""
-    if not args.config:
-        raise UsageError("benchmark needs a config: `config=configs/gpt.py`")
     if args.steps < 1 or min(args.decode_batches) < 1:
         raise UsageError(
             f"`steps={args.steps}` and `decode_batches={args.decode_batches}` must be at least 1"
         )
-    workdir = Path(args.workdir).expanduser().absolute()
-    config = configs.load(args.config, args.overrides)
+    config, tokenizer, workdir = data_config.choose(args)
     outputs.check_writable(workdir)
-    setup_logging()
     cpu_memory.tune_malloc()
     mesh = sharding.make_mesh(config.parallel, jax.devices())
     sharding.check_batch(config.data.batch_size, config.training.accumulate, mesh)
     start = {"imports": profiling.seconds_since_start()}
-    data = pipeline.open_datasets(config.data, workdir=workdir, seed=config.training.seed).train
+    data = pipeline.open_datasets(
+        config.data, workdir=workdir, seed=config.training.seed, tokenizer=tokenizer
+    ).train
     start["data"] = profiling.seconds_since_start()
     model_config = runs.with_sizes(config.model, sizes_of(data))
     model_def = base.define(config.model_class, model_config)

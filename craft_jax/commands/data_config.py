@@ -1,4 +1,4 @@
-"""The config of `prepare`, `tokenizer` and `data`, from a file or from a run."""
+"""The config of `prepare`, `tokenizer`, `data` and `benchmark`, from a file or from a run."""
 
 import argparse
 from pathlib import Path
@@ -26,7 +26,7 @@ def choose(args: argparse.Namespace) -> tuple[ExperimentConfig, Tokenizer | None
         found = run.config, run.tokenizer
     else:
         raise UsageError(
-            f"{args.command} needs to know the data: `config=configs/gpt.py`, or `run`"
+            f"{args.command} needs a config: `config=configs/gpt.py`, or that of a `run`"
         )
     setup_logging()
     return *found, workdir

@@ -18,7 +18,7 @@ FLAGS = {
 """The flags, written with underscores, whose names are not those of the fields."""
 
 OPTIONS = (
-    *("target", "family", "dtype", "max_shard_size", "trim_vocab", "verify", "level"),
+    *("target", "family", "dtype", "max_shard_size", "trim_vocab", "verify", "level", "seq_len"),
     *("tokenizer", "overwrite", "probe", "strict_finite", "workers", "max_memory"),
     *("kind", "num_heads", "config", "strip_prefix", "ignore_keys", "weights"),
     *("drop_zero_bias", "allow_approx", "allow_globals"),

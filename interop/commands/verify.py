@@ -33,6 +33,7 @@ TOLERANCE = 1e-10
 """Times max(1, |logit|), in float64. Measured: equal models 4e-15, the smallest mistake 5e-4."""
 
 _SEED = 20260101
+_MAX_LENGTH = 2048
 _NEW = 64
 _STEPS = 20
 _IMAGE_TOLERANCE = 1e-8
@@ -82,7 +83,7 @@ def verify(
     Args:
       a, b: runs, checkpoints, or anything else that `open_source` opens.
       level: structure, bits, logits or generate.
-      seq_len: tokens of the context for logits; None for all of it.
+      seq_len: tokens of the context for logits; None for all of it, up to 2048.
       options: how to read foreign sources.
 
     Raises:
@@ -222,7 +223,7 @@ def _logits(a: Source, b: Source, seq_len: int | None = None) -> Checked:
     if not a.spec.is_of_tokens:
         inputs = _points(a.spec)
         return _compared(a, b, inputs, "velocities", f"of {len(inputs['x'])} images")
-    length = min(seq_len or a.spec.max_seq_len, a.spec.max_seq_len)
+    length = min(seq_len or _MAX_LENGTH, a.spec.max_seq_len)
     return _compared(a, b, _inputs(a.spec, length), "logits", f"at {length} positions")
 
 
@@ -239,8 +240,15 @@ def _compared(
 ) -> Checked:
     """Compares the outputs of two models, `what` (logits or velocities), for the same inputs."""
     taps = _taps(a, b)
-    x_BTV, x_states = _run(a, inputs, taps)
-    y_BTV, y_states = _run(b, inputs, taps)
+    try:
+        x_BTV, x_states = _run(a, inputs, taps)
+        y_BTV, y_states = _run(b, inputs, taps)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        raise UsageError(
+            f"float64 {what} {condition} do not fit into memory; give a smaller `seq_len`"
+        ) from error
     ratio = np.abs(x_BTV - y_BTV) / np.maximum(1, np.maximum(np.abs(x_BTV), np.abs(y_BTV)))
     worst = float(np.max(ratio)) if np.isfinite(ratio).all() else float("inf")
     agree = float(np.mean(x_BTV.argmax(-1) == y_BTV.argmax(-1)))
@@ -282,9 +290,9 @@ def _inputs(spec: ModelSpec, length: int) -> dict[str, np.ndarray]:
     tokens_BT[0, 0], tokens_BT[-1, -1] = 0, spec.vocab_size - 1
     if not spec.num_decoder_layers:
         return {"tokens": tokens_BT}
-    source_BS = rng.integers(0, spec.vocab_size, (2, spec.max_seq_len), np.int32)
+    source_BS = rng.integers(0, spec.vocab_size, (2, length), np.int32)
     mask_BS = np.ones(source_BS.shape, bool)
-    mask_BS[1, (spec.max_seq_len + 1) // 2 :] = False
+    mask_BS[1, (length + 1) // 2 :] = False
     return {"tokens": tokens_BT, "source": source_BS, "source_mask": mask_BS}
 
 
@@ -415,7 +423,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_models(parser, "a", "b")
     add = parser.add_argument
     add("--level", default="bits", help="structure, bits (default), logits or generate")
-    add("--seq-len", type=int, help="tokens of context for logits (default: all)")
+    add("--seq-len", type=int, help="tokens of context for logits (default: all, up to 2048)")
     add_reading(parser)
 
 

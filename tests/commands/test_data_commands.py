@@ -69,7 +69,7 @@ def test_the_data_command_shows_a_mixture(text_file, workdir, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("words_", "code", "expected"),
     [
-        ([], 2, "needs to know the data"),
+        ([], 2, "needs a config"),
         ([CONFIG, "--step=-1"], 2, "--step=-1"),
         ([CONFIG, f"--config.data.path={__file__}", "--config.data.tokenizer=byte", "--split=test"],
          65, "nothing is held out"),

@@ -258,3 +258,13 @@ def test_other_tokenizers_are_detected(exported, copied):
     (out / "tokenizer.json").write_text(other.json)
     report = interop.verify(exported["run"], out, "generate")
     assert not report.passed and "the tokenizers differ" in report.summary
+
+
+def test_a_long_context_is_compared_in_part(tmp_path, capsys):
+    run = make_run(tmp_path / "models" / "long", spec(num_layers=1, max_seq_len=65_536))
+    report = interop.verify(run, run, "logits")
+    assert report.passed and report.figures["tokens"] == [2, 2048]
+    assert cli.main(["verify", str(run), str(run), "--level", "logits", "--seq-len=65536"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("float64 logits at 65536 positions do not fit into memory; give a small")
+    assert line.endswith("--seq-len")
