@@ -38,12 +38,13 @@ def test_a_benchmark(text_file, workdir, capfd):
     assert not (workdir / "models").exists()
 
 
-def test_a_benchmark_of_a_run(text_file, workdir, capfd):
+def test_a_benchmark_of_a_run(text_file, workdir):
     words = micro(text_file, training__num_steps=1, training__sample_every=0)
     assert cli.main([*words, f"--workdir={workdir}", "--run=mine"]) == 0
     words = ["--run=mine", f"--workdir={workdir}", "--steps=1", "--decode_batches=1"]
     assert cli.main(["benchmark", *words, "--config.data.batch_size=16"]) == 0
-    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    (file,) = (workdir / "benchmarks").glob("*.json")
+    found = json.loads(file.read_text(encoding="utf-8"))
     assert found["tokens_per_second"] == pytest.approx(16 * 16 / found["step_seconds"])
 
 
