@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "visualize": _Command(arguments.several_runs, "draw the curves of one or several runs"),
     "runs": _Command(lambda parser: None, "list the runs with state, step, loss and age"),
-    "verify": _Command(arguments.one_run, "check every byte of a run's checkpoints"),
+    "verify": _Command(arguments.one_checkpoint, "check every byte of a run's checkpoints"),
 }
 
 _EXAMPLES = """\

@@ -238,7 +238,8 @@ def read_status(folder: Path) -> dict | None:
     """Returns how a run's last process is doing, or how it ended; None where that is not known.
 
     Keys: `state` (running, preempted, interrupted, stalled, failed, done), `step`, `num_steps`,
-    `loss`, `reason`, `exit_code`, `pid`, `host`, `started`, `updated` (UTC).
+    `loss`, `reason`, `exit_code`, `pid`, `host`, `started`, `updated` (UTC), and at the end `best`:
+    the `step`, `value` and `metric` of the checkpoint with the best evaluation.
     """
     try:
         status = json.loads((folder / _STATUS).read_text(encoding="utf-8"))

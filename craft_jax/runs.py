@@ -18,6 +18,7 @@ import numpy as np
 
 from craft_jax import config as configs
 from craft_jax import outputs, schema
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.checkpoint.lock import Pin
 from craft_jax.checkpoint.store import CheckpointStore
 from craft_jax.config import ExperimentConfig, Override, Weights
@@ -284,8 +285,9 @@ def open(
     overrides: Sequence[Override] = (),
     tokenizer: str | Path | None = None,
     last: bool = False,
+    checkpoint: str = "last",
 ) -> Run:
-    """Opens the newest checkpoint of a run, or the one whose folder is given.
+    """Opens the newest checkpoint of a run, or another one.
 
     Args:
       run: a name, `latest`, the path of a run, or the path of one of its checkpoints.
@@ -293,8 +295,10 @@ def open(
       overrides: laid over the saved config; not on what makes the model.
       tokenizer: the path of a `tokenizer.json`, or `byte`, for a model that came without one.
       last: use the parameters of the last update, even where there is an average of them.
+      checkpoint: `last`, `best` (by `checkpoint.best_metric`), or a step.
 
     Raises:
+      UsageError: there is no such checkpoint.
       ConfigError: a tokenizer is given, and the run has another one.
       DataError: there is no such run, or its tokenizer has more tokens than the model.
       StorageError: it has no checkpoint that can be read.
@@ -303,6 +307,7 @@ def open(
     folder, step = locate(str(run), Path(workdir))
     paths = outputs.open_run(folder)
     store = CheckpointStore(paths.checkpoints)
+    step = named_step(store, step, checkpoint)
     step, pin = _pinned(store, step, paths.name)
     saved = store.config(step)
     config = configs.load(None, overrides, saved)
@@ -316,6 +321,19 @@ def open(
         raise ConfigError(refused)
     given = _stand_in(store, step, str(tokenizer), paths.name) if tokenizer is not None else None
     return Run(paths, step, config, given, pin, last)
+
+
+def named_step(store: Checkpoints, step: int | None, checkpoint: str) -> int | None:
+    """Returns the step that a path or the option `checkpoint` names; None for the newest.
+
+    Raises:
+      UsageError: both do, or there is no such checkpoint.
+    """
+    if step is not None and checkpoint != "last":
+        raise UsageError(
+            f"`run` names the checkpoint of step {step}; leave `checkpoint={checkpoint}` out"
+        )
+    return step if step is not None else store.named(checkpoint)
 
 
 def _pinned(store: CheckpointStore, step: int | None, name: str) -> tuple[int, Pin]:

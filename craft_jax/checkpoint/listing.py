@@ -4,11 +4,13 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
+from typing import NamedTuple
 
 from craft_jax import outputs
 from craft_jax.checkpoint import manifest
-from craft_jax.errors import StorageError
+from craft_jax.errors import StorageError, UsageError
 
 PARAMS, AVERAGE, OPTIMIZER = "params", "average", "optimizer"
 """The folders of a checkpoint's arrays."""
@@ -17,6 +19,20 @@ _META, _CONFIG, _TOKENIZER = "meta.json", "config.json", "tokenizer.json"
 
 # Partial, removed and damaged checkpoints, which the project itself leaves beside the others.
 _SET_ASIDE = re.compile(r"^\.\d+\.(tmp|trash)-|^\d+\.(corrupt|aside)(-\d+)?$")
+
+
+class Best(NamedTuple):
+    """The checkpoint with the best evaluation.
+
+    Attributes:
+      step: of the checkpoint.
+      value: of the metric.
+      metric: such as `val_loss`.
+    """
+
+    step: int
+    value: float
+    metric: str
 
 
 class Checkpoints:
@@ -107,6 +123,42 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the newest step, or None."""
         return max(self.steps(), default=None)
+
+    def ranked(self, metric: str, mode: str) -> list[tuple[int, float]]:
+        """Returns the evaluated steps with their values of a metric, the best first.
+
+        Args:
+          metric: such as `val_loss`.
+          mode: whether `min` or `max` is better.
+        """
+        found = [(step, self.meta(step).get("metrics", {}).get(metric)) for step in self.steps()]
+        known = [(step, value) for step, value in found if value is not None and isfinite(value)]
+        return sorted(known, key=lambda pair: pair[1] if mode == "min" else -pair[1])
+
+    def best(self) -> Best | None:
+        """Returns the checkpoint with the best evaluation, by the config of the newest one."""
+        newest = self.latest()
+        saved = {} if newest is None else self.config(newest).get("checkpoint", {})
+        metric = saved.get("best_metric", "val_loss")
+        ranked = self.ranked(metric, saved.get("best_mode", "min"))
+        return Best(*ranked[0], metric) if ranked else None
+
+    def named(self, checkpoint: str) -> int | None:
+        """Returns the step of `best`, of `last` (None: the newest), or of a number.
+
+        Raises:
+          UsageError: it is none of these, or no checkpoint was evaluated.
+        """
+        if checkpoint == "last":
+            return None
+        if checkpoint != "best":
+            if not checkpoint.isdecimal():
+                raise UsageError(f"`checkpoint={checkpoint}` is not best, last or a step")
+            return int(checkpoint)
+        best = self.best()
+        if best is None:
+            raise UsageError("`checkpoint=best`: no checkpoint of this run was evaluated; use last")
+        return best.step
 
     def meta(self, step: int) -> dict:
         """Returns what was stored beside the arrays."""

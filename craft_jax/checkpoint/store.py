@@ -18,7 +18,6 @@ import errno
 import hashlib
 import importlib
 import logging
-import math
 import os
 import re
 import shutil
@@ -252,13 +251,9 @@ class CheckpointStore(Checkpoints):
                 atomic.remove(trash)
 
     def best_steps(self) -> list[int]:
-        """Returns the steps with the best evaluations, the best first."""
-        config, found = self._config, {}
-        for step in self.steps():
-            value = self.meta(step).get("metrics", {}).get(config.best_metric)
-            if value is not None and math.isfinite(value):
-                found[step] = value if config.best_mode == "min" else -value
-        return sorted(found, key=found.__getitem__)[: config.keep_best]
+        """Returns the steps with the best evaluations that are kept, the best first."""
+        ranked = self.ranked(self._config.best_metric, self._config.best_mode)
+        return [step for step, _ in ranked[: self._config.keep_best]]
 
     # Reading.
 

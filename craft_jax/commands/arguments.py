@@ -14,8 +14,14 @@ def every_command(parser: ArgumentParser) -> None:
     add("--debug", action="store_true", help="show tracebacks")
 
 
+def one_checkpoint(parser: ArgumentParser) -> None:
+    """Declares what `verify` takes: a run, and one of its checkpoints."""
+    one_run(parser)
+    parser.add_argument("--checkpoint", help="best, last, or a step (default: all)")
+
+
 def one_run(parser: ArgumentParser) -> None:
-    """Declares `--run`, which is all that `verify` takes."""
+    """Declares `--run`."""
     parser.add_argument("--run", help="name or path of a run, or latest")
 
 
@@ -127,6 +133,7 @@ def generate(parser: ArgumentParser) -> None:
 def _trained_model(parser: ArgumentParser) -> None:
     one_run(parser)
     add = parser.add_argument
+    add("--checkpoint", default="last", help="best, last or a step (default: last)")
     add("--tokenizer", help="a tokenizer.json, for an imported model that came without one")
     add(
         "--weights",

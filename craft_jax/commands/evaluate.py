@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         overrides=args.overrides,
         tokenizer=args.tokenizer,
         last=args.weights == "last",
+        checkpoint=args.checkpoint,
     )
     setup_logging()
     compilation_cache.enable_compilation_cache()

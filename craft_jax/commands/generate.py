@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         overrides=args.overrides,
         tokenizer=args.tokenizer,
         last=args.weights == "last",
+        checkpoint=args.checkpoint,
     )
     if opened.image_format is not None:
         _refuse(args, _OF_TEXT, "makes images")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.config import SECTIONS, ExperimentConfig
 from craft_jax.data.base import Dataset
 from craft_jax.data.pipeline import Datasets
@@ -113,7 +114,7 @@ def ending(
     metrics: Mapping[str, Any],
     num_steps: int,
     paths: RunPaths,
-    picture: Path,
+    picture: Path | None,
     command: Callable[..., str],
     source: str | None,
 ) -> None:
@@ -124,6 +125,9 @@ def ending(
     shown.append(("exact match", metrics.get("val_exact_match")))
     words = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
     logger.info("finished: %s", words)
+    if best := Checkpoints(paths.checkpoints).best():
+        words = f"step {best.step}, {best.metric} {best.value:.4f}"
+        logger.info("best: %s; use it with --checkpoint=best", words)
     for name, path in (
         ("checkpoints", paths.checkpoints),
         ("log", paths.log),
@@ -132,7 +136,8 @@ def ending(
         ("samples", paths.samples),
         ("picture", picture),
     ):
-        logger.info("  %-11s %s", name, path)
+        if path:
+            logger.info("  %-11s %s", name, path)
     prompt = [] if source is None else [f"--prompt={source}"]
     logger.info("next")
     logger.info("  evaluate    %s", command(paths, command="evaluate"))

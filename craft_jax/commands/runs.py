@@ -9,7 +9,7 @@ from craft_jax.checkpoint import lock
 from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.errors import OK, CraftError
 
-_COLUMNS = ("run", "state", "step", "loss", "val loss", "age")
+_COLUMNS = ("run", "state", "step", "loss", "val loss", "best", "age")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def _row(folder: Path) -> tuple[str, ...]:
         status = outputs.read_status(folder) or {}
         step = store.latest()
         if step is None and store.damaged():
-            return folder.name, "damaged", "-", "-", "-", _age(folder / "run.json")
+            return folder.name, "damaged", "-", "-", "-", "-", _age(folder / "run.json")
         meta = store.meta(step) if step is not None else {}
         total = status.get("num_steps")
         if total is None and step is not None:
@@ -47,13 +47,15 @@ def _row(folder: Path) -> tuple[str, ...]:
         metrics = meta.get("metrics", {})
         loss = status.get("loss") or metrics.get("loss")
         age = _age(next(p for p in _newest_first(paths, step) if p.exists()))
-        losses = _number(loss), _number(metrics.get("val_loss"))
+        best = store.best()
+        at_best = f"{best.value:.4f} at {best.step}" if best else "-"
+        losses = _number(loss), _number(metrics.get("val_loss")), at_best
         if step is not None and not store.has_optimizer(step):
             return folder.name, "imported", "-", *losses, age
         state = _state(folder, status, reached, total)
         return folder.name, state, f"{reached}/{total or '?'}", *losses, age
     except CraftError as error:
-        return folder.name, "damaged", "-", "-", "-", str(error)
+        return folder.name, "damaged", "-", "-", "-", "-", str(error)
 
 
 def _state(folder: Path, status: dict, step: int, total: int | None) -> str:

@@ -10,7 +10,7 @@ from craft_jax.errors import FAILED_CHECK, OK, StorageError
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads every byte of a run's checkpoints, or of the one that `--run` names.
+    """Reads every byte of a run's checkpoints, or of one.
 
     Prints one line for each, and exits with 0 if all are whole, else with 70.
     """
@@ -18,6 +18,8 @@ def run(args: argparse.Namespace) -> int:
     folder, step = runs.locate(args.run or "latest", workdir)
     paths = outputs.open_run(folder)
     store = Checkpoints(paths.checkpoints)
+    if args.checkpoint is not None:
+        step = runs.named_step(store, step, args.checkpoint) or store.latest()
     steps = [step] if step is not None else sorted({*store.steps(), *store.damaged()})
     if not steps:
         raise StorageError(f"run {paths.name} has no checkpoint to verify below {store.folder}")

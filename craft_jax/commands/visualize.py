@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from craft_jax import outputs, runs
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.errors import OK, DataError
 from craft_jax.outputs import RunPaths
 from craft_jax.training.loggers import read_json_lines
@@ -25,7 +26,7 @@ def draw_runs(paths: Sequence[RunPaths]) -> Path:
     Raises:
       DataError: a run has logged nothing yet.
     """
-    logged = {}
+    logged, run_paths_of = {}, {run_paths.name: run_paths for run_paths in paths}
     for run_paths in paths:
         logged[run_paths.name] = read_json_lines(run_paths.metrics)
         if not logged[run_paths.name]:
@@ -49,6 +50,10 @@ def draw_runs(paths: Sequence[RunPaths]) -> Path:
             ms=4,
             label=f"{name}: validation",
         )
+        best = Checkpoints(run_paths_of[name].checkpoints).best()
+        if best and best.metric == "val_loss":
+            label = f"{name}: best, {best.value:.4f} at step {best.step}"
+            axes["loss"].plot(best.step, best.value, "*", color=color, ms=13, label=label)
         _curve(axes["rate"], lines, "learning_rate", color=color)
         speed = next((k for k in lines[-1] if k.endswith("_per_second")), "tokens_per_second")
         _curve(axes["speed"], lines, speed, color=color)

@@ -110,7 +110,7 @@ class Trainer:
         self._scalings: list[tuple[int, float]] = []
         self._last_validation: dict[str, float] = {}
         self._data_start = 0
-        self._may_interrupt = True
+        self._may_interrupt, self._has_compiled = True, False
 
     def fit(
         self, state: TrainState, meta: Mapping[str, Any] | None = None
@@ -217,8 +217,9 @@ class Trainer:
         self._window_items += pending.items
         seconds = time.monotonic() - self._window_start
         values[f"{self._feed.task.unit}_per_second"] = self._window_items / max(seconds, 1e-9)
-        if pending.step % self._config.log_every == 0 or self._window_items == pending.items:
-            self._start_window()
+        if pending.step % self._config.log_every == 0 or not self._has_compiled:
+            self._start_window()  # Throughput leaves out compiling, evaluations and saves.
+            self._has_compiled = True
         record = self._record(
             pending.step,
             values,

@@ -20,7 +20,7 @@ FLAGS = {
 OPTIONS = (
     *("target", "family", "dtype", "max_shard_size", "trim_vocab", "verify", "level", "seq_len"),
     *("tokenizer", "overwrite", "probe", "strict_finite", "workers", "max_memory"),
-    *("kind", "num_heads", "config", "strip_prefix", "ignore_keys", "weights"),
+    *("kind", "num_heads", "config", "strip_prefix", "ignore_keys", "weights", "checkpoint"),
     *("drop_zero_bias", "allow_approx", "allow_globals"),
 )
 """The fields that have a flag."""

@@ -14,6 +14,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add("--strip-prefix", help="read only the tensors with this prefix")
     add("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors to leave out")
     add("--weights", default="average", help="of a run that has both: average (default) or last")
+    add("--checkpoint", default="last", help="of a run: last (default), best or a step")
     add("--drop-zero-bias", action="store_true", help="read biases that are all zero as none")
     add(
         "--allow-approx",
@@ -44,4 +45,5 @@ def reading_options(args: argparse.Namespace) -> Options:
         allow_globals=tuple(args.allow_global),
         drop_zero_bias=args.drop_zero_bias,
         weights=args.weights,
+        checkpoint=args.checkpoint,
     )

@@ -31,7 +31,7 @@ def open_source(path: str | Path, options: Options | None = None) -> Source:
         raise CorruptFileError(f"{path}: no such file or folder{hint}")
     found = run_folder(place)
     if found is not None:
-        return open_run(*found, last=options.weights == "last")
+        return open_run(*found, last=options.weights == "last", checkpoint=options.checkpoint)
     if looks_like_checkpoint(place):
         raise UncommittedCheckpointError(
             f"{place} is no finished checkpoint of a run; name the run's folder, or one of "

@@ -45,18 +45,21 @@ def looks_like_checkpoint(place: Path) -> bool:
     )
 
 
-def open_run(folder: Path, step: int | None, *, last: bool) -> Source:
+def open_run(folder: Path, step: int | None, *, last: bool, checkpoint: str = "last") -> Source:
     """Opens a checkpoint of a run.
 
     Args:
       folder: of the run.
       step: of the checkpoint; None for the newest.
       last: whether to read the last weights, where the optimizer keeps an average too.
+      checkpoint: `last`, `best` or a step; for no `step`.
 
     Raises:
       InteropError: there is no such checkpoint, or it is damaged.
     """
     store = Checkpoints(outputs.open_run(folder).checkpoints)
+    if step is None:
+        step = store.named(checkpoint)
     step = _chosen_step(store, folder, step)
     meta, config = store.meta(step), store.config(step)
     try:

@@ -40,6 +40,7 @@ class Options:
       allow_globals: names that a pickle may mention; they become inert stubs.
       drop_zero_bias: read biases that are all zero as no biases.
       weights: `average` or `last`, for a run whose optimizer keeps an average.
+      checkpoint: `last`, `best` or a step, of a run.
       recorded: the part of the manifest that reading back needs before it is written.
     """
 
@@ -52,6 +53,7 @@ class Options:
     allow_globals: tuple[str, ...] = ()
     drop_zero_bias: bool = False
     weights: str = "average"
+    checkpoint: str = "last"
     recorded: Mapping[str, Any] | None = None
 
     def __post_init__(self):
@@ -95,7 +97,7 @@ class Options:
         given = [
             f"`{field.name}`"
             for field in dataclasses.fields(self)
-            if field.name not in ("allow_approx", "weights")
+            if field.name not in ("allow_approx", "weights", "checkpoint")
             and getattr(self, field.name) != getattr(default, field.name)
         ]
         if given:

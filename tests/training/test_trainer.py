@@ -479,3 +479,31 @@ def test_callback_state_travels_in_the_checkpoint():
     again = CheckpointCallback(2)
     CallbackList([again]).load_state_dict(kept.metas[-1]["callbacks"])
     assert again.best == best
+
+
+class Throughput(Callback):
+    """Notes the throughput of each step and the time of it; an evaluation takes long."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_end(self, record):
+        self.seen[record.step] = record.metrics["tokens_per_second"], record.elapsed
+
+    def wants_state(self, step, is_last):
+        return step == 12
+
+    def on_sync(self, record):
+        time.sleep(0.5)
+
+
+def test_throughput_is_the_mean_since_the_last_line():
+    watch = Throughput()
+    trainer([watch], config=TrainingConfig(num_steps=20, log_every=5)).fit()
+    (rate, until), (_, since) = watch.seen[10], watch.seen[5]
+    assert rate == pytest.approx(5 * 32 / (until - since), rel=0.1)
+    # The work of step 12 is left out, with the steps before it.
+    (rate, until), (_, since) = watch.seen[15], watch.seen[12]
+    assert rate > 2 * 3 * 32 / (until - since)
+    (rate, until), (_, since) = watch.seen[20], watch.seen[15]
+    assert rate == pytest.approx(5 * 32 / (until - since), rel=0.1)

@@ -14,6 +14,7 @@ import jax
 from craft_jax import config as configs
 from craft_jax import outputs
 from craft_jax.checkpoint import lock, resume
+from craft_jax.checkpoint.listing import Checkpoints
 from craft_jax.checkpoint.manager import Restored
 from craft_jax.commands import report
 from craft_jax.commands.train import config_choice
@@ -242,8 +243,9 @@ class Session:
 
     def end(self) -> int:
         """Records that the run is finished; returns the exit code."""
-        if self.status:
-            self.status.finish("done", None, OK)
+        if self.status and self._paths:
+            best = Checkpoints(self._paths.checkpoints).best()
+            self.status.finish("done", None, OK, best=best and best._asdict())
         return OK
 
     def _record_in(self, paths: RunPaths, config: ExperimentConfig) -> None:
