@@ -61,7 +61,7 @@ class Assignments:
         self.mistakes: list[str] = []
 
     def add_mistakes(self, field: str, *problems: str) -> None:
-        """Notes what is wrong with a field; an empty field stands for several."""
+        """Notes what is wrong with a field; an empty name marks several fields."""
         if problems and field:
             self.bad_fields.add(field)
         self.mistakes += map(one_line, problems)
